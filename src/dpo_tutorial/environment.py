@@ -1,0 +1,185 @@
+"""What this machine is, which 16-bit type it can use, seeds, and the record kept beside every result."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import importlib.metadata
+import os
+import platform
+import random
+import threading
+from pathlib import Path
+
+DTYPES = ("bf16", "fp16", "fp32")
+PACKAGES = (
+    "torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate", "papermill", "numpy",
+)  # fmt: skip
+
+
+def project_root() -> Path:
+    """The checkout this process works in, or the current folder (papermill and nbval start in different ones)."""
+    here = Path.cwd().resolve()
+    for folder in (here, *here.parents):
+        if (folder / "notebooks" / "01_setup.ipynb").exists() and (folder / "pyproject.toml").exists():
+            return folder
+    return here
+
+
+def cache_dir() -> Path:
+    """Folder for converted weights: `DPO_TUTORIAL_CACHE`, else the platform's user cache."""
+    from platformdirs import user_cache_dir
+
+    return Path(os.environ.get("DPO_TUTORIAL_CACHE") or user_cache_dir("dpo-tutorial")).expanduser()
+
+
+def hardware() -> dict:
+    """Describe the machine: CPU, memory and, where there is one, the first CUDA device."""
+    import psutil
+    import torch
+
+    record = {
+        "cpu": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+        "cpu_amx": bool(torch.cpu._is_amx_tile_supported()),
+        "cuda": torch.cuda.is_available(),
+    }
+    if record["cuda"]:
+        properties = torch.cuda.get_device_properties(0)
+        record |= {
+            "gpu": properties.name,
+            "gpu_count": torch.cuda.device_count(),
+            "gpu_memory_gib": round(properties.total_memory / 2**30, 1),
+            "capability": list(torch.cuda.get_device_capability(0)),
+        }
+    return record
+
+
+def pick_dtype(hardware: dict) -> tuple[str, str]:
+    """Choose the compute type from the hardware.
+
+    `torch.cuda.is_bf16_supported()` is not asked: on a T4 it counts slow emulation as support.
+
+    Returns:
+        (`"bf16"`, `"fp16"` or `"fp32"`, the reason in words).
+    """
+    if hardware["cuda"]:
+        major, minor = hardware["capability"]
+        if major >= 8:
+            return "bf16", f"compute capability {major}.{minor} computes in bfloat16"
+        return "fp16", f"compute capability {major}.{minor} has no native bfloat16"
+    if hardware["cpu_amx"]:
+        return "bf16", "this CPU multiplies bfloat16 matrices in hardware (AMX)"
+    return "fp32", "this CPU has no bfloat16 matrix unit: float32 is faster on it, and exact"
+
+
+def torch_dtype(name: str):
+    """`"bf16"` → `torch.bfloat16`, and so on."""
+    import torch
+
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[name]
+
+
+def tune_allocator() -> bool:
+    """Have glibc keep freed memory instead of returning it to the kernel after every large tensor.
+
+    On a CPU each training step frees and takes gigabytes; by default every one of those pages is mapped and zeroed
+    anew. Measured in `benchmarks/cpu_step.md`. Returns False where the C library is not glibc.
+    """
+    m_trim_threshold, m_mmap_max = -1, -4  # malloc.h
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+        return bool(libc.mallopt(m_mmap_max, 0) and libc.mallopt(m_trim_threshold, 2**31 - 1))
+    except (OSError, AttributeError):
+        return False
+
+
+def device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def seed_everything(seed: int) -> None:
+    """Seed python, numpy and torch (all devices)."""
+    import numpy
+    import torch
+
+    random.seed(seed)
+    numpy.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def versions() -> dict[str, str]:
+    """Python and package versions: the record kept beside every result."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "missing"
+    return found
+
+
+def peak_memory_gib() -> float:
+    """Peak memory of this process so far: CUDA allocations where there is a GPU, else resident set size."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+class PeakMemory:
+    """Measure how far memory rises while a block runs: `with PeakMemory() as peak: …; peak.gib`.
+
+    CUDA: the allocator's own peak. CPU: resident set size, sampled every few milliseconds after freed memory was
+    handed back, so it is right to a few megabytes.
+    """
+
+    gib: float = 0.0
+
+    def __enter__(self) -> PeakMemory:
+        import torch
+
+        self._cuda = torch.cuda.is_available()
+        gc.collect()
+        if self._cuda:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+            self._before = torch.cuda.memory_allocated()
+            return self
+        import psutil
+
+        try:
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
+        except (OSError, AttributeError):
+            pass  # not glibc: the baseline is a little high
+        process = psutil.Process()
+        self._before = self._peak = process.memory_info().rss
+        self._done = threading.Event()
+
+        def watch() -> None:
+            while not self._done.wait(0.005):
+                self._peak = max(self._peak, process.memory_info().rss)
+
+        self._watcher = threading.Thread(target=watch, daemon=True)
+        self._watcher.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        import torch
+
+        if self._cuda:
+            self.gib = (torch.cuda.max_memory_allocated() - self._before) / 2**30
+        else:
+            self._done.set()
+            self._watcher.join()
+            self.gib = (self._peak - self._before) / 2**30
+
+
+def in_colab() -> bool:
+    return "COLAB_RELEASE_TAG" in os.environ

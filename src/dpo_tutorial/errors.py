@@ -1,0 +1,45 @@
+"""The errors a user can meet. Each names the cause and the mend in one message."""
+
+from __future__ import annotations
+
+
+class TutorialError(Exception):
+    """Base of every error this package raises on purpose.
+
+    Args:
+        cause: what is wrong, in one sentence that names the value found.
+        mend: what to do about it.
+    """
+
+    def __init__(self, cause: str, mend: str) -> None:
+        self.cause = cause
+        self.mend = mend
+        super().__init__(f"{cause}\n  Mend: {mend}")
+
+
+class ConfigError(TutorialError):
+    """An unknown profile or parameter, or a value out of range."""
+
+
+class ModelFetchError(TutorialError):
+    """Weights cannot be fetched: no network, wrong id, or no access."""
+
+
+class ModelCorruptError(TutorialError):
+    """Weights are present but are not the bytes they should be."""
+
+
+class ModelUnsuitableError(TutorialError):
+    """The model or tokenizer lacks something DPO needs, such as a chat template."""
+
+
+class DataError(TutorialError):
+    """A preference file is missing, has another schema, or leaves no usable row."""
+
+
+class ArtifactError(TutorialError):
+    """A file of the run is missing, stale, or cannot be written."""
+
+
+class NotebookError(TutorialError):
+    """A notebook stopped; names the cell and the partial notebook."""

@@ -1,0 +1,172 @@
+"""Run the six notebooks in order with papermill: `python -m dpo_tutorial.run -p PROFILE cpu`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+import papermill
+from papermill.exceptions import PapermillExecutionError
+
+from . import artifacts, config, environment
+from .errors import ArtifactError, ConfigError, NotebookError, TutorialError
+
+#: What the kernel must not do in a headless run: fetch chatter, draw widgets, spin up tokenizer threads after a fork.
+_KERNEL_ENV = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_TELEMETRY": "1"}
+
+
+def notebooks(folder: Path | None = None) -> list[Path]:
+    """The numbered notebooks, in order.
+
+    Raises:
+        ArtifactError: none there.
+    """
+    folder = folder or environment.project_root() / "notebooks"
+    found = sorted(p for p in folder.glob("*.ipynb") if re.match(r"\d\d_", p.name))
+    if not found:
+        raise ArtifactError(f"No numbered notebook in {folder}.", "Run from a checkout of the repository.")
+    return found
+
+
+def declared_parameters(notebook: Path) -> list[str]:
+    """Names assigned in the cell tagged `parameters`."""
+    for cell in nbformat.read(notebook, as_version=4).cells:
+        if "parameters" in cell.metadata.get("tags", []):
+            return re.findall(r"^([A-Z][A-Z_]*)\s*=", cell.source, re.MULTILINE)
+    return []
+
+
+def check_parameters(given: dict[str, str], paths: list[Path]) -> None:
+    """Papermill only warns about a name that no notebook has; here it is an error that lists the known ones."""
+    known = sorted({name for path in paths for name in declared_parameters(path)})
+    unknown = sorted(set(given) - set(known))
+    if unknown:
+        raise ConfigError(f"Unknown parameter {', '.join(unknown)}.", f"The notebooks know: {', '.join(known)}.")
+
+
+def run_all(parameters: dict[str, str], paths: list[Path] | None = None) -> dict:
+    """Execute the notebooks in order into `<artifacts>/<profile>/executed/`.
+
+    Returns:
+        The summary that is printed at the end and saved as `summary.json`.
+
+    Raises:
+        ConfigError: unknown profile or parameter; nothing has run yet.
+        NotebookError: a notebook failed; names the cell and the partial notebook. Later ones do not run.
+    """
+    paths = paths or notebooks()
+    given = {k: v for k, v in parameters.items() if v != ""}
+    check_parameters(given, paths)
+    names = set(config.known_parameters())
+    resolved = config.resolve(**{k: v for k, v in given.items() if k in names})
+    run = artifacts.Run(resolved)
+    executed = run.dir / "executed"
+    executed.mkdir(exist_ok=True)
+    os.environ.update(_KERNEL_ENV)
+    minutes = {}
+    for number, path in enumerate(paths, 1):
+        print(f"[{number}/{len(paths)}] {path.name}", flush=True)
+        started = time.perf_counter()
+        own = {k: v for k, v in given.items() if k in declared_parameters(path)}
+        own["PROFILE"] = resolved.profile
+        _execute(path, executed / path.name, own)
+        minutes[path.stem] = round((time.perf_counter() - started) / 60, 2)
+        print(f"[{number}/{len(paths)}] {path.name} done in {minutes[path.stem]:.1f} min", flush=True)
+    return _summary(run, minutes)
+
+
+def _execute(path: Path, target: Path, parameters: dict) -> None:
+    try:
+        papermill.execute_notebook(
+            str(path), str(target), parameters=parameters, kernel_name="python3", cwd=str(Path.cwd()),
+            progress_bar={"desc": path.stem, "unit": "cell", "file": sys.stdout}, log_output=False,
+        )  # fmt: skip
+    except PapermillExecutionError as error:
+        last = error.evalue.strip() or error.ename
+        raise NotebookError(
+            f"{path.name} stopped in cell {error.cell_index} (In [{error.exec_count}]): {error.ename}: {last}",
+            f"Open {target} to see the cells up to there with their outputs.",
+        ) from error
+
+
+def _summary(run: artifacts.Run, minutes: dict[str, float]) -> dict:
+    summary = {"profile": run.config.profile, "why": list(run.config.reasons), "minutes": minutes}
+    comparison = run.dir / "comparison.json"
+    if comparison.exists():
+        summary["held_out"] = run.read_json("comparison.json")["held_out"]["after"]["accuracy"]
+    summary |= {
+        "adapter": str(run.adapter), "comparison": str(comparison), "figures": str(run.figures),
+        "executed": str(run.dir / "executed"), "versions": environment.versions(), "hardware": environment.hardware(),
+    }  # fmt: skip
+    run.write_json("summary.json", summary)
+    print(f"\nprofile    {summary['profile']} ({'; '.join(summary['why'])})")
+    print("minutes    " + ", ".join(f"{k} {v:.1f}" for k, v in minutes.items()) + f"; {sum(minutes.values()):.1f} in all")
+    if "held_out" in summary:
+        a = summary["held_out"]
+        print(f"held out   accuracy {a['rate']:.2f} (95% {a['low']:.2f} to {a['high']:.2f}, n = {a['n']}); base 0.50")
+    for name in ("adapter", "comparison", "figures", "executed"):
+        print(f"{name:<10} {summary[name]}")
+    return summary
+
+
+def clean_notebook(source: Path, target: Path) -> None:
+    """Copy an executed notebook for the repository: outputs kept; papermill's traces, widgets and paths removed."""
+    notebook = nbformat.read(source, as_version=4)
+    notebook.metadata = {
+        "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+        "language_info": {"name": "python"},
+    }
+    notebook.cells = [c for c in notebook.cells if "injected-parameters" not in c.metadata.get("tags", [])]
+    for cell in notebook.cells:
+        tags = [t for t in cell.metadata.get("tags", []) if t != "papermill-error-cell-tag"]
+        cell.metadata = {"tags": tags} if tags else {}
+        if cell.cell_type == "code":
+            cell.outputs = [o for o in cell.outputs if not _is_chatter(o)]
+            for number, output in enumerate(cell.outputs):
+                output.pop("execution_count", None) if output.output_type != "execute_result" else None
+                cell.outputs[number] = nbformat.from_dict(_without_paths(output))
+    notebook.cells = [c for c in notebook.cells if c.cell_type != "code" or c.source.strip()]
+    nbformat.validate(notebook)
+    target.write_text(nbformat.writes(notebook) + "\n", encoding="utf-8")
+
+
+def _is_chatter(output: dict) -> bool:
+    """Progress bars: live they help, on paper they are noise (and widget state breaks GitHub's rendering)."""
+    if output.output_type == "stream":
+        return output.name == "stderr"
+    return "application/vnd.jupyter.widget-view+json" in output.get("data", {})
+
+
+def _without_paths(output: dict) -> dict:
+    text = json.dumps(output)
+    for folder, name in ((environment.project_root(), "."), (environment.cache_dir(), "<cache>"), (Path.home(), "~")):
+        text = text.replace(json.dumps(str(folder))[1:-1], name)
+    return json.loads(text)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run all six notebooks; `--refresh` copies the executed ones, cleaned, over `notebooks/`."""
+    parser = argparse.ArgumentParser(prog="python -m dpo_tutorial.run", description=main.__doc__)
+    parser.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="set a parameter")
+    parser.add_argument("--refresh", action="store_true", help="write the outputs into notebooks/")
+    options = parser.parse_args(argv)
+    try:
+        summary = run_all(dict(options.p))
+        if options.refresh:
+            for path in notebooks():
+                clean_notebook(Path(summary["executed"]) / path.name, path)
+            print("notebooks/ now holds the outputs of this run")
+    except TutorialError as error:
+        print(f"\n{type(error).__name__}: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

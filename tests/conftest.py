@@ -1,0 +1,91 @@
+"""A tiny random Llama and a tiny tokenizer, made here: tests need seconds and no download."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+
+import pytest
+import torch
+from datasets import Dataset
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from dpo_tutorial import config
+
+for name in [n for n in os.environ if n.startswith("DPO_TUTORIAL_") and n not in ("DPO_TUTORIAL_CACHE", "DPO_TUTORIAL_WHEEL")]:
+    del os.environ[name]  # a test says what it depends on
+
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+TEXTS = [
+    ("How do I boil an egg?", "Put it into boiling water for seven minutes.", "Great question! Eggs are a food."),
+    ("What is the capital of France?", "Paris.", "I would be happy to help you with that!"),
+    ("Add 2 and 3.", "The sum is 5.", "Numbers are important in today's world, and there are many of them."),
+    ("Why is the sky blue?", "Air scatters blue light more than red.", "The sky is a very nice place."),
+]
+
+
+def pair(prompt: str, chosen: str, rejected: str, **changes) -> dict:
+    """One row in UltraFeedback-binarized's schema."""
+    ask = {"role": "user", "content": prompt}
+    row = {
+        "prompt": prompt,
+        "prompt_id": prompt,
+        "chosen": [ask, {"role": "assistant", "content": chosen}],
+        "rejected": [ask, {"role": "assistant", "content": rejected}],
+        "score_chosen": 8.0,
+        "score_rejected": 3.0,
+    }
+    return row | changes
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    raw = Tokenizer(models.BPE())
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    raw.train_from_iterator([t for row in TEXTS for t in row], trainer)
+    made = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    made.chat_template = CHATML
+    return made
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory, tokenizer):
+    """A checkpoint folder of a 2-layer Llama with random weights, in transformers' format."""
+    folder = tmp_path_factory.mktemp("models") / "tiny-llama"
+    torch.manual_seed(0)
+    shape = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=256, eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    LlamaForCausalLM(shape).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def cfg(tiny_folder, tmp_path):
+    """A config for the tiny model: fp32, two steps, artifacts in a temporary folder."""
+    return dataclasses.replace(
+        config.Config(), model=str(tiny_folder), dtype="fp32", artifacts=str(tmp_path / "artifacts"), lora_r=4,
+        lora_alpha=8, gradient_checkpointing=False, batch_size=2, grad_accum=1, max_steps=2, max_tokens=128,
+        learning_rate=1e-2, max_new_tokens=8,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def pairs() -> Dataset:
+    """Four prepared pairs, as `data.extract` makes them."""
+    from dpo_tutorial import data
+
+    return Dataset.from_list([data.extract(pair(*t)) for t in TEXTS])
