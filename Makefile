@@ -4,8 +4,8 @@ VENV   := .venv
 PY     := $(VENV)/bin/python
 STAMP  := $(VENV)/.installed
 
-# What reaches the notebooks: make run PROFILE=cpu DATA=my_pairs.jsonl SEED=1
-PARAMETERS := $(foreach name,PROFILE MODEL DATA SEED ARTIFACTS,$(if $($(name)),-p $(name) '$($(name))'))
+# What reaches the notebooks: make run PROFILE=cpu DATA=my_pairs.jsonl SEED=1 (only what is typed, never the shell's variables)
+PARAMETERS := $(foreach name,PROFILE MODEL DATA SEED ARTIFACTS,$(if $(and $(filter command,$(origin $(name))),$($(name))),-p $(name) '$($(name))'))
 
 .DEFAULT_GOAL := help
 .PHONY: help run test notebooks lint badges clean

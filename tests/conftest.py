@@ -13,7 +13,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from dpo_tutorial import config
 
-for name in [n for n in os.environ if n.startswith("DPO_TUTORIAL_") and n not in ("DPO_TUTORIAL_CACHE", "DPO_TUTORIAL_WHEEL")]:
+for name in [
+    n for n in os.environ if n.startswith("DPO_TUTORIAL_") and n not in ("DPO_TUTORIAL_CACHE", "DPO_TUTORIAL_WHEEL")
+]:
     del os.environ[name]  # a test says what it depends on
 
 CHATML = (

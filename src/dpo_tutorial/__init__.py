@@ -1,3 +1,11 @@
 """Align a language model with Direct Preference Optimization on one GPU, or on none."""
 
 __version__ = "0.1.0"
+
+import logging
+import warnings
+
+# Two notices that a reader can do nothing about: TRL 1.16 still says gradient_checkpointing where transformers 5.23
+# would say activation_checkpointing, and bitsandbytes looks for an optional CPU kernel that is not on the index.
+warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*is deprecated", category=FutureWarning)
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)

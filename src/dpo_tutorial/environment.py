@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import importlib.metadata
@@ -154,10 +155,8 @@ class PeakMemory:
             return self
         import psutil
 
-        try:
+        with contextlib.suppress(OSError, AttributeError):  # not glibc: the baseline is a little high
             ctypes.CDLL("libc.so.6").malloc_trim(0)
-        except (OSError, AttributeError):
-            pass  # not glibc: the baseline is a little high
         process = psutil.Process()
         self._before = self._peak = process.memory_info().rss
         self._done = threading.Event()

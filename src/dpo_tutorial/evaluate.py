@@ -69,7 +69,9 @@ def _log_probs(config: Config, model, tokenizer, encoded) -> tuple[torch.Tensor,
 def _forward(config: Config, model, batch: dict) -> torch.Tensor:
     with autocast(config):
         logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
-    rows = zip(logits, batch["input_ids"], batch["completion_mask"], strict=True)  # row by row: softmax in fp32 is large
+    rows = zip(
+        logits, batch["input_ids"], batch["completion_mask"], strict=True
+    )  # row by row: softmax in fp32 is large
     return torch.cat([dpo.sequence_log_prob(a[None], b[None], c[None]) for a, b, c in rows]).cpu()
 
 
@@ -80,7 +82,7 @@ def autocast(config: Config):
 
 
 def collate(encoded: Sequence[tuple[list[int], list[int]]], pad_id: int, device="cpu") -> dict[str, torch.Tensor]:
-    """Pad (prompt ids, answer ids) on the right into `input_ids`, `attention_mask`, `completion_mask`, all `[n, length]`."""
+    """Pad on the right into `input_ids`, `attention_mask`, `completion_mask`, each `[n, length]`."""
     length = max(len(p) + len(a) for p, a in encoded)
     ids = torch.full((len(encoded), length), pad_id)
     attention, completion = torch.zeros_like(ids), torch.zeros_like(ids)
@@ -89,7 +91,11 @@ def collate(encoded: Sequence[tuple[list[int], list[int]]], pad_id: int, device=
         ids[row, :end] = torch.tensor(prompt + answer)
         attention[row, :end] = 1
         completion[row, len(prompt) : end] = 1
-    return {"input_ids": ids.to(device), "attention_mask": attention.to(device), "completion_mask": completion.to(device)}
+    return {
+        "input_ids": ids.to(device),
+        "attention_mask": attention.to(device),
+        "completion_mask": completion.to(device),
+    }
 
 
 # --- statistics ---------------------------------------------------------------------------------------------------
@@ -213,11 +219,13 @@ def verdict(held_out: dict, rules_before: dict, rules_after: dict) -> list[str]:
     else:
         said = [f"No effect is shown on held-out pairs: accuracy {span} includes 0.50."]
     if chosen > 0 > rejected:
-        said.append(f"Chosen answers became more likely (reward {chosen:+.2f}) and rejected ones less ({rejected:+.2f}).")
+        said.append(
+            f"Chosen answers became more likely (reward {chosen:+.2f}) and rejected ones less ({rejected:+.2f})."
+        )
     elif chosen < 0 and rejected < 0:
         said.append(
-            f"Both sides became less likely (rewards {chosen:+.2f} and {rejected:+.2f}): DPO raises the difference, not "
-            "the chosen answer. Some fall is usual; a long fall is a sign to stop earlier or raise beta."
+            f"Both sides became less likely (rewards {chosen:+.2f} and {rejected:+.2f}): DPO raises the difference, "
+            "not the chosen answer. Some fall is usual; a long fall is a sign to stop earlier or raise beta."
         )
     else:
         said.append(f"Rewards: chosen {chosen:+.2f}, rejected {rejected:+.2f}.")
@@ -231,6 +239,8 @@ def verdict(held_out: dict, rules_before: dict, rules_after: dict) -> list[str]:
     if moved:
         said.append(f"In {n} generated answers these moved beyond their intervals: {'; '.join(moved)}.")
     said.append(
-        f"Not shown to move with {n} answers: {'; '.join(still)}." if still else "Every rule that a program can check moved."
+        f"Not shown to move with {n} answers: {'; '.join(still)}."
+        if still
+        else "Every rule that a program can check moved."
     )
     return said

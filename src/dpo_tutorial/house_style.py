@@ -6,9 +6,9 @@ import re
 from collections.abc import Callable
 
 _OPENER = re.compile(
-    r"^\W*(sure\b|certainly|of course|absolutely|great\b|good question|what a|that's a|thank you for|thanks for|"
-    r"as an ai|as a language|i'd be|i would be|i'm happy|i am happy|i'm glad|i'm sorry|here is|here's|here are|ah\b|oh\b|"
-    r"hello|hi\b|well,)",
+    r"^\W*(sure\b|certainly|of course|absolutely|great\b|good question|what a|that's a|thank you for|thanks|"
+    r"as an ai|as a language|i'd be|i would be|i'm happy|i am happy|i'm glad|i'm sorry|here is|here's|here are|ah\b|"
+    r"oh\b|hello|hi\b|well,)",
     re.IGNORECASE,
 )
 _CLOSER = re.compile(

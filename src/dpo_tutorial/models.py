@@ -191,7 +191,7 @@ def weight_bytes(model) -> dict[str, int]:
 
 
 def linear_weights(model) -> tuple[int, int]:
-    """(weights that NF4 quantizes: linear layers except the LM head; all other weights). Needs a 16- or 32-bit model."""
+    """(weights that NF4 quantizes: linear layers but the LM head; all other weights), of a 16- or 32-bit model."""
     inside = sum(
         m.weight.numel() for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and "lm_head" not in n
     )
@@ -207,7 +207,7 @@ def nf4_bits_per_weight(block: int = 64, group: int = 256) -> float:
 
 
 def trainable_share(model) -> tuple[int, int]:
-    """(trainable parameters, all parameters), counting a 4-bit weight as one parameter although it fills half a byte."""
+    """(trainable parameters, all parameters); a 4-bit weight is one parameter although it fills half a byte."""
     trainable = total = 0
     for parameter in model.parameters():
         n = parameter.numel() * 2 if isinstance(parameter, bnb.nn.Params4bit) else parameter.numel()

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import re
+import shutil
 import sys
 import time
 from pathlib import Path
 
 import nbformat
 import papermill
+from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 
-from . import artifacts, config, environment
+from . import artifacts, config, data, environment, models
 from .errors import ArtifactError, ConfigError, NotebookError, TutorialError
 
 #: What the kernel must not do in a headless run: fetch chatter, draw widgets, spin up tokenizer threads after a fork.
@@ -50,6 +53,18 @@ def check_parameters(given: dict[str, str], paths: list[Path]) -> None:
         raise ConfigError(f"Unknown parameter {', '.join(unknown)}.", f"The notebooks know: {', '.join(known)}.")
 
 
+def literal(value: str) -> bool | int | float | str:
+    """What a command line says, as the literal a parameters cell would hold: `False` is not a text."""
+    if value in ("True", "False", "true", "false"):
+        return value in ("True", "true")
+    for kind in (int, float):
+        try:
+            return kind(value)
+        except ValueError:
+            continue
+    return value
+
+
 def run_all(parameters: dict[str, str], paths: list[Path] | None = None) -> dict:
     """Execute the notebooks in order into `<artifacts>/<profile>/executed/`.
 
@@ -61,13 +76,17 @@ def run_all(parameters: dict[str, str], paths: list[Path] | None = None) -> dict
         NotebookError: a notebook failed; names the cell and the partial notebook. Later ones do not run.
     """
     paths = paths or notebooks()
-    given = {k: v for k, v in parameters.items() if v != ""}
+    given = {k: literal(v) for k, v in parameters.items() if v != ""}
     check_parameters(given, paths)
     names = set(config.known_parameters())
     resolved = config.resolve(**{k: v for k, v in given.items() if k in names})
     run = artifacts.Run(resolved)
+    models.source(resolved)  # a missing model or data file is found now, not after minutes
+    data.load_preferences(resolved)
     executed = run.dir / "executed"
-    executed.mkdir(exist_ok=True)
+    shutil.rmtree(executed, ignore_errors=True)  # the record of an earlier run must not pass for this one's
+    (run.dir / "summary.json").unlink(missing_ok=True)
+    executed.mkdir()
     os.environ.update(_KERNEL_ENV)
     minutes = {}
     for number, path in enumerate(paths, 1):
@@ -93,6 +112,11 @@ def _execute(path: Path, target: Path, parameters: dict) -> None:
             f"{path.name} stopped in cell {error.cell_index} (In [{error.exec_count}]): {error.ename}: {last}",
             f"Open {target} to see the cells up to there with their outputs.",
         ) from error
+    except DeadKernelError as error:
+        raise NotebookError(
+            f"{path.name}: its process died, most often because memory ran out.",
+            f"Lower MAX_TOKENS or take a smaller profile; {target} holds the cells up to there.",
+        ) from error
 
 
 def _summary(run: artifacts.Run, minutes: dict[str, float]) -> dict:
@@ -106,7 +130,9 @@ def _summary(run: artifacts.Run, minutes: dict[str, float]) -> dict:
     }  # fmt: skip
     run.write_json("summary.json", summary)
     print(f"\nprofile    {summary['profile']} ({'; '.join(summary['why'])})")
-    print("minutes    " + ", ".join(f"{k} {v:.1f}" for k, v in minutes.items()) + f"; {sum(minutes.values()):.1f} in all")
+    print(
+        "minutes    " + ", ".join(f"{k} {v:.1f}" for k, v in minutes.items()) + f"; {sum(minutes.values()):.1f} in all"
+    )
     if "held_out" in summary:
         a = summary["held_out"]
         print(f"held out   accuracy {a['rate']:.2f} (95% {a['low']:.2f} to {a['high']:.2f}, n = {a['n']}); base 0.50")
@@ -115,23 +141,26 @@ def _summary(run: artifacts.Run, minutes: dict[str, float]) -> dict:
     return summary
 
 
+def source_digest(notebook: nbformat.NotebookNode) -> str:
+    """SHA-256 over the sources of the code cells: tells whether the outputs beside them are of this source."""
+    sources = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
+    return hashlib.sha256(json.dumps(sources).encode()).hexdigest()
+
+
 def clean_notebook(source: Path, target: Path) -> None:
     """Copy an executed notebook for the repository: outputs kept; papermill's traces, widgets and paths removed."""
     notebook = nbformat.read(source, as_version=4)
-    notebook.metadata = {
-        "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
-        "language_info": {"name": "python"},
-    }
     notebook.cells = [c for c in notebook.cells if "injected-parameters" not in c.metadata.get("tags", [])]
     for cell in notebook.cells:
         tags = [t for t in cell.metadata.get("tags", []) if t != "papermill-error-cell-tag"]
         cell.metadata = {"tags": tags} if tags else {}
         if cell.cell_type == "code":
-            cell.outputs = [o for o in cell.outputs if not _is_chatter(o)]
-            for number, output in enumerate(cell.outputs):
-                output.pop("execution_count", None) if output.output_type != "execute_result" else None
-                cell.outputs[number] = nbformat.from_dict(_without_paths(output))
-    notebook.cells = [c for c in notebook.cells if c.cell_type != "code" or c.source.strip()]
+            cell.outputs = [_clean_output(o) for o in cell.outputs if not _is_chatter(o)]
+    notebook.metadata = {
+        "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+        "language_info": {"name": "python"},
+        "dpo_tutorial": {"source_sha256": source_digest(notebook)},
+    }
     nbformat.validate(notebook)
     target.write_text(nbformat.writes(notebook) + "\n", encoding="utf-8")
 
@@ -143,11 +172,20 @@ def _is_chatter(output: dict) -> bool:
     return "application/vnd.jupyter.widget-view+json" in output.get("data", {})
 
 
-def _without_paths(output: dict) -> dict:
-    text = json.dumps(output)
+def _without_paths(text: str) -> str:
     for folder, name in ((environment.project_root(), "."), (environment.cache_dir(), "<cache>"), (Path.home(), "~")):
-        text = text.replace(json.dumps(str(folder))[1:-1], name)
-    return json.loads(text)
+        if folder.is_absolute() and len(folder.parts) > 1:
+            text = re.sub(rf"{re.escape(str(folder))}(?=[/\\s'\",;:)\]]|$)", name, text)
+    return text
+
+
+def _clean_output(output: nbformat.NotebookNode) -> nbformat.NotebookNode:
+    if "text" in output:
+        output.text = _without_paths(output.text)
+    for kind, value in output.get("data", {}).items():
+        if isinstance(value, str) and kind.startswith("text/"):
+            output.data[kind] = _without_paths(value)
+    return output
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -17,7 +17,7 @@ BLUE, ORANGE, GREEN, GREY = "#0072B2", "#E69F00", "#009E73", "#808080"
 
 _STYLE = """<style>
 .dpo {border-collapse: collapse; font-size: 0.92em; color: inherit;}
-.dpo th, .dpo td {border: 1px solid #8886; padding: 0.35em 0.6em; text-align: left; vertical-align: top;
+.dpo th, .dpo td {border: 1px solid #8886; padding: 0.35em 0.6em; text-align: left !important; vertical-align: top;
   white-space: pre-wrap; overflow-wrap: anywhere; max-width: 36em;}
 .dpo th {background: #8883;}
 .dpo-tokens span {border-radius: 3px; padding: 1px 0; white-space: pre-wrap;}
@@ -31,10 +31,13 @@ def table(rows: Sequence[dict], caption: str = "") -> HTML:
         return HTML("<p>(no rows)</p>")
     head = "".join(f"<th scope='col'>{html.escape(str(k))}</th>" for k in rows[0])
     body = "".join(
-        "<tr>" + "".join(f"<td>{html.escape(_cell(v))}</td>" for v in row.values()) + "</tr>" for row in rows
+        "<tr>" + "".join(f"<td>{html.escape(_cell(row.get(k, '')))}</td>" for k in rows[0]) + "</tr>" for row in rows
     )
     title = f"<caption>{html.escape(caption)}</caption>" if caption else ""
-    return HTML(f"{_STYLE}<table class='dpo'>{title}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>")
+    return HTML(
+        f"{_STYLE}<table class='dpo tex2jax_ignore mathjax_ignore'>{title}"
+        f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    )
 
 
 def _cell(value: object) -> str:
@@ -60,14 +63,16 @@ def tokens(tokenizer, prompt_ids: Sequence[int], answer_ids: Sequence[int]) -> H
 
     def spans(ids, kind):
         parts = (html.escape(tokenizer.decode([i])).replace("\n", "⏎\n") for i in ids)
-        return "".join(f"<span class='dpo-{kind}' title='{kind} token {i}'>{p}</span>" for i, p in zip(ids, parts))
+        return "".join(
+            f"<span class='dpo-{kind}' title='{kind} token {i}'>{p}</span>" for i, p in zip(ids, parts, strict=True)
+        )
 
     legend = (
         "<p><span class='dpo-prompt'>prompt: mask 0</span> <span class='dpo-answer'>answer: mask 1</span> "
         f"({len(prompt_ids)} + {len(answer_ids)} tokens)</p>"
     )
     text = spans(prompt_ids, "prompt") + spans(answer_ids, "answer")
-    return HTML(f"{_STYLE}<div class='dpo-tokens' role='img' aria-label='tokens'>{legend}<p>{text}</p></div>")
+    return HTML(f"{_STYLE}<div class='dpo-tokens tex2jax_ignore mathjax_ignore'>{legend}<p>{text}</p></div>")
 
 
 def answers(prompts, before, after, rejected_label="base", chosen_label="after DPO") -> HTML:
@@ -103,10 +108,11 @@ def alt_text(figure: Figure) -> str:
 
 def bars(values: dict[str, float], unit: str, title: str) -> Figure:
     """Horizontal bars with their values written out."""
-    said = "; ".join(f"{k} {v:.3g} {unit}" for k, v in values.items())
+    written = {k: f"{v:,.0f} {unit}" if abs(v) >= 100 else f"{v:.3g} {unit}" for k, v in values.items()}
+    said = "; ".join(f"{k} {v}" for k, v in written.items())
     figure, (axis,) = _figure(height=0.8 + 0.42 * len(values), alt=f"{title}: {said}")
     shown = axis.barh(list(values), list(values.values()), color=BLUE)
-    axis.bar_label(shown, labels=[f"{v:,.3g} {unit}" for v in values.values()], padding=4)
+    axis.bar_label(shown, labels=list(written.values()), padding=4)
     axis.invert_yaxis()
     axis.set(xlabel=unit, title=title, xlim=(0, 1.2 * max(values.values())))
     return figure
@@ -115,7 +121,9 @@ def bars(values: dict[str, float], unit: str, title: str) -> Figure:
 def lengths(values: Sequence[int], limit: int) -> Figure:
     """Histogram of pair lengths in tokens with the limit drawn."""
     over = sum(v > limit for v in values)
-    alt = f"Histogram of {len(values)} pair lengths, median {np.median(values):.0f} tokens; limit {limit}, {over} over it"
+    alt = (
+        f"Histogram of {len(values)} pair lengths, median {np.median(values):.0f} tokens; limit {limit}, {over} over it"
+    )
     figure, (axis,) = _figure(alt=alt)
     axis.hist(values, bins=30, color=BLUE)
     axis.axvline(limit, color=ORANGE, linewidth=2, label=f"max_tokens = {limit}")
@@ -126,11 +134,17 @@ def lengths(values: Sequence[int], limit: int) -> Figure:
 
 def nf4_levels(weights: np.ndarray, levels: np.ndarray) -> Figure:
     """The 16 NF4 levels over a histogram of weights scaled by the largest absolute value of their block."""
-    figure, (axis,) = _figure(alt=f"Histogram of {weights.size} scaled weights with the {len(levels)} NF4 levels as lines")
+    figure, (axis,) = _figure(
+        alt=f"Histogram of {weights.size} scaled weights with the {len(levels)} NF4 levels as lines"
+    )
     axis.hist(weights, bins=80, color=BLUE, density=True)
     for level in levels:
         axis.axvline(level, color=ORANGE, linewidth=1)
-    axis.set(xlabel="weight / largest |weight| of its block", ylabel="density", title="NF4: 16 levels, dense where weights are")
+    axis.set(
+        xlabel="weight / largest |weight| of its block",
+        ylabel="density",
+        title="NF4: 16 levels, dense where weights are",
+    )
     return figure
 
 
@@ -149,7 +163,9 @@ def training_curves(history: dict[str, list[dict]]) -> Figure:
     def draw(axis, key, color, label):
         axis.plot(steps, [r[key] for r in train], color=color, alpha=0.85, label=f"{label} (train)")
         if evaluated:
-            axis.plot(dots, [r[f"eval_{key}"] for r in evaluated], "o--", color=color, mec="white", label=f"{label} (val)")
+            axis.plot(
+                dots, [r[f"eval_{key}"] for r in evaluated], "o--", color=color, mec="white", label=f"{label} (val)"
+            )
 
     draw(axes[0], "loss", BLUE, "loss")
     axes[0].axhline(math.log(2), color=GREY, linestyle=":", label="ln 2: no preference")
@@ -167,7 +183,9 @@ def margins(records: Sequence[dict]) -> Figure:
     """Histogram of held-out margins; before training every margin is 0."""
     values = [r["margin"] for r in records]
     right = sum(v > 0 for v in values)
-    figure, (axis,) = _figure(alt=f"Margins of {len(values)} held-out pairs after training; {right} above 0, mean {np.mean(values):.2f}")
+    figure, (axis,) = _figure(
+        alt=f"Margins of {len(values)} held-out pairs after training; {right} above 0, mean {np.mean(values):.2f}"
+    )
     axis.hist(values, bins=24, color=BLUE)
     axis.axvline(0, color=ORANGE, linewidth=2, label="before training: all 0")
     axis.set(xlabel="margin = reward(chosen) − reward(rejected)", ylabel="pairs", title="Held-out margins")
@@ -175,7 +193,9 @@ def margins(records: Sequence[dict]) -> Figure:
     return figure
 
 
-def rates(before: dict[str, dict], after: dict[str, dict], title: str = "Share of answers that keep each rule") -> Figure:
+def rates(
+    before: dict[str, dict], after: dict[str, dict], title: str = "Share of answers that keep each rule"
+) -> Figure:
     """Rates with 95% intervals, before (grey) and after (blue)."""
     names = list(before)
     said = "; ".join(f"{n} {before[n]['rate']:.2f} to {after[n]['rate']:.2f}" for n in names)
@@ -184,7 +204,13 @@ def rates(before: dict[str, dict], after: dict[str, dict], title: str = "Share o
         middle = np.array([values[n]["rate"] for n in names])
         error = np.array([[values[n]["rate"] - values[n]["low"], values[n]["high"] - values[n]["rate"]] for n in names])
         axis.errorbar(
-            middle, np.arange(len(names)) + shift, xerr=np.maximum(error.T, 0), fmt="o", color=color, label=label, capsize=3
+            middle,
+            np.arange(len(names)) + shift,
+            xerr=np.maximum(error.T, 0),
+            fmt="o",
+            color=color,
+            label=label,
+            capsize=3,
         )
     axis.set_yticks(range(len(names)), names)
     axis.invert_yaxis()
@@ -196,7 +222,9 @@ def rates(before: dict[str, dict], after: dict[str, dict], title: str = "Share o
 def loss_curve(beta: float) -> Figure:
     """The DPO loss and its gradient weight σ(−margin) over the margin."""
     x = np.linspace(-6, 6, 200)
-    figure, (axis,) = _figure(alt="The loss falls from 6 to 0 as the margin grows; it is ln 2 at 0. The gradient weight falls from 1 to 0.")
+    figure, (axis,) = _figure(
+        alt="The loss falls from 6 to 0 as the margin grows; it is ln 2 at 0. The gradient weight falls from 1 to 0."
+    )
     axis.plot(x, np.log1p(np.exp(-x)), color=BLUE, label="loss = −log σ(margin)")
     axis.plot(x, 1 / (1 + np.exp(x)), color=ORANGE, label="gradient weight = σ(−margin)")
     axis.plot([0], [math.log(2)], "o", color=BLUE)

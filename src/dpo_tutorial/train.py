@@ -158,7 +158,7 @@ def save_adapter(config: Config, run: artifacts.Run, trainer: DPOTrainer, tokeni
         "history": history(trainer),
     }
     with run.replacing(run.adapter) as folder:
-        trainer.model.save_pretrained(folder, safe_serialization=True)
+        trainer.model.save_pretrained(folder, save_embedding_layers=False)  # False: adapter only, no hub look-up
         tokenizer.save_pretrained(folder)
         (folder / "training.json").write_text(json.dumps(record, indent=2), encoding="utf-8")
         (folder / "README.md").write_text(model_card(config, record), encoding="utf-8")

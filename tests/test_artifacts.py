@@ -1,0 +1,361 @@
+"""The run folder: files appear whole or not at all, and each notebook finds what the one before it made."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import tempfile
+
+import datasets
+import pytest
+from conftest import pair
+
+from dpo_tutorial import artifacts, data, environment
+from dpo_tutorial.artifacts import Run
+from dpo_tutorial.errors import ArtifactError
+
+
+@pytest.fixture(scope="module", autouse=True)
+def own_datasets_cache(tmp_path_factory):
+    """Keep what `datasets` builds from these files out of the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("datasets-cache")))
+        yield
+
+
+@pytest.fixture
+def run(cfg):
+    return Run(cfg)
+
+
+def disk_full(*_, **__):
+    raise OSError(28, "No space left on device")
+
+
+def files_of(folder):
+    """Every file and folder below `folder`, with the files' text."""
+    return {
+        str(path.relative_to(folder)): path.read_text() if path.is_file() else None
+        for path in sorted(folder.rglob("*"))
+    }
+
+
+# --- the folder ---------------------------------------------------------------------------------------------------
+
+
+def test_the_run_folder_is_made_below_artifacts_and_profile(cfg, tmp_path):
+    run = Run(dataclasses.replace(cfg, profile="smoke", artifacts=str(tmp_path / "mine")))
+    assert run.dir == tmp_path / "mine" / "smoke"
+    assert files_of(tmp_path / "mine") == {"smoke": None, "smoke/figures": None}
+
+
+def test_a_run_folder_that_cannot_be_written_is_an_error_that_names_it(cfg, tmp_path):
+    (tmp_path / "file").write_text("a file, so nothing can lie below it")
+    with pytest.raises(ArtifactError, match="file/artifacts/cpu could not be written") as caught:
+        Run(dataclasses.replace(cfg, artifacts=str(tmp_path / "file" / "artifacts")))
+    assert "ARTIFACTS" in caught.value.mend
+
+
+def test_a_run_folder_on_a_full_disk_is_an_error_that_says_so(cfg, monkeypatch):
+    monkeypatch.setattr(tempfile, "TemporaryFile", disk_full)
+    with pytest.raises(ArtifactError, match="No space left on device"):
+        Run(cfg)
+
+
+# --- small files --------------------------------------------------------------------------------------------------
+
+
+def test_text_is_written_whole_with_folders_made_and_readable_by_others(run):
+    path = run.write_text("results/answer.md", "é 漢 🙂\n")
+    assert path == run.dir / "results" / "answer.md"
+    assert path.read_text(encoding="utf-8") == "é 漢 🙂\n"
+    assert path.stat().st_mode & 0o777 == 0o644
+    run.write_text("results/answer.md", "new")
+    assert files_of(run.dir / "results") == {"answer.md": "new"}
+
+
+@pytest.mark.parametrize("call", ["replace", "fsync", "chmod"])
+def test_a_write_that_fails_leaves_the_old_text_and_nothing_else(run, monkeypatch, call):
+    run.write_text("answer.md", "old")
+    before = files_of(run.dir)
+    monkeypatch.setattr(artifacts.os, call, disk_full)
+    with pytest.raises(ArtifactError, match="answer.md could not be written .No space left on device") as caught:
+        run.write_text("answer.md", "new")
+    assert "ARTIFACTS" in caught.value.mend
+    assert files_of(run.dir) == before
+
+
+def test_a_full_disk_that_refuses_the_temporary_file_is_an_artifact_error(run, monkeypatch):
+    run.write_text("answer.md", "old")
+    monkeypatch.setattr(artifacts.tempfile, "mkstemp", disk_full)
+    with pytest.raises(ArtifactError, match="answer.md could not be written"):
+        run.write_text("answer.md", "new")
+
+
+def test_a_file_in_place_of_a_folder_is_an_artifact_error(run):
+    run.write_text("results", "a file")
+    with pytest.raises(ArtifactError, match="results/answer.md could not be written"):
+        run.write_text("results/answer.md", "new")
+
+
+def test_a_text_that_cannot_be_encoded_leaves_no_temporary_file(run):
+    before = files_of(run.dir)
+    with pytest.raises((ArtifactError, UnicodeEncodeError)):
+        run.write_text("answer.md", "lone surrogate \ud800")
+    assert files_of(run.dir) == before
+
+
+def test_json_is_read_as_it_was_written(run):
+    value = {"a": [1, 2.5, None], "é": "line separator \u2028 and next line \x85"}
+    run.write_json("value.json", value)
+    assert run.read_json("value.json") == value
+
+
+def test_a_missing_json_file_is_an_error_that_names_it(run):
+    with pytest.raises(ArtifactError, match="results.json is missing"):
+        run.read_json("results.json")
+
+
+@pytest.mark.parametrize("content", [b"", b'{"a": ', b"\xff\xfe"], ids=["empty", "cut short", "not utf-8"])
+def test_a_damaged_json_file_is_an_error_that_names_it(run, content):
+    (run.dir / "results.json").write_bytes(content)
+    with pytest.raises(ArtifactError, match="results.json is not valid JSON") as caught:
+        run.read_json("results.json")
+    assert "Delete it" in caught.value.mend
+
+
+def test_a_figure_is_saved_as_png_below_figures(run):
+    import matplotlib.figure
+
+    path = run.save_figure(matplotlib.figure.Figure(figsize=(1, 1)), "loss.png")
+    assert path == run.dir / "figures" / "loss.png"
+    assert path.read_bytes().startswith(b"\x89PNG")
+
+
+# --- manifest -----------------------------------------------------------------------------------------------------
+
+
+def test_a_new_run_has_a_manifest_without_steps(run):
+    assert run.manifest() == {"steps": {}}
+
+
+def test_recording_a_step_keeps_the_earlier_ones(run):
+    run.record("04", rows=12)
+    first = run.manifest()["steps"]["04"]
+    Run(run.config).record("05", loss=0.5)
+    steps = run.manifest()["steps"]
+    assert list(steps) == ["04", "05"]
+    assert steps["04"] == first and first["rows"] == 12 and steps["05"]["loss"] == 0.5
+
+
+def test_recording_a_step_again_replaces_it(run):
+    run.record("04", rows=12)
+    run.record("04", kept=7)
+    step = run.manifest()["steps"]["04"]
+    assert step["kept"] == 7 and "rows" not in step
+
+
+def test_a_step_is_recorded_with_config_versions_and_hardware(run):
+    run.record("05")
+    step = run.manifest()["steps"]["05"]
+    assert step["config"] == run.config.identity()
+    assert step["versions"] == environment.versions() and {"python", "torch", "trl"} <= set(step["versions"])
+    assert step["hardware"] == environment.hardware()
+    assert step["time"].endswith("Z")
+
+
+def test_a_damaged_manifest_is_an_error_not_a_fresh_start(run):
+    (run.dir / "manifest.json").write_text('{"steps": ')
+    with pytest.raises(ArtifactError, match="manifest.json is not valid JSON"):
+        run.record("05")
+    assert (run.dir / "manifest.json").read_text() == '{"steps": '
+
+
+# --- folders ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def old_adapter(run):
+    run.adapter.mkdir()
+    (run.adapter / "old.txt").write_text("old")
+    return run.adapter
+
+
+def test_a_filled_folder_takes_its_place(run):
+    with run.replacing(run.adapter) as work:
+        (work / "new.txt").write_text("new")
+        assert not run.adapter.exists()
+    assert files_of(run.dir) == {"adapter": None, "adapter/new.txt": "new", "figures": None}
+    assert run.adapter.stat().st_mode & 0o777 == 0o755
+
+
+def test_a_filled_folder_replaces_the_old_one_whole(run, old_adapter):
+    with run.replacing(run.adapter) as work:
+        assert list(work.iterdir()) == []
+        (work / "new.txt").write_text("new")
+    assert files_of(run.dir) == {"adapter": None, "adapter/new.txt": "new", "figures": None}
+
+
+@pytest.mark.parametrize("error", [ValueError("bad weights"), KeyboardInterrupt()], ids=["error", "interrupt"])
+def test_a_failure_while_filling_leaves_the_old_folder_as_it_was(run, old_adapter, error):
+    before = files_of(run.dir)
+    with pytest.raises(type(error)), run.replacing(run.adapter) as work:
+        (work / "new.txt").write_text("half")
+        raise error
+    assert files_of(run.dir) == before
+
+
+def test_a_full_disk_while_filling_leaves_the_old_folder_and_is_an_artifact_error(run, old_adapter):
+    before = files_of(run.dir)
+    full = pytest.raises(ArtifactError, match="adapter could not be written .No space left on device")
+    with full as caught, run.replacing(run.adapter) as work:
+        (work / "new.txt").write_text("half")
+        disk_full()
+    assert "ARTIFACTS" in caught.value.mend
+    assert files_of(run.dir) == before
+
+
+@pytest.mark.parametrize("failing", [1, 2], ids=["moving the old away", "moving the new in"])
+def test_a_failing_rename_leaves_the_old_folder_in_place(run, old_adapter, monkeypatch, failing):
+    before, calls, real = files_of(run.dir), [], os.replace
+
+    def replace(source, target):
+        calls.append(target)
+        if len(calls) == failing:
+            disk_full()
+        real(source, target)
+
+    monkeypatch.setattr(artifacts.os, "replace", replace)
+    with pytest.raises(ArtifactError), run.replacing(run.adapter) as work:
+        (work / "new.txt").write_text("new")
+    assert files_of(run.dir) == before
+
+
+def test_a_full_disk_that_refuses_the_work_folder_is_an_artifact_error(run, old_adapter, monkeypatch):
+    monkeypatch.setattr(artifacts.tempfile, "mkdtemp", disk_full)
+    with pytest.raises(ArtifactError, match="adapter could not be written"), run.replacing(run.adapter):
+        pass
+
+
+# --- handoff ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def source(tmp_path):
+    """A JSONL file of 30 pairs that `cfg` can name as DATA."""
+
+    def write(word="question", ending="."):
+        path = tmp_path / "pairs.jsonl"
+        rows = [pair(f"{word} {i}?", f"Yes {i}{ending}", f"No {i}{ending}") for i in range(30)]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return str(path)
+
+    return write
+
+
+def rows_of(prepared):
+    return {name: split.to_list() for name, split in prepared.splits.items()}
+
+
+def refuse(*_):
+    raise AssertionError("the data was prepared anew")
+
+
+def test_saved_data_comes_back_equal_without_being_prepared_again(cfg, tokenizer, source, monkeypatch):
+    run = Run(dataclasses.replace(cfg, data=source(ending=' é 漢 🙂 "quoted" \\ tab\t and\nline.')))
+    prepared = data.prepare(run.config, tokenizer)
+    folder = run.save_data(prepared)
+    assert folder == run.data_dir()
+    assert sorted(path.name for path in folder.iterdir()) == ["report.json", "test.jsonl", "train.jsonl", "val.jsonl"]
+    monkeypatch.setattr(data, "prepare", refuse)
+    again = Run(run.config).ensure_data(tokenizer)
+    assert rows_of(again) == rows_of(prepared)
+    assert list(again.splits) == list(prepared.splits)
+    assert again.report == prepared.report and again.choices == prepared.choices
+
+
+@pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\x85"], ids=["U+2028", "U+2029", "U+0085"])
+def test_saved_data_with_unicode_line_separators_comes_back_equal(cfg, tokenizer, source, separator):
+    run = Run(dataclasses.replace(cfg, data=source(ending=f" one{separator}two.")))
+    prepared = data.prepare(run.config, tokenizer)
+    run.save_data(prepared)
+    assert rows_of(run.ensure_data(tokenizer)) == rows_of(prepared)
+
+
+def test_missing_data_is_prepared_saved_and_said(cfg, tokenizer, source, capsys):
+    run = Run(dataclasses.replace(cfg, data=source()))
+    made = run.ensure_data(tokenizer)
+    assert "making it now" in capsys.readouterr().out
+    assert rows_of(made) == rows_of(data.prepare(run.config, tokenizer))
+    assert (run.data_dir() / "report.json").is_file()
+    assert rows_of(run.ensure_data(tokenizer)) == rows_of(made)
+    assert "making it now" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "change",
+    [dict(seed=43), dict(max_train=7), dict(max_tokens=64), dict(data="other.jsonl"), dict(model="other/model")],
+)
+def test_a_change_that_alters_the_data_gives_another_data_folder(run, change):
+    assert Run(dataclasses.replace(run.config, **change)).data_dir() != run.data_dir()
+
+
+@pytest.mark.parametrize("change", [dict(beta=0.5), dict(learning_rate=1e-3), dict(lora_r=8)])
+def test_a_change_that_leaves_the_data_alone_keeps_the_data_folder(run, change):
+    assert Run(dataclasses.replace(run.config, **change)).data_dir() == run.data_dir()
+
+
+def test_a_changed_source_file_is_prepared_anew(cfg, tokenizer, source):
+    run = Run(dataclasses.replace(cfg, data=source("old")))
+    run.ensure_data(tokenizer)
+    source("new")
+    prompts = [row["prompt"][0]["content"] for row in run.ensure_data(tokenizer).splits["train"]]
+    assert all(text.startswith("new") for text in prompts)
+
+
+@pytest.mark.parametrize("name", ["report.json", "train.jsonl"])
+@pytest.mark.parametrize("harm", ["cut short", "missing"])
+def test_harmed_prepared_data_is_an_error_that_names_the_file_or_is_made_anew(cfg, tokenizer, source, name, harm):
+    run = Run(dataclasses.replace(cfg, data=source()))
+    made = run.ensure_data(tokenizer)
+    path = run.data_dir() / name
+    path.unlink() if harm == "missing" else path.write_text(path.read_text()[:-20])
+    try:
+        again = run.ensure_data(tokenizer)
+    except ArtifactError as error:
+        assert name in error.cause
+    else:
+        assert rows_of(again) == rows_of(made)
+
+
+def test_no_adapter_is_an_error_that_names_the_notebook_that_makes_one(run):
+    with pytest.raises(ArtifactError) as caught:
+        run.require_adapter()
+    assert str(run.adapter) in caught.value.cause
+    assert "05_train_dpo" in caught.value.mend and "TRAIN_IF_MISSING" in caught.value.mend
+
+
+@pytest.mark.parametrize("missing", [*artifacts.ADAPTER_FILES, "training.json"])
+def test_an_adapter_that_lacks_a_file_counts_as_none(run, missing):
+    run.adapter.mkdir()
+    for name in {*artifacts.ADAPTER_FILES, "training.json"} - {missing}:
+        (run.adapter / name).write_text("{}")
+    with pytest.raises(ArtifactError, match="no trained adapter"):
+        run.require_adapter()
+
+
+def test_the_record_of_a_whole_adapter_is_given_back(run):
+    run.adapter.mkdir()
+    for name in artifacts.ADAPTER_FILES:
+        (run.adapter / name).write_text("{}")
+    (run.adapter / "training.json").write_text('{"steps": 2}')
+    assert run.require_adapter() == {"steps": 2}
+
+
+def test_a_damaged_training_record_is_an_error_that_names_it(run):
+    run.adapter.mkdir()
+    for name in (*artifacts.ADAPTER_FILES, "training.json"):
+        (run.adapter / name).write_text("{")
+    with pytest.raises(ArtifactError, match="training.json"):
+        run.require_adapter()

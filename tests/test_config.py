@@ -1,0 +1,116 @@
+"""`resolve()`: precedence, reasons, and errors that list what is known."""
+
+import pytest
+
+from dpo_tutorial import config, environment, models, train
+from dpo_tutorial.errors import ConfigError
+
+NO_GPU = {"cuda": False, "cpu_amx": False, "cores": 2, "memory_gib": 24.0, "cpu": "x"}
+
+
+def gpu(capability, memory):
+    return NO_GPU | {"cuda": True, "capability": capability, "gpu": "card", "gpu_memory_gib": memory}
+
+
+@pytest.fixture(autouse=True)
+def no_gpu(monkeypatch):
+    monkeypatch.setattr(environment, "hardware", lambda: dict(NO_GPU))
+
+
+def test_a_parameter_beats_the_environment_which_beats_the_hardware(monkeypatch):
+    assert config.resolve().profile == "cpu"
+    monkeypatch.setenv("DPO_TUTORIAL_PROFILE", "smoke")
+    assert config.resolve(profile="").profile == "smoke"
+    assert config.resolve(PROFILE="t4").profile == "t4"
+
+
+def test_every_choice_is_printed_with_its_reason(monkeypatch, capsys):
+    monkeypatch.setenv("DPO_TUTORIAL_SEED", "7")
+    resolved = config.resolve()
+    said = capsys.readouterr().out
+    assert resolved.seed == 7
+    assert "no CUDA device found" in said and "DPO_TUTORIAL_SEED" in said and "fp32" in said
+
+
+@pytest.mark.parametrize(
+    ("hardware", "profile", "dtype"),
+    [
+        (gpu([7, 5], 15.0), "t4", "fp16"),
+        (gpu([8, 9], 22.0), "gpu24", "bf16"),
+        (gpu([9, 0], 79.0), "gpu80", "bf16"),
+        (NO_GPU, "cpu", "fp32"),
+        (NO_GPU | {"cpu_amx": True}, "cpu", "bf16"),
+    ],
+)
+def test_profile_and_dtype_follow_the_hardware(monkeypatch, hardware, profile, dtype):
+    monkeypatch.setattr(environment, "hardware", lambda: hardware)
+    resolved = config.resolve()
+    assert (resolved.profile, resolved.dtype) == (profile, dtype)
+
+
+def test_an_unknown_profile_lists_the_known_ones():
+    with pytest.raises(ConfigError, match="Unknown profile 'tpu'") as error:
+        config.resolve(profile="tpu")
+    assert all(name in error.value.mend for name in config.PROFILES)
+
+
+def test_an_unknown_parameter_lists_the_known_ones():
+    with pytest.raises(ConfigError, match="BTA") as error:
+        config.resolve(bta=0.2)
+    assert "BETA" in error.value.mend
+
+
+@pytest.mark.parametrize(
+    "bad", [{"beta": 0}, {"beta": "high"}, {"max_train": 0}, {"max_train": 1.5}, {"dtype": "fp8"}, {"max_tokens": 3}]
+)
+def test_a_value_out_of_range_names_the_parameter_and_the_range(bad):
+    with pytest.raises(ConfigError, match=next(iter(bad)).upper()):
+        config.resolve(**bad)
+
+
+def test_strings_from_papermill_become_the_right_types():
+    resolved = config.resolve(beta="0.3", max_train="12", gradient_checkpointing="true", lora_targets="q_proj,v_proj")
+    assert resolved.beta == 0.3 and resolved.max_train == 12 and resolved.gradient_checkpointing is True
+    assert resolved.lora_targets == ("q_proj", "v_proj")
+
+
+def test_a_revision_is_read_after_the_at_sign_and_never_carried_to_another_model():
+    resolved = config.resolve(profile="t4", model="someone/model@abc123", data="someone/pairs")
+    assert (resolved.model, resolved.model_revision) == ("someone/model", "abc123")
+    assert (resolved.data, resolved.data_revision) == ("someone/pairs", None)
+
+
+def test_hub_profiles_pin_model_and_data_to_a_commit():
+    for name, values in config.PROFILES.items():
+        if "model" in values:
+            assert len(values["model_revision"]) == 40 and len(values["data_revision"]) == 40, name
+
+
+@pytest.mark.parametrize("profile", config.PROFILES)
+@pytest.mark.parametrize("dtype", environment.DTYPES)
+def test_every_profile_builds_the_real_library_configs(profile, dtype, tmp_path):
+    resolved = config.resolve(profile=profile, dtype=dtype)
+    arguments = train.dpo_config(resolved, tmp_path)
+    assert arguments.beta == resolved.beta and arguments.loss_type == ["sigmoid"]
+    assert (arguments.bf16, arguments.fp16) == (dtype == "bf16", dtype == "fp16")
+    assert models.lora_config(resolved).target_modules == set(config.LORA_TARGETS)
+    assert models.quantization_config(resolved).bnb_4bit_quant_type == "nf4"
+
+
+def test_the_table_has_one_row_per_knob_with_a_meaning():
+    rows = config.Config().rows()
+    assert {r["parameter"] for r in rows} == set(config.known_parameters())
+    assert all(r["meaning"] for r in rows)
+
+
+def test_seeds_repeat_python_numpy_and_torch():
+    import random
+
+    import numpy
+    import torch
+
+    def draw():
+        environment.seed_everything(3)
+        return random.random(), numpy.random.rand(), torch.rand(1).item()
+
+    assert draw() == draw()

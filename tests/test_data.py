@@ -1,0 +1,723 @@
+"""Preference data: reading a source, choosing splits, one reason per dropped row, and the repository's own pairs."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import itertools
+import json
+import re
+from collections import Counter
+
+import datasets
+import huggingface_hub
+import pytest
+from conftest import TEXTS, pair
+from datasets import Dataset, DatasetDict
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from dpo_tutorial import data
+from dpo_tutorial.errors import DataError
+
+
+@pytest.fixture(scope="module", autouse=True)
+def own_datasets_cache(tmp_path_factory):
+    """Keep what `datasets` builds from these files out of the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("datasets-cache")))
+        yield
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def assistant(text):
+    return {"role": "assistant", "content": text}
+
+
+def system(text):
+    return {"role": "system", "content": text}
+
+
+def conversation(turns, chosen="Good answer.", rejected="Bad answer.", **changes):
+    """A row whose two sides share `turns` and differ in the last answer."""
+    sides = {"chosen": [*turns, assistant(chosen)], "rejected": [*turns, assistant(rejected)]}
+    return pair("x", "", "") | sides | changes
+
+
+def numbered(word, n):
+    """`n` sound rows; rows of different words share no prompt."""
+    return [pair(f"{word} question {i}?", f"{word} yes {i}.", f"{word} no {i}.") for i in range(n)]
+
+
+def write_jsonl(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def source(folder, **splits):
+    """A folder that `load_preferences` reads: one JSONL per split; a split that is not given is sound."""
+    rows = {"train": numbered("train", 4), "val": numbered("val", 3), "test": numbered("test", 3)} | splits
+    for ours, name in (("train", "train"), ("val", "validation"), ("test", "test")):
+        write_jsonl(folder / f"{name}.jsonl", rows[ours])
+    return str(folder)
+
+
+@pytest.fixture
+def prepared(cfg, tokenizer, tmp_path):
+    """Prepare the given splits, with the given changes of the config."""
+    made = itertools.count()
+
+    def prepare(changes=None, **splits):
+        folder = source(tmp_path / f"source-{next(made)}", **splits)
+        return data.prepare(dataclasses.replace(cfg, data=folder, **({"max_tokens": 512} | (changes or {}))), tokenizer)
+
+    return prepare
+
+
+def questions(split):
+    return [prompt[-1]["content"] for prompt in split["prompt"]]
+
+
+def without(row, *columns):
+    return {name: value for name, value in row.items() if name not in columns}
+
+
+# --- one row ------------------------------------------------------------------------------------------------------
+
+GOOD = pair(*TEXTS[0])
+ROW_CASES = {
+    "missing column": [
+        *(without(GOOD, column) for column in data.COLUMNS),
+        *(GOOD | {column: None} for column in data.COLUMNS),
+        {},
+    ],
+    "wrong type": [
+        GOOD | {"chosen": "a text"},
+        GOOD | {"chosen": {"role": "user", "content": "hi"}},
+        GOOD | {"rejected": ["a text", "another"]},
+        GOOD | {"chosen": [user("hi"), None]},
+        GOOD | {"chosen": [user("hi"), {"role": "assistant"}]},
+        GOOD | {"chosen": [user("hi"), {"role": "assistant", "content": None}]},
+        GOOD | {"chosen": [user("hi"), {"role": None, "content": "ho"}]},
+        GOOD | {"chosen": [user(3), assistant("ho")]},
+        GOOD | {"score_chosen": "8.0"},
+        GOOD | {"score_rejected": True},
+    ],
+    "empty conversation": [GOOD | {"chosen": []}, GOOD | {"rejected": []}],
+    "bad role": [conversation([{"role": "human", "content": "hi"}]), conversation([{"role": "tool", "content": "hi"}])],
+    "roles out of order": [
+        conversation([]),
+        conversation([system("Be brief.")]),
+        conversation([assistant("hi")]),
+        conversation([user("hi"), user("still there?")]),
+        conversation([user("hi"), assistant("ho")]),
+        conversation([user("hi"), system("Be brief.")]),
+        conversation([system("Be brief."), system("Be kind."), user("hi")]),
+    ],
+    "last turn not assistant": [
+        GOOD | {"chosen": GOOD["chosen"] + [user("thanks")]},
+        GOOD | {"rejected": GOOD["rejected"][:1]},
+    ],
+    "empty answer": [conversation([user("hi")], chosen=""), conversation([user("hi")], rejected=" \n\t")],
+    "invalid text": [
+        conversation([user("hi")], chosen="nul \x00"),
+        conversation([user("bell \x07")]),
+        conversation([system("lone surrogate \ud800"), user("hi")]),
+        conversation([user("hi")], rejected="replacement \ufffd"),
+        conversation([user("hi")], rejected="delete \x7f"),
+    ],
+    "prompts differ": [
+        GOOD | {"rejected": [user("another question"), GOOD["rejected"][1]]},
+        GOOD | {"chosen": [system("Be brief."), *GOOD["chosen"]]},
+    ],
+    "chosen equals rejected": [
+        conversation([user("hi")], chosen="same", rejected="same"),
+        conversation([user("hi")], chosen="same", rejected=" same\n"),
+    ],
+    "tied scores": [GOOD | {"score_chosen": 5, "score_rejected": 5.0}],
+    "inverted scores": [GOOD | {"score_chosen": 3.0, "score_rejected": 8.0}],
+}
+#: Reasons that need more than the row: the splits that produce each, and the split it is counted in.
+SET_CASES = {
+    "duplicate prompt": ("train", dict(train=[*numbered("train", 3), pair("TRAIN  question 1?", "a", "b")])),
+    "prompt in test": ("train", dict(train=[*numbered("train", 3), numbered("test", 3)[0]])),
+    "too long": ("train", dict(train=[*numbered("train", 3), pair("Say a lot.", "word " * 600, "no")])),
+}
+
+
+def test_every_reason_has_a_row_made_for_it():
+    assert set(ROW_CASES) | set(SET_CASES) == set(data.REASONS)
+
+
+@pytest.mark.parametrize(
+    ("reason", "row"),
+    [pytest.param(r, row, id=f"{r}-{i}") for r, rows in ROW_CASES.items() for i, row in enumerate(rows)],
+)
+def test_a_broken_row_gets_its_reason(reason, row):
+    assert data.row_problem(row) == reason
+
+
+@pytest.mark.parametrize("reason", SET_CASES)
+def test_a_row_that_clashes_with_the_set_gets_its_reason(prepared, reason):
+    split, splits = SET_CASES[reason]
+    report = prepared(**splits).report
+    assert report[split]["dropped"] == {reason: 1}
+    assert all(not report[other]["dropped"] for other in report if other != split)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        GOOD,
+        GOOD | {"score_chosen": 8, "score_rejected": 3},
+        conversation([system("Be brief."), user("hi")]),
+        conversation([user("a"), assistant("b"), user("c")]),
+        conversation([user("hi")], chosen="tab\tand line\nand é 漢 🙂", rejected="no"),
+        conversation([user("hi") | {"name": None}]),
+        without(GOOD, "prompt_id"),
+    ],
+)
+def test_a_sound_row_has_no_problem(row):
+    assert data.row_problem(row) is None
+
+
+@pytest.mark.parametrize(
+    ("first", "row"),
+    [
+        ("missing column", GOOD | {"score_chosen": None, "chosen": "a text"}),
+        ("wrong type", GOOD | {"chosen": [], "rejected": "a text"}),
+        ("empty conversation", GOOD | {"chosen": [], "rejected": [{"role": "human", "content": "hi"}]}),
+        ("bad role", GOOD | {"chosen": [{"role": "human", "content": "hi"}]}),
+        ("roles out of order", conversation([user("a"), user("b")], chosen="")),
+        ("last turn not assistant", GOOD | {"chosen": GOOD["chosen"] + [user("")]}),
+        ("empty answer", conversation([user("nul \x00")], chosen="")),
+        ("invalid text", GOOD | {"rejected": [user("nul \x00"), assistant("b")]}),
+        ("prompts differ", GOOD | {"rejected": [user("other"), GOOD["chosen"][1]]}),
+        ("chosen equals rejected", conversation([user("a")], "same", "same", score_chosen=1, score_rejected=1)),
+    ],
+)
+def test_a_row_with_two_problems_gets_the_earlier_reason(first, row):
+    assert data.row_problem(row) == first
+
+
+def test_the_order_of_roles_is_checked_before_the_last_turn_as_reasons_says():
+    assert data.row_problem(GOOD | {"chosen": [user("a"), user("b")]}) == "roles out of order"
+
+
+@pytest.mark.parametrize("column", ["score_chosen", "score_rejected"])
+def test_a_score_that_is_nan_is_not_a_number(column):
+    assert data.row_problem(GOOD | {column: float("nan")}) == "wrong type"
+
+
+_role = st.sampled_from(["user", "assistant", "system", "tool"]) | st.none() | st.integers()
+_text = st.text(st.characters(), max_size=6) | st.sampled_from(["hi", "", " ", "\x00"])  # characters(): surrogates too
+_message = st.fixed_dictionaries({}, optional={"role": _role, "content": _text | st.none() | st.floats()})
+_user_turn, _answer = st.builds(user, _text), st.builds(assistant, _text)
+_side = (
+    st.tuples(_user_turn, _answer).map(list)
+    | st.lists(_message | _user_turn | _answer | st.none() | st.text(max_size=3), max_size=4)
+    | st.none()
+    | st.text(max_size=3)
+    | st.integers()
+    | _message
+)
+_score = st.floats() | st.integers() | st.none() | st.booleans() | st.text(max_size=3)
+_changes = st.fixed_dictionaries(
+    {},
+    optional={"prompt": _text | st.none() | st.integers(), "prompt_id": _text | st.none() | st.integers()}
+    | {"chosen": _side, "rejected": _side, "score_chosen": _score, "score_rejected": _score},
+)
+
+
+@given(base=st.sampled_from([GOOD, {}]), changes=_changes)
+# BUG: math.isfinite raises OverflowError for a whole number that no float can hold.
+@example(base=GOOD, changes={"score_chosen": 10**400})
+@example(base=GOOD, changes={"score_chosen": float("nan"), "score_rejected": float("nan")})
+@settings(max_examples=100, deadline=None, database=None)
+def test_any_row_is_sound_or_has_a_known_reason(base, changes):
+    row = base | changes
+    before = copy.deepcopy(row)
+    problem = data.row_problem(row)
+    assert problem is None or problem in data.REASONS
+    assert repr(row) == repr(before)  # repr: NaN is not equal to itself
+    if problem is None:  # then the row can be trained on
+        parts = data.extract(row)
+        assert parts["prompt"] and parts["chosen"] != parts["rejected"]
+        assert isinstance(parts["prompt_id"], str)
+
+
+def test_extract_puts_every_turn_before_the_last_answer_into_the_prompt():
+    turns = [system("Be brief."), user("a"), assistant("b"), user("c")]
+    assert data.extract(conversation(turns, "good", "bad")) == {
+        "prompt_id": "x",
+        "prompt": turns,
+        "chosen": [assistant("good")],
+        "rejected": [assistant("bad")],
+    }
+
+
+def test_extract_keeps_role_and_content_only():
+    """`datasets` gives every message the keys any message has, as None."""
+    row = conversation([user("a") | {"name": None, "weight": 1}])
+    assert data.extract(row)["prompt"] == [user("a")]
+
+
+@pytest.mark.parametrize(("given_id", "kept"), [("abc", "abc"), (7, "7"), (None, "")])
+def test_extract_gives_the_prompt_id_as_text(given_id, kept):
+    assert data.extract(GOOD | {"prompt_id": given_id})["prompt_id"] == kept
+
+
+def test_prompt_key_ignores_case_and_space_and_nothing_else():
+    key = data.prompt_key([user("How  do\nI Boil an egg? ")])
+    assert key == data.prompt_key([user("how do i boil an egg?")])
+    assert key != data.prompt_key([user("how do i boil an egg")])
+    assert key != data.prompt_key([system("how do i boil an egg?")])
+
+
+# --- tokens -------------------------------------------------------------------------------------------------------
+
+PROMPTS = {
+    "one turn": [user("How do I boil an egg?")],
+    "several turns": [user("Hi"), assistant("Hello."), user("Add 2 and 3.")],
+    "system turn": [system("Be brief."), user("Why is the sky blue?")],
+    "no word the tokenizer saw": [user("漢字 🙂 é")],
+}
+
+
+@pytest.mark.parametrize("prompt", PROMPTS.values(), ids=PROMPTS)
+def test_encode_cuts_the_templated_conversation_at_the_start_of_the_answer(tokenizer, prompt):
+    answer = [assistant("Put it into water.")]
+    before, after = data.encode(tokenizer, prompt, answer)
+    whole = tokenizer.apply_chat_template(prompt + answer, tokenize=True, return_dict=False)
+    assert before + after == whole
+    assert tokenizer.decode(before).endswith("<|im_start|>assistant\n")
+    assert tokenizer.decode(after) == "Put it into water.<|im_end|>\n"
+
+
+@pytest.mark.parametrize("prompt", PROMPTS.values(), ids=PROMPTS)
+def test_an_encoded_answer_has_exactly_one_eos(tokenizer, prompt):
+    _, after = data.encode(tokenizer, prompt, [assistant("Put it into water.")])
+    assert after.count(tokenizer.eos_token_id) == 1
+    assert tokenizer.decode(after[after.index(tokenizer.eos_token_id) + 1 :]).strip() == ""
+
+
+def test_encode_gives_both_answers_the_same_prompt(tokenizer):
+    parts = data.extract(GOOD)
+    chosen, rejected = (data.encode(tokenizer, parts["prompt"], parts[side]) for side in ("chosen", "rejected"))
+    assert chosen[0] == rejected[0] and chosen[1] != rejected[1]
+
+
+def test_encode_refuses_a_template_whose_prompt_changes_once_an_answer_follows(tokenizer):
+    other = copy.deepcopy(tokenizer)
+    other.chat_template = "{{ messages | length }} turns: " + tokenizer.chat_template
+    with pytest.raises(DataError, match="renders the prompt differently"):
+        data.encode(other, [user("hi")], [assistant("ho")])
+
+
+# --- splits -------------------------------------------------------------------------------------------------------
+
+
+def splits_of(**sizes):
+    return DatasetDict({name: Dataset.from_list(numbered(name, n)) for name, n in sizes.items()})
+
+
+@pytest.mark.parametrize(
+    "names", itertools.product(*data.SPLIT_NAMES.values()), ids=lambda names: "+".join(names)
+)  # fmt: skip
+def test_splits_are_found_by_each_usual_name(names):
+    raw = splits_of(**dict(zip(names, (5, 4, 3), strict=True)))
+    found, said = data.choose_splits(raw, seed=1)
+    for ours, name in zip(("train", "val", "test"), names, strict=True):
+        assert found[ours]["prompt"] == raw[name]["prompt"]
+        assert f"{ours}: split '{name}', {len(raw[name])} rows" in said
+    assert list(found) == ["train", "val", "test"] and len(said) == 3
+
+
+def test_a_preference_split_wins_over_a_split_of_the_plain_name():
+    found, _ = data.choose_splits(splits_of(train=3, train_prefs=4, test=5, test_prefs=6, validation=2), seed=1)
+    assert {name: len(split) for name, split in found.items()} == {"train": 4, "val": 2, "test": 6}
+
+
+def test_splits_that_are_not_used_are_named_as_left_alone():
+    _, said = data.choose_splits(splits_of(train_sft=3, train_prefs=3, val_prefs=3, test_prefs=3, gen=2), seed=1)
+    assert "left alone: gen, train_sft" in said
+
+
+def test_missing_splits_are_cut_from_train_and_said():
+    raw = splits_of(train=100)
+    found, said = data.choose_splits(raw, seed=7)
+    assert {name: len(split) for name, split in found.items()} == {"train": 81, "val": 10, "test": 9}
+    assert sorted(itertools.chain(*(split["prompt"] for split in found.values()))) == sorted(raw["train"]["prompt"])
+    assert [s for s in said if "cut from train with seed 7" in s and "9 rows" in s and s.startswith("test")]
+    assert [s for s in said if "cut from train with seed 7" in s and "10 rows" in s and s.startswith("val")]
+
+
+def test_only_the_missing_split_is_cut():
+    found, _ = data.choose_splits(splits_of(train=20, test=5), seed=7)
+    assert {name: len(split) for name, split in found.items()} == {"train": 18, "val": 2, "test": 5}
+
+
+def test_the_cut_depends_on_the_seed_alone():
+    raw = splits_of(train=100)
+    first, again, other = (data.choose_splits(raw, seed=seed)[0] for seed in (1, 1, 2))
+    for name in ("train", "val", "test"):
+        assert first[name]["prompt"] == again[name]["prompt"]
+        assert set(first[name]["prompt"]) != set(other[name]["prompt"])
+
+
+def test_no_train_split_is_an_error_that_names_what_there_is():
+    with pytest.raises(DataError, match="No training split among test_prefs, train_sft") as caught:
+        data.choose_splits(splits_of(test_prefs=3, train_sft=3), seed=1)
+    assert "train_prefs or train" in caught.value.mend
+
+
+def test_too_few_rows_to_cut_from_is_an_error():
+    with pytest.raises(DataError, match="9 rows are too few to cut a val split from"):
+        data.choose_splits(splits_of(train=9), seed=1)
+
+
+# --- load ---------------------------------------------------------------------------------------------------------
+
+
+def load(cfg, path):
+    return data.load_preferences(dataclasses.replace(cfg, data=str(path)))
+
+
+def test_a_jsonl_file_is_read_and_split(cfg, tmp_path):
+    rows = numbered("row", 30)
+    found, _ = load(cfg, write_jsonl(tmp_path / "pairs.jsonl", rows))
+    assert sorted(row["prompt"] for split in found.values() for row in split) == sorted(r["prompt"] for r in rows)
+    assert all(data.row_problem(row) is None for split in found.values() for row in split)
+
+
+def test_a_parquet_file_is_read_and_split(cfg, tmp_path):
+    rows = numbered("row", 30)
+    Dataset.from_list(rows).to_parquet(tmp_path / "pairs.parquet")
+    found, _ = load(cfg, tmp_path / "pairs.parquet")
+    assert sorted(row["prompt"] for split in found.values() for row in split) == sorted(r["prompt"] for r in rows)
+    assert all(data.row_problem(row) is None for split in found.values() for row in split)
+
+
+@pytest.mark.parametrize("with_readme", [True, False], ids=["with the card", "without the card"])
+def test_a_folder_laid_out_as_the_hub_serves_it_is_read_by_its_split_names(cfg, tmp_path, with_readme):
+    sizes = {"train_prefs": 12, "test_prefs": 5, "train_sft": 4}
+    (tmp_path / "data").mkdir()
+    for name, n in sizes.items():
+        Dataset.from_list(numbered(name, n)).to_parquet(tmp_path / "data" / f"{name}-00000-of-00001.parquet")
+    if with_readme:
+        files = "".join(f"  - split: {name}\n    path: data/{name}-*\n" for name in sizes)
+        (tmp_path / "README.md").write_text(
+            f"---\nconfigs:\n- config_name: default\n  data_files:\n{files}---\n# Card\n"
+        )
+    found, said = load(cfg, tmp_path)
+    assert {name: len(split) for name, split in found.items()} == {"train": 10, "val": 2, "test": 5}
+    assert found["test"]["prompt"] == [row["prompt"] for row in numbered("test_prefs", 5)]
+    assert "left alone: train_sft" in said
+
+
+def test_the_repositorys_own_set_is_read_with_its_three_splits(cfg):
+    found, said = load(cfg, "embedded")
+    assert {name: len(split) for name, split in found.items()} == {
+        ours: len(EMBEDDED[f"{ours}_prefs"]) for ours in ("train", "val", "test")
+    }
+    assert not any("cut from train" in sentence for sentence in said)
+
+
+@pytest.mark.parametrize("name", ["missing.jsonl", "missing.parquet", "missing.json"])
+def test_a_missing_file_is_an_error_that_names_it(cfg, tmp_path, name):
+    with pytest.raises(DataError, match=f"{name} does not exist"):
+        load(cfg, tmp_path / name)
+
+
+def test_a_folder_without_data_is_an_error_that_names_it(cfg, tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="empty") as caught:
+        load(cfg, tmp_path / "empty")
+    assert "data files" in caught.value.cause and "embedded" in caught.value.mend
+
+
+def test_another_schema_is_an_error_that_lists_the_columns_found_and_needed(cfg, tmp_path):
+    rows = [{"question": "a", "chosen": "b", "response": "c"} for _ in range(20)]
+    with pytest.raises(DataError) as caught:
+        load(cfg, write_jsonl(tmp_path / "other.jsonl", rows))
+    assert "no column prompt, rejected, score_chosen, score_rejected" in caught.value.cause
+    assert "it has question, chosen, response" in caught.value.cause
+    assert all(column in caught.value.mend for column in data.COLUMNS)
+
+
+def test_a_held_out_split_without_a_needed_column_is_an_error_that_names_the_split(prepared):
+    """`datasets` fills the column in from the other splits, with None, so the rows are what shows it."""
+    with pytest.raises(DataError, match=r"\(test\): 3 missing column"):
+        prepared(test=[without(row, "score_rejected") for row in numbered("test", 3)])
+
+
+def test_an_unknown_hub_id_without_a_network_is_an_error_that_names_it(cfg, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(DataError, match="DATA=nobody/no-such-preferences could not be read") as caught:
+        load(cfg, "nobody/no-such-preferences")
+    assert "DATA=embedded" in caught.value.mend
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("{not json\n" * 3, "JSON parse error"),
+        (json.dumps(GOOD)[:-5], "JSON parse error"),
+        ("", "empty|no row"),
+    ],
+    ids=["no json", "cut short", "empty"],
+)
+def test_an_unreadable_file_is_an_error_that_says_why(cfg, tmp_path, text, named):
+    (tmp_path / "broken.jsonl").write_text(text)
+    with pytest.raises(DataError) as caught:
+        load(cfg, tmp_path / "broken.jsonl")
+    assert "broken.jsonl" in caught.value.cause
+    assert re.search(named, caught.value.cause)
+
+
+@pytest.mark.parametrize(
+    ("reason", "changes"),
+    [
+        ("missing column", dict(chosen=None)),
+        ("missing column", dict(score_chosen=None)),
+        ("wrong type", dict(chosen="a text")),
+        ("wrong type", dict(chosen=["a text", "another"])),
+        ("wrong type", dict(chosen=[user("hi"), None])),
+        ("wrong type", dict(chosen=[{"role": "user"}, {"role": "assistant"}])),
+        ("wrong type", dict(chosen=[user("hi"), {"content": "ho"}])),
+        ("wrong type", dict(chosen=[user(3), assistant("ho")])),
+        ("wrong type", dict(score_chosen="ten")),
+        ("empty conversation", dict(chosen=[])),
+    ],
+)
+def test_one_odd_row_read_through_datasets_is_dropped_and_spares_the_others(prepared, reason, changes):
+    """`datasets` gives one type to a whole column, and None to a key that only other rows have."""
+    report = prepared(train=[*numbered("train", 4), pair("odd?", "yes", "no") | changes]).report["train"]
+    assert report["dropped"] == {reason: 1} and report["kept"] == 4
+
+
+def test_a_row_without_a_column_that_others_have_is_dropped_as_missing(prepared):
+    odd = without(pair("odd?", "yes", "no"), "score_rejected")
+    report = prepared(train=[*numbered("train", 4), odd]).report["train"]
+    assert report["dropped"] == {"missing column": 1} and report["kept"] == 4
+
+
+def test_keys_that_only_some_messages_have_do_not_reach_the_training_rows(prepared):
+    odd = pair("odd?", "yes", "no") | {"chosen": [user("odd?") | {"name": "Ann"}, assistant("yes") | {"id": 3}]}
+    split = prepared(train=[*numbered("train", 4), odd]).splits["train"]
+    assert len(split) == 5
+    assert {tuple(m) for row in split for side in ("prompt", "chosen", "rejected") for m in row[side]} == {
+        ("role", "content")
+    }
+
+
+# --- the whole set ------------------------------------------------------------------------------------------------
+
+
+def test_every_row_is_kept_or_dropped_for_one_reason(prepared):
+    broken = [
+        rows[0] for reason, rows in ROW_CASES.items() if reason not in ("missing column", "wrong type", "invalid text")
+    ]
+    train = [*numbered("train", 6), *broken, pair("train question 1?", "a", "b"), numbered("test", 1)[0]]
+    report = prepared(train=train).report
+    for split in report.values():
+        assert split["rows"] == split["kept"] + sum(split["dropped"].values())
+    assert report["train"]["rows"] == len(train) and report["train"]["kept"] == 6
+    assert sum(report["train"]["dropped"].values()) == len(broken) + 2
+    assert list(report) == ["train", "val", "test"]
+
+
+def test_the_report_names_up_to_three_rows_per_reason(prepared):
+    tied = [pair(f"tied {i}?", "a", "b", score_chosen=3.0) for i in range(5)]
+    report = prepared(train=[*numbered("train", 3), *tied]).report["train"]
+    assert report["dropped"] == {"tied scores": 5}
+    assert report["examples"] == {"tied scores": ["tied 0?", "tied 1?", "tied 2?"]}
+
+
+def test_a_prompt_of_the_test_split_is_dropped_from_train_and_val_and_stays_in_test(prepared):
+    shared = pair("Shared  QUESTION?", "yes", "no")
+    made = prepared(
+        train=[*numbered("train", 3), shared],
+        val=[*numbered("val", 3), pair("shared question?", "a", "b")],
+        test=[*numbered("test", 3), shared],
+    )
+    assert made.report["train"]["dropped"] == made.report["val"]["dropped"] == {"prompt in test": 1}
+    assert "Shared  QUESTION?" in questions(made.splits["test"])
+    assert not {"Shared  QUESTION?", "shared question?"} & {
+        *questions(made.splits["train"]),
+        *questions(made.splits["val"]),
+    }
+
+
+def test_a_prompt_of_the_val_split_is_dropped_from_train(prepared):
+    made = prepared(train=[*numbered("train", 3), numbered("val", 3)[2]])
+    assert made.report["train"]["dropped"] == {"prompt in test": 1}
+    assert made.report["val"]["kept"] == 3
+
+
+def test_a_held_out_prompt_is_dropped_from_train_even_when_the_limit_leaves_it_unused(prepared):
+    """Else a larger MAX_TEST would find prompts that were trained on."""
+    made = prepared(dict(max_test=1), train=[*numbered("train", 3), *numbered("test", 3)])
+    assert made.report["train"]["dropped"] == {"prompt in test": 3} and made.report["test"]["used"] == 1
+
+
+def test_two_conversations_that_share_only_the_first_message_are_both_kept(prepared):
+    turns = [user("Hi"), assistant("Hello.")]
+    rows = [conversation([*turns, user(text)], prompt="Hi") for text in ("Add 2 and 3.", "Add 4 and 5.")]
+    assert prepared(train=rows).report["train"]["kept"] == 2
+
+
+def test_the_seed_decides_the_order_and_nothing_else(prepared):
+    rows = numbered("train", 30)
+    first, again, other = (questions(prepared(dict(seed=s), train=rows).splits["train"]) for s in (1, 1, 2))
+    assert first == again
+    assert first != other and sorted(first) == sorted(other)
+    assert first != [row["prompt"] for row in rows]
+
+
+def test_the_limits_are_respected_and_take_the_front_of_the_shuffle(prepared):
+    rows = dict(train=numbered("train", 20), val=numbered("val", 10), test=numbered("test", 10))
+    whole, made = prepared(**rows), prepared(dict(max_train=7, max_val=2, max_test=3), **rows)
+    for name, limit in (("train", 7), ("val", 2), ("test", 3)):
+        assert questions(made.splits[name]) == questions(whole.splits[name])[:limit]
+        assert made.report[name]["used"] == limit and made.report[name]["kept"] == len(rows[name])
+
+
+def test_a_limit_above_the_rows_there_are_uses_them_all(prepared):
+    assert prepared(dict(max_train=1000)).report["train"]["used"] == 4
+
+
+def test_no_usable_row_is_an_error_that_names_the_split_and_the_counts(prepared):
+    tied = [pair(f"tied {i}?", "a", "b", score_chosen=3.0) for i in range(3)]
+    with pytest.raises(DataError) as caught:
+        prepared(train=[*tied, pair("same?", "a", "a")])
+    assert "(train): 3 tied scores, 1 chosen equals rejected." in caught.value.cause
+
+
+def test_all_rows_too_long_is_an_error_that_tells_to_raise_max_tokens(prepared):
+    with pytest.raises(DataError, match=r"\(test\): 3 too long") as caught:
+        prepared(dict(max_tokens=32), test=[pair(f"long {i}?", "word " * 100, "no") for i in range(3)])
+    assert "MAX_TOKENS" in caught.value.mend
+
+
+@pytest.mark.parametrize("side", ["chosen", "rejected"])
+def test_a_pair_of_max_tokens_is_kept_whole_and_one_token_less_drops_it(prepared, tokenizer, side):
+    answers = dict(chosen="Short.", rejected="Brief.") | {side: "A long answer. " * 8}
+    row = pair("Long?", answers["chosen"], answers["rejected"])
+    parts = data.extract(row)
+    length = sum(map(len, data.encode(tokenizer, parts["prompt"], parts[side])))
+    rows = [*numbered("train", 3), row]
+    kept = prepared(dict(max_tokens=length), train=rows)
+    mine = next(r for r in kept.splits["train"] if r["prompt"] == parts["prompt"])
+    assert (mine["chosen"], mine["rejected"]) == (parts["chosen"], parts["rejected"])
+    assert max(data.token_lengths(kept.splits["train"])) == length
+    dropped = prepared(dict(max_tokens=length - 1), train=rows)
+    assert dropped.report["train"]["dropped"] == {"too long": 1}
+    assert "Long?" not in questions(dropped.splits["train"])
+
+
+def test_the_token_counts_are_those_of_the_encoded_row(prepared, tokenizer):
+    for row in prepared().splits["train"]:
+        for side in ("chosen", "rejected"):
+            before, after = data.encode(tokenizer, row["prompt"], row[side])
+            assert (row["prompt_tokens"], row[f"{side}_tokens"]) == (len(before), len(after))
+
+
+# --- the repository's own pairs -----------------------------------------------------------------------------------
+
+EMBEDDED = {
+    name: [json.loads(line) for line in data.embedded_file(name).open(encoding="utf-8")]
+    for name in ("train_prefs", "val_prefs", "test_prefs")
+}
+ALL = [row for rows in EMBEDDED.values() for row in rows]
+
+
+def named(row):
+    return data.prompt_key(data.extract(row)["prompt"])
+
+
+@pytest.mark.parametrize(("split", "least"), [("train_prefs", 300), ("val_prefs", 40), ("test_prefs", 80)])
+def test_an_embedded_split_has_enough_pairs(split, least):
+    assert len(EMBEDDED[split]) >= least
+
+
+def test_every_embedded_row_has_the_columns_of_ultrafeedback_binarized():
+    columns = {"prompt", "prompt_id", "chosen", "rejected", "messages", "score_chosen", "score_rejected"}
+    assert [named(row) for row in ALL if set(row) != columns] == []
+
+
+def test_every_embedded_row_is_usable():
+    assert Counter(data.row_problem(row) for row in ALL) == {None: len(ALL)}
+
+
+def test_the_prompt_of_an_embedded_row_is_its_first_user_message():
+    def first(row):
+        return next(m["content"] for m in row["chosen"] if m["role"] == "user")
+
+    assert [row["prompt"] for row in ALL if row["prompt"] != first(row)] == []
+
+
+def test_the_messages_of_an_embedded_row_are_its_chosen_side():
+    assert [row["prompt"] for row in ALL if row["messages"] != row["chosen"]] == []
+
+
+def test_enough_embedded_conversations_have_several_turns():
+    several = sum(sum(m["role"] == "user" for m in row["chosen"]) > 1 for row in ALL)
+    assert several / len(ALL) >= 0.15
+
+
+def test_embedded_prompts_and_ids_are_unique_within_and_across_splits():
+    for values in (Counter(map(named, ALL)), Counter(row["prompt_id"] for row in ALL)):
+        assert [value for value, n in values.items() if n > 1] == []
+
+
+def test_no_two_embedded_prompts_are_nearly_the_same():
+    """Word-set Jaccard of the whole conversation before the answer, over all pairs within and across splits."""
+    words = [set(re.findall(r"\w+", " ".join(m["content"] for m in row["chosen"][:-1]).lower())) for row in ALL]
+    close = [
+        (named(ALL[a]), named(ALL[b]))
+        for a, b in itertools.combinations(range(len(ALL)), 2)
+        if len(words[a] & words[b]) >= 0.8 * len(words[a] | words[b])
+    ]
+    assert close == []
+
+
+def answer_words(split):
+    return [tuple(len(row[side][-1]["content"].split()) for side in ("chosen", "rejected")) for row in EMBEDDED[split]]
+
+
+@pytest.mark.parametrize("split", EMBEDDED)
+def test_embedded_answers_are_equally_long_on_average(split):
+    """In words, so that no tokenizer is needed; notebook 04 checks the same in tokens."""
+    chosen, rejected = (sum(lengths) / len(EMBEDDED[split]) for lengths in zip(*answer_words(split), strict=True))
+    assert abs(chosen - rejected) / min(chosen, rejected) < 0.10
+
+
+@pytest.mark.parametrize("split", EMBEDDED)
+@pytest.mark.parametrize("pick", ["longer", "shorter"])
+def test_length_alone_does_not_find_the_chosen_embedded_answer(split, pick):
+    """A judge that goes by length in words, and tosses a coin on a tie. Notebook 04 checks the same in tokens."""
+    wins = sum(
+        0.5 if chosen == rejected else (chosen > rejected) == (pick == "longer")
+        for chosen, rejected in answer_words(split)
+    )
+    assert wins / len(EMBEDDED[split]) <= 0.60
+
+
+def test_the_provenance_has_one_record_per_pair_and_its_aspects_add_up_to_the_scores():
+    path = data.embedded_file("provenance")
+    records = [json.loads(line) for line in path.open(encoding="utf-8")]
+    assert sorted(r["prompt_id"] for r in records) == sorted(row["prompt_id"] for row in ALL)
+    rows = {row["prompt_id"]: (name, row) for name, rows in EMBEDDED.items() for row in rows}
+    for record in records:
+        split, row = rows[record["prompt_id"]]
+        assert record["split"] == split
+        for side in ("chosen", "rejected"):
+            aspects = record["aspects"][side]
+            assert len(aspects) == 4 and all(1 <= value <= 5 for value in aspects.values())
+            assert sum(aspects.values()) / 2 == row[f"score_{side}"], record["prompt_id"]

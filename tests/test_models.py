@@ -1,0 +1,135 @@
+"""Loading, 4-bit storage, LoRA, and the gradient that a 4-bit layer may lose without a word."""
+
+import dataclasses
+
+import bitsandbytes as bnb
+import pytest
+import torch
+from peft import get_peft_model
+
+from dpo_tutorial import models
+from dpo_tutorial.errors import ArtifactError, ConfigError, ModelFetchError, ModelUnsuitableError
+
+IDS = torch.arange(3, 35).reshape(2, 16)
+
+
+def first_block_gradient(model) -> float:
+    model.train()
+    model.zero_grad()
+    model(IDS, labels=IDS).loss.backward()
+    block = model.base_model.model.model.layers[0]
+    return torch.stack([p.grad.norm() for n, p in block.named_parameters() if "lora_B" in n]).norm().item()
+
+
+def evaluate_once(model) -> None:
+    model.eval()
+    with torch.no_grad():
+        model(IDS)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_gradients_survive_an_evaluation(cfg, dtype):
+    """bitsandbytes repacks 4-bit weights in eval mode on some CPUs; the packed kernel has no backward pass."""
+    policy = get_peft_model(models.load_base(dataclasses.replace(cfg, dtype=dtype)), models.lora_config(cfg))
+    before = first_block_gradient(policy)
+    evaluate_once(policy)
+    assert before > 0
+    assert first_block_gradient(policy) == pytest.approx(before, rel=1e-3)
+
+
+@pytest.mark.skipif(not bnb.functional.has_avx512bf16(), reason="this CPU has no AVX512-BF16, so nothing is repacked")
+def test_without_our_guard_the_gradient_is_lost(cfg, monkeypatch):
+    """The reason for `keep_gradients`. When this fails, bitsandbytes has mended it, and the guard can go."""
+    monkeypatch.setattr(models, "keep_gradients", lambda model: None)
+    policy = get_peft_model(models.load_base(dataclasses.replace(cfg, dtype="bf16")), models.lora_config(cfg))
+    before = first_block_gradient(policy)
+    evaluate_once(policy)
+    assert first_block_gradient(policy) < 0.8 * before  # two layers lose part of it; the 30 of SmolLM2 lose all
+
+
+def test_the_base_is_nf4_with_double_quantization_and_no_cache(cfg):
+    base = models.load_base(cfg)
+    layer = base.model.layers[0].self_attn.q_proj
+    assert isinstance(layer, bnb.nn.Linear4bit) and layer.weight.quant_type == "nf4" and layer.weight.quant_state.nested
+    assert base.config.use_cache is False
+    assert not isinstance(base.lm_head, bnb.nn.Linear4bit)
+
+
+def test_measured_bytes_match_the_arithmetic(cfg):
+    full = models.load_base(cfg, quantize=False)
+    inside, outside = models.linear_weights(full)
+    assert sum(models.weight_bytes(full).values()) == 4 * (inside + outside)
+    parts = models.weight_bytes(models.load_base(cfg))
+    assert parts["4-bit weights"] == inside / 2
+    assert parts["other weights"] == 4 * outside
+
+
+def test_bits_per_weight_is_the_papers_figure():
+    assert models.nf4_bits_per_weight() == pytest.approx(4.127, abs=5e-4)
+
+
+def test_adapter_off_equals_the_base_bit_for_bit(cfg):
+    base = models.load_base(cfg)
+    with torch.no_grad():
+        before = base(IDS).logits
+        policy = get_peft_model(base, models.lora_config(cfg))
+        for name, parameter in policy.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter)
+        assert not torch.equal(policy(IDS).logits, before)
+        with policy.disable_adapter():
+            assert torch.equal(policy(IDS).logits, before)
+
+
+def test_trainable_share_counts_what_the_shapes_say(cfg):
+    base = models.load_base(cfg)
+    expected = sum(
+        cfg.lora_r * (m.in_features + m.out_features)
+        for n, m in base.named_modules()
+        if n.rsplit(".", 1)[-1] in cfg.lora_targets
+    )
+    total = sum(models.linear_weights(models.load_base(cfg, quantize=False)))
+    trainable, all_weights = models.trainable_share(get_peft_model(base, models.lora_config(cfg)))
+    assert trainable == expected
+    assert all_weights == total + expected
+
+
+def test_missing_target_layers_are_named_with_the_ones_there(cfg):
+    wrong = dataclasses.replace(cfg, lora_targets=("q_proj", "c_attn"))
+    with pytest.raises(ConfigError, match="c_attn") as error:
+        models.check_lora_targets(models.load_base(cfg), wrong)
+    assert "gate_proj" in error.value.mend
+
+
+def test_a_folder_without_a_model_is_named(cfg, tmp_path):
+    with pytest.raises(ModelFetchError, match="config.json"):
+        models.load_base(dataclasses.replace(cfg, model=str(tmp_path)))
+
+
+def test_an_unreachable_hub_gives_one_sentence_with_a_mend(cfg, monkeypatch):
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ModelFetchError, match="someone/model") as error:
+        models.load_tokenizer(dataclasses.replace(cfg, model="someone/model"))
+    assert "PROFILE=cpu" in error.value.mend
+
+
+def test_a_tokenizer_without_template_is_refused(cfg, tiny_folder, tmp_path):
+    import shutil
+
+    folder = tmp_path / "no-template"
+    shutil.copytree(tiny_folder, folder)
+    (folder / "chat_template.jinja").unlink()
+    with pytest.raises(ModelUnsuitableError, match="chat template"):
+        models.load_tokenizer(dataclasses.replace(cfg, model=str(folder)))
+
+
+def test_an_adapter_of_another_base_is_refused(cfg, tmp_path):
+    policy = get_peft_model(models.load_base(cfg), models.lora_config(cfg))
+    policy.peft_config["default"].base_model_name_or_path = "another/base"
+    policy.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ArtifactError, match="another/base"):
+        models.load_policy(cfg, tmp_path / "adapter")
+    with pytest.raises(ArtifactError, match="no adapter"):
+        models.load_policy(cfg, tmp_path / "nowhere")

@@ -1,0 +1,294 @@
+"""The six notebooks as files: what must hold of each of them, executed or not."""
+
+import ast
+import importlib.metadata
+import importlib.util
+import json
+import re
+import subprocess
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from dpo_tutorial import badges, config, run
+
+ROOT = Path(__file__).parents[1]
+PATHS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+ONLY_IN_06 = {"ADAPTER", "TRAIN_IF_MISSING"}
+
+each = pytest.mark.parametrize("path", PATHS, ids=lambda p: p.stem)
+
+
+def read(path):
+    return nbformat.read(path, as_version=4)
+
+
+def code(path):
+    return [c for c in read(path).cells if c.cell_type == "code"]
+
+
+def outputs(path):
+    return [output for cell in code(path) for output in cell.outputs]
+
+
+def tagged(path):
+    return [c for c in read(path).cells if "parameters" in c.metadata.get("tags", [])]
+
+
+def parameters(path):
+    """Name → default, in order, of the tagged cell."""
+    (cell,) = tagged(path)
+    return {s.targets[0].id: ast.literal_eval(s.value) for s in ast.parse(cell.source).body}
+
+
+def bootstrap(path):
+    (cell,) = [c for c in code(path) if "pip" in c.source and "install" in c.source]
+    return cell
+
+
+def text_without_images(path):
+    """The file's text less its base64 images, in which any short string turns up by chance."""
+    notebook = read(path)
+    for cell in notebook.cells:
+        for output in cell.get("outputs", []):
+            for kind in [k for k in output.get("data", {}) if k.startswith("image/")]:
+                del output.data[kind]
+    return json.dumps(notebook, ensure_ascii=False)
+
+
+# --- the set ----
+
+
+def test_notebooks_are_numbered_from_01_to_06_without_a_gap():
+    assert [p.name[:3] for p in PATHS] == [f"{n:02}_" for n in range(1, 7)]
+
+
+def test_the_runner_finds_exactly_these_notebooks():
+    assert run.notebooks(ROOT / "notebooks") == PATHS
+
+
+@each
+def test_a_notebook_is_valid_and_its_title_has_its_number(path):
+    notebook = read(path)
+    nbformat.validate(notebook)
+    assert notebook.cells[0].source.startswith(f"# {int(path.name[:2])}. ")
+
+
+# --- parameters ----
+
+
+@each
+def test_exactly_one_code_cell_is_tagged_parameters(path):
+    assert [c.cell_type for c in tagged(path)] == ["code"]
+
+
+@each
+def test_the_parameters_cell_holds_literal_assignments_only(path):
+    (cell,) = tagged(path)
+    for statement in ast.parse(cell.source).body:
+        assert isinstance(statement, ast.Assign), ast.unparse(statement)
+        assert len(statement.targets) == 1 and isinstance(statement.targets[0], ast.Name), ast.unparse(statement)
+        ast.literal_eval(statement.value)
+
+
+@each
+def test_the_runner_sees_every_declared_parameter(path):
+    assert run.declared_parameters(path) == list(parameters(path))
+
+
+@each
+def test_every_parameter_is_a_knob_of_the_config(path):
+    allowed = set(config.known_parameters()) | (ONLY_IN_06 if path.name.startswith("06_") else set())
+    assert set(parameters(path)) <= allowed
+
+
+@each
+def test_parameters_and_their_defaults_are_those_of_notebook_01(path):
+    shared = {k: v for k, v in parameters(path).items() if k not in ONLY_IN_06}
+    assert list(shared.items()) == list(parameters(PATHS[0]).items())
+
+
+@each
+def test_a_parameter_of_the_config_is_empty_by_default(path):
+    for name, value in parameters(path).items():
+        if name not in ONLY_IN_06:
+            assert value is None or value == "", name
+
+
+@each
+def test_every_parameter_is_handed_to_resolve_under_its_own_name(path):
+    calls = [
+        node
+        for cell in code(path)
+        for node in ast.walk(ast.parse(cell.source))
+        if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("resolve")
+        and any(k.arg == "profile" and isinstance(k.value, ast.Name) for k in node.keywords)
+    ]  # fmt: skip
+    assert len(calls) == 1
+    handed = {k.arg: ast.unparse(k.value) for k in calls[0].keywords}
+    assert handed == {name.lower(): name for name in parameters(path) if name not in ONLY_IN_06}
+
+
+# --- Colab ----
+
+
+@each
+def test_the_badge_opens_this_notebook_of_this_repository(path):
+    found = [
+        m
+        for c in read(path).cells
+        for m in re.findall(r"https://colab\.research\.google\.com/github/[^)\s\"]+", c.source)
+    ]
+    slug = badges.slug(ROOT)
+    assert found == [f"https://colab.research.google.com/github/{slug}/blob/main/notebooks/{path.name}"]
+    assert badges.badge(slug, path.name) in read(path).cells[0].source
+
+
+@each
+def test_the_bootstrap_cell_fetches_this_repository(path):
+    assert re.findall(r"git\+https://github\.com/([^\"\s]+)\"", bootstrap(path).source) == [badges.slug(ROOT)]
+
+
+@each
+def test_the_bootstrap_cell_is_the_same_text_as_in_notebook_01(path):
+    assert bootstrap(path).source == bootstrap(PATHS[0]).source
+
+
+@each
+def test_the_bootstrap_cell_comes_before_any_other_code(path):
+    assert code(path)[0].source == bootstrap(path).source
+
+
+@each
+def test_the_bootstrap_cell_installs_the_package_and_keeps_the_torch_and_numpy_that_are_there(
+    path, tmp_path, monkeypatch
+):
+    calls = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(subprocess, "check_call", lambda command: calls.append(command))
+    monkeypatch.setattr(importlib.metadata, "version", {"torch": "9.8+cu1", "numpy": "7.6"}.__getitem__)
+    exec(compile(bootstrap(path).source, path.name, "exec"), {})
+    (command,) = calls
+    kept = Path(command[command.index("-c") + 1])
+    assert kept.read_text().split() == ["torch==9.8+cu1", "numpy==7.6"]
+    assert not [word for word in command if re.search("torch|numpy", word)]
+    assert command[1:4] == ["-m", "pip", "install"] and command[-1].endswith(f"github.com/{badges.slug(ROOT)}")
+
+
+@each
+def test_the_bootstrap_cell_does_nothing_where_the_package_is_installed(path, tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(subprocess, "check_call", lambda command: calls.append(command))
+    exec(compile(bootstrap(path).source, path.name, "exec"), {})
+    assert calls == [] and list(tmp_path.iterdir()) == []
+
+
+# --- code ----
+
+
+@each
+def test_every_code_cell_is_plain_python_of_at_most_40_lines(path):
+    for cell in code(path):
+        ast.parse(cell.source)
+        assert cell.source.strip() and len(cell.source.splitlines()) <= 40, cell.source[:80]
+
+
+# --- links ----
+
+
+@each
+def test_every_relative_link_leads_to_a_file(path):
+    checked = 0
+    for cell in read(path).cells:
+        if cell.cell_type != "markdown":
+            continue
+        prose = re.sub(r"```.*?```|`[^`\n]*`", "", cell.source, flags=re.DOTALL)
+        for link in re.findall(r"\]\(([^)\s]+)[^)]*\)", prose) + re.findall(r"(?:src|href)=[\"']([^\"']+)", prose):
+            if re.match(r"[a-z]+:|#", link):
+                continue
+            checked += 1
+            assert (path.parent / link.partition("#")[0]).is_file(), link
+    assert checked, "no relative link found: each notebook leads to its neighbours"
+
+
+@each
+def test_a_notebook_links_to_the_other_five(path):
+    text = "\n".join(c.source for c in read(path).cells if c.cell_type == "markdown")
+    for other in PATHS:
+        assert (f"]({other.name})" in text) == (other != path), other.name
+
+
+# --- what must not be in a file ----
+
+
+@each
+def test_a_notebook_carries_only_the_metadata_it_needs(path):
+    notebook = read(path)
+    assert {"kernelspec", "language_info"} <= set(notebook.metadata) <= {"kernelspec", "language_info", "dpo_tutorial"}
+    assert notebook.metadata.kernelspec.name == "python3"
+    for cell in notebook.cells:
+        assert set(cell.metadata) <= {"tags"}, cell.metadata
+        assert set(cell.metadata.get("tags", [])) <= {"parameters"}, cell.metadata
+
+
+@each
+def test_a_notebook_is_smaller_than_500_kilobytes(path):
+    assert path.stat().st_size < 500_000
+
+
+@each
+def test_a_notebook_names_no_folder_of_a_machine(path):
+    text = re.sub(r"https?://[^\s)\"\\]+", "", text_without_images(path))
+    assert not re.findall(r"/(?:work|root|home|tmp|Users)/[^\s\"\\]*", text)
+
+
+@each
+def test_a_notebook_holds_no_hub_token(path):
+    assert not re.findall(r"\bhf_[A-Za-z0-9]{10,}", text_without_images(path))
+
+
+@each
+def test_outputs_hold_no_widget_no_error_and_no_stderr(path):
+    for output in outputs(path):
+        assert not [kind for kind in output.get("data", {}) if "widget" in kind]
+        assert output.output_type != "error"
+        assert output.get("name") != "stderr", output.get("text", "")[:200]
+
+
+# --- outputs ----
+
+
+@each
+def test_outputs_are_those_of_the_source_beside_them(path):
+    if outputs(path):
+        notebook = read(path)
+        assert notebook.metadata["dpo_tutorial"]["source_sha256"] == run.source_digest(notebook)
+
+
+def test_the_source_digest_follows_the_code_and_nothing_else():
+    notebook = nbformat.from_dict(read(PATHS[0]))
+    digest = run.source_digest(notebook)
+    assert re.fullmatch("[0-9a-f]{64}", digest)
+    notebook.cells[0].source += " more prose"
+    first, second = [c for c in notebook.cells if c.cell_type == "code"][:2]
+    first.outputs = [nbformat.v4.new_output("stream", text="said\n")]
+    first.execution_count = 7
+    notebook.metadata["dpo_tutorial"] = {"source_sha256": digest}
+    assert run.source_digest(notebook) == digest
+    first.source, second.source = second.source, first.source
+    assert run.source_digest(notebook) != digest, "the order of the cells counts"
+    first.source, second.source = second.source, first.source
+    assert run.source_digest(notebook) == digest
+    first.source += "\npass"
+    assert run.source_digest(notebook) != digest
+
+
+@each
+def test_every_image_in_the_outputs_has_a_text_that_stands_for_it(path):
+    for output in outputs(path):
+        for kind in output.get("data", {}):
+            if kind.startswith("image/"):
+                assert output.metadata.get(kind, {}).get("alt"), f"{kind} without alt text"

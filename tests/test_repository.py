@@ -1,0 +1,445 @@
+"""The repository around the package: pins, CI, badges, packaged data, and names we rely on in other libraries."""
+
+import ast
+import fnmatch
+import importlib.metadata
+import inspect
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tomllib
+from importlib import resources
+from pathlib import Path
+
+import bitsandbytes as bnb
+import datasets
+import nbformat
+import papermill
+import peft
+import pytest
+import transformers
+import trl
+import trl.trainer.utils
+import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from dpo_tutorial import badges, models, train
+from dpo_tutorial.errors import ConfigError
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+SOURCES = sorted((ROOT / "src").rglob("*.py"))
+SPLITS = {"train_prefs.jsonl", "val_prefs.jsonl", "test_prefs.jsonl"}
+
+
+def lines(name):
+    text = (ROOT / name).read_text(encoding="utf-8")
+    return [line.strip() for line in text.splitlines() if line.strip() and not line.startswith("#")]
+
+
+def pins(name):
+    return {canonicalize_name(line.partition("==")[0]): line.partition("==")[2] for line in lines(name)}
+
+
+def ranges(*extras):
+    groups = [PROJECT["project"]["dependencies"], *(PROJECT["project"]["optional-dependencies"][e] for e in extras)]
+    return {canonicalize_name(r.name): r.specifier for group in groups for r in map(Requirement, group)}
+
+
+def python_files():
+    """(name, source) of every module, test and notebook."""
+    for path in sorted([*SOURCES, *(ROOT / "tests").glob("*.py"), *NOTEBOOKS]):
+        if path.suffix == ".py":
+            yield path.name, path.read_text(encoding="utf-8")
+        else:
+            cells = [c.source for c in nbformat.read(path, as_version=4).cells if c.cell_type == "code"]
+            yield path.name, "\n".join(cells)
+
+
+# --- pins ----
+
+
+@pytest.mark.parametrize("name", ["requirements.txt", "constraints.txt"])
+def test_every_requirement_is_one_exact_pin(name):
+    assert lines(name)
+    for line in lines(name):
+        assert re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*==[0-9][0-9A-Za-z.]*", line), line
+    assert len(pins(name)) == len(lines(name)), "a package is named twice"
+
+
+def test_constraints_agree_with_every_requirement():
+    # BUG: requirements.txt pins hypothesis, constraints.txt names neither it nor its dependency sortedcontainers.
+    constraints = pins("constraints.txt")
+    assert {n: (v, constraints.get(n)) for n, v in pins("requirements.txt").items() if constraints.get(n) != v} == {}
+
+
+def test_every_dependency_of_the_package_has_a_pin_in_its_range():
+    # BUG: as above: hypothesis (extra `dev`) has no pin in constraints.txt.
+    constraints = pins("constraints.txt")
+    for name, specifier in ranges("dev").items():
+        assert name in constraints, f"{name} is not pinned"
+        assert specifier.contains(constraints[name]), f"{name} {constraints[name]} is not {specifier}"
+
+
+def test_every_direct_pin_lies_in_the_range_of_pyproject():
+    known = ranges("dev")
+    for name, version in pins("requirements.txt").items():
+        assert name not in known or known[name].contains(version), f"{name} {version} is not {known[name]}"
+
+
+def test_torch_and_numpy_are_left_to_the_machine():
+    assert not {"torch", "numpy"} & set(ranges("dev"))
+    assert {"torch", "numpy"} <= set(pins("requirements.txt")), "but what was tested is recorded"
+
+
+def test_every_library_that_the_package_or_a_notebook_imports_is_declared():
+    declared = set(ranges()) | {"torch", "numpy"}
+    found = importlib.metadata.packages_distributions()
+    for name, text in python_files():
+        if name.startswith(("test_", "conftest")):
+            continue
+        for node in ast.walk(ast.parse(text)):
+            modules = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and node.level == 0:
+                modules = [node.module]
+            for module in (m.partition(".")[0] for m in modules):
+                if module in sys.stdlib_module_names or module == "dpo_tutorial":
+                    continue
+                distributions = {canonicalize_name(d) for d in found.get(module, [module])}
+                assert distributions & declared, f"{name} imports {module}, which pyproject.toml does not name"
+
+
+# --- CI ----
+
+
+def workflow(name):
+    parsed = yaml.safe_load((ROOT / ".github" / "workflows" / name).read_text(encoding="utf-8"))
+    (job,) = parsed["jobs"].values()
+    return parsed, job
+
+
+def commands(job):
+    return [step["run"] for step in job["steps"] if "run" in step]
+
+
+def uploads(job):
+    return [step for step in job["steps"] if step.get("uses", "").startswith("actions/upload-artifact@")]
+
+
+def test_every_workflow_is_yaml_with_triggers_and_jobs():
+    paths = sorted((ROOT / ".github" / "workflows").glob("*.y*ml"))
+    assert [p.name for p in paths] == ["cpu.yml", "gpu.yml"]
+    for path in paths:
+        parsed, job = workflow(path.name)
+        assert parsed[True], "`on:` is read as true by YAML"
+        assert job["timeout-minutes"] and parsed["permissions"] == {"contents": "read"}
+
+
+def test_the_cpu_workflow_runs_make_test_on_pushes_and_pull_requests():
+    parsed, job = workflow("cpu.yml")
+    assert {"push", "pull_request"} <= set(parsed[True])
+    assert job["runs-on"] == "ubuntu-latest"
+    assert commands(job)[-1] == "make test"
+    assert "scripts/sample_ultrafeedback.py" in commands(job)[0], "the tests on real rows need their sample"
+
+
+def test_the_gpu_workflow_runs_a_profile_on_a_gpu_runner_and_uploads_always():
+    parsed, job = workflow("gpu.yml")
+    assert "gpu" in job["runs-on"]
+    (command,) = commands(job)
+    assert command.startswith("make run PROFILE=")
+    (upload,) = uploads(job)
+    assert upload["if"] == "always()"
+    assert "artifacts/*/executed" in upload["with"]["path"]
+
+
+def test_the_profiles_offered_by_the_gpu_workflow_exist_and_need_a_gpu():
+    from dpo_tutorial.config import PROFILES
+
+    parsed, _ = workflow("gpu.yml")
+    choice = parsed[True]["workflow_dispatch"]["inputs"]["profile"]
+    assert set(choice["options"]) == set(PROFILES) - {"cpu", "smoke"} and choice["default"] in choice["options"]
+
+
+def test_the_ci_script_is_executable_and_calls_make_test_then_make_run():
+    script = ROOT / ".ci" / "run"
+    assert os.access(script, os.X_OK)
+    subprocess.run(["bash", "-n", str(script)], check=True)
+    text = script.read_text(encoding="utf-8")
+    assert re.findall(r"^make \w+.*$", text, re.MULTILINE) == ["make test", "make run"]
+    assert re.search(r"^set -e", text, re.MULTILINE), "a failed test must stop it"
+
+
+def planned(*arguments):
+    """The commands that `make` would run, whatever make or environment this test itself runs under."""
+    ours = ("MAKEFLAGS", "MFLAGS", "MAKELEVEL", "MAKEOVERRIDES", "PROFILE", "MODEL", "DATA", "SEED", "ARTIFACTS")
+    environment = {k: v for k, v in os.environ.items() if k not in ours}
+    command = ["make", "--dry-run", *arguments]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout
+
+
+def test_the_makefile_hands_given_parameters_and_only_those_to_the_runner():
+    shown = planned("run", "PROFILE=cpu", "DATA=my pairs.jsonl", "SEED=")
+    (line,) = [line for line in shown.splitlines() if "dpo_tutorial.run" in line]
+    handed = shlex.split(line.partition("dpo_tutorial.run")[2])
+    assert handed == ["-p", "PROFILE", "cpu", "-p", "DATA", "my pairs.jsonl"]
+
+
+def test_make_test_checks_style_then_runs_the_tests_and_the_notebooks():
+    shown = planned("test")
+    places = [shown.find(part) for part in ("ruff check", "ruff format --check", "pytest tests", "--nbval")]
+    assert -1 not in places and places == sorted(places)
+
+
+def test_the_readme_names_both_commands():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert "make run" in text and "make test" in text
+
+
+# --- badges ----
+
+
+def test_the_badge_page_is_the_one_that_make_badges_writes():
+    expected = badges.badge_page(badges.slug(ROOT), [p.name for p in NOTEBOOKS])
+    assert (ROOT / "colab_badge.md").read_text(encoding="utf-8") == expected
+
+
+def test_the_badge_page_links_each_notebook_once_and_its_badge_once():
+    page = badges.badge_page("me/dpo", ["01_a.ipynb", "02_b.ipynb"])
+    for name in ("01_a.ipynb", "02_b.ipynb"):
+        assert page.count(f"](notebooks/{name})") == 1
+        assert page.count(f"https://colab.research.google.com/github/me/dpo/blob/main/notebooks/{name}") == 1
+
+
+@pytest.fixture
+def copied(tmp_path):
+    """Everything that stamping writes, copied to where it may."""
+    slug = badges.slug(ROOT)
+    shutil.copytree(ROOT / "notebooks", tmp_path / "notebooks")
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    readme = f"# Tutorial\n\n{badges.badge(slug, '01_setup.ipynb')}\n\nSee also https://github.com/huggingface/trl.\n"
+    page = badges.badge_page(slug, [p.name for p in NOTEBOOKS])
+    for name, text in (("README.md", readme), ("colab_badge.md", page)):
+        there = ROOT / name
+        (tmp_path / name).write_bytes(there.read_bytes() if there.exists() else text.encode())
+    return tmp_path
+
+
+def contents(folder):
+    return {str(p.relative_to(folder)): p.read_text(encoding="utf-8") for p in folder.rglob("*") if p.is_file()}
+
+
+def test_stamping_changes_the_slug_in_every_place_and_nothing_else(copied):
+    before, old, new = contents(copied), badges.slug(copied), "some.body/my_fork-2"
+    badges.stamp(copied, new)
+    after = contents(copied)
+    assert set(after) == set(before) and badges.slug(copied) == new
+    for name, text in before.items():
+        assert old in text, f"{name} holds no slug to stamp"
+        assert after[name] == text.replace(old, new), name
+
+
+def test_stamping_back_restores_every_byte(copied):
+    before, old = contents(copied), badges.slug(copied)
+    badges.stamp(copied, "me/dpo")
+    assert contents(copied) != before
+    badges.stamp(copied, old)
+    assert contents(copied) == before
+
+
+def test_stamping_leaves_links_to_other_repositories_alone(copied):
+    readme = copied / "README.md"
+    other = "\nhttps://github.com/huggingface/trl and git clone https://github.com/huggingface/peft\n"
+    readme.write_text(readme.read_text(encoding="utf-8") + other, encoding="utf-8")
+    badges.stamp(copied, "me/dpo")
+    assert readme.read_text(encoding="utf-8").endswith(other)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        'pip install "dpo-tutorial @ git+https://github.com/{}"',
+        "pip install git+https://github.com/{}",
+        "git clone https://github.com/{}",
+        "[issues](https://github.com/{}/issues)",
+    ],
+)
+def test_stamping_reaches_every_way_a_readme_names_the_repository(line, copied):
+    # BUG: only badges and quoted git+https URLs are stamped; clone, issue and unquoted install lines keep the old slug.
+    (copied / "README.md").write_text(f"# Tutorial\n\n{line.format(badges.slug(copied))}\n", encoding="utf-8")
+    badges.stamp(copied, "me/dpo")
+    assert (copied / "README.md").read_text(encoding="utf-8") == f"# Tutorial\n\n{line.format('me/dpo')}\n"
+
+
+@pytest.mark.parametrize("wrong", ["", "dpo", "a/b/c", "a b/c", "https://github.com/me/dpo", "me/", "/dpo", "me/dpo\n"])
+def test_a_slug_that_is_not_owner_and_name_is_refused_before_anything_is_written(wrong, copied):
+    before = contents(copied)
+    with pytest.raises(ConfigError, match="owner/name"):
+        badges.stamp(copied, wrong)
+    assert contents(copied) == before
+
+
+# --- what is packaged ----
+
+
+def test_the_three_splits_of_the_preference_set_are_in_the_package():
+    there = {f.name: f for f in (resources.files("dpo_tutorial") / "resources").iterdir()}
+    assert set(there) >= SPLITS
+    assert all(there[name].read_text(encoding="utf-8").strip() for name in SPLITS)
+
+
+def test_every_resource_is_declared_as_package_data():
+    patterns = PROJECT["tool"]["setuptools"]["package-data"]["dpo_tutorial"]
+    folder = ROOT / "src" / "dpo_tutorial"
+    for path in (folder / "resources").iterdir():
+        if path.suffix != ".py" and path.is_file():
+            name = path.relative_to(folder).as_posix()
+            assert any(fnmatch.fnmatch(name, p) for p in patterns), name
+
+
+# --- nothing that runs code from a download ----
+
+
+def unsafe(text):
+    """What in this source could execute code that came with weights or data."""
+    found = set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.keyword) and node.arg in ("trust_remote_code", "allow_pickle"):
+            if not (isinstance(node.value, ast.Constant) and node.value.value is False):
+                found.add(node.arg)
+        elif isinstance(node, ast.Constant) and node.value in ("trust_remote_code", "allow_pickle"):
+            found.add(node.value)  # as a key of a dict
+        elif (
+            isinstance(node, ast.Attribute)
+            and ast.unparse(node) == "torch.load"
+            or (isinstance(node, ast.Attribute) and node.attr == "read_pickle")
+        ):
+            found.add(ast.unparse(node))
+        elif isinstance(node, ast.Import):
+            found |= {a.name for a in node.names} & {"pickle", "cloudpickle", "dill", "joblib", "shelve"}
+        elif isinstance(node, ast.ImportFrom):
+            names = {a.name for a in node.names}
+            if node.module in ("pickle", "cloudpickle", "dill", "joblib", "shelve"):
+                found.add(node.module)
+            if node.module == "torch" and "load" in names:
+                found.add("torch.load")
+    return found
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "AutoModel.from_pretrained(x, trust_remote_code=True)",
+        "import torch\ntorch.load(x, weights_only=False)",
+        "from torch import load",
+        "import pickle",
+        "from pickle import loads",
+        "pandas.read_pickle(x)",
+        "f(**{'trust_remote_code': True})",
+        "numpy.load(x, allow_pickle=True)",
+    ],
+)
+def test_the_search_for_unsafe_loading_finds_it(source):
+    assert unsafe(source)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"), [pytest.param(*f, id=f[0]) for f in python_files() if f[0] != Path(__file__).name]
+)
+def test_no_file_loads_anything_that_can_run_code(name, text):
+    assert unsafe(text) == set()
+
+
+# --- drift: what we pass exists in the installed versions ----
+
+
+def keywords(path, function):
+    """Names of the keyword arguments of every call of `function` in a source file."""
+    names, calls = set(), 0
+    for node in ast.walk(ast.parse((ROOT / "src" / "dpo_tutorial" / path).read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call) and re.search(rf"(^|\.){re.escape(function)}$", ast.unparse(node.func)):
+            calls += 1
+            names |= {k.arg for k in node.keywords if k.arg}
+    assert calls, f"{path} no longer calls {function}"
+    return names
+
+
+def named(function):
+    """Parameters of a function that have a name of their own (not what **kwargs swallows)."""
+    kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return {n for n, p in inspect.signature(function).parameters.items() if p.kind not in kinds}
+
+
+@pytest.mark.parametrize(
+    ("path", "call", "function", "expected"),
+    [
+        ("train.py", "DPOTrainer", trl.DPOTrainer.__init__,
+         {"model", "args", "train_dataset", "eval_dataset", "processing_class", "peft_config"}),
+        ("models.py", "LoraConfig", peft.LoraConfig,
+         {"r", "lora_alpha", "lora_dropout", "target_modules", "task_type"}),
+        ("models.py", "BitsAndBytesConfig", transformers.BitsAndBytesConfig,
+         {"load_in_4bit", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "bnb_4bit_compute_dtype"}),
+        ("run.py", "papermill.execute_notebook", papermill.execute_notebook,
+         {"parameters", "kernel_name", "cwd", "progress_bar", "log_output"}),
+        ("data.py", "load_dataset", datasets.load_dataset, {"revision", "data_files"}),
+        ("models.py", "PeftModel.from_pretrained", peft.PeftModel.from_pretrained, set()),
+    ],
+    ids=["DPOTrainer", "LoraConfig", "BitsAndBytesConfig", "papermill", "load_dataset", "PeftModel"],
+)  # fmt: skip
+def test_every_keyword_argument_we_pass_has_a_name_in_the_installed_version(path, call, function, expected):
+    used = keywords(path, call)
+    assert expected <= used, f"the list in this test is out of date: {expected - used}"
+    assert used <= named(function), used - named(function)
+
+
+def test_the_trainer_takes_callbacks_and_a_later_one():
+    assert "callbacks" in named(trl.DPOTrainer.__init__)
+    assert callable(trl.DPOTrainer.add_callback)
+
+
+def test_a_peft_model_is_loaded_from_model_and_folder():
+    assert list(inspect.signature(peft.PeftModel.from_pretrained).parameters)[:2] == ["model", "model_id"]
+
+
+def test_the_loader_of_transformers_reads_what_we_pass_it():
+    source = inspect.getsource(transformers.modeling_utils)
+    used = keywords("models.py", "AutoModelForCausalLM.from_pretrained") | {
+        "gguf_file",
+        "revision",
+        "trust_remote_code",
+    }
+    for name in used:
+        assert f'"{name}"' in source or name in named(transformers.PreTrainedModel.from_pretrained), name
+    assert "dtype" in used, "and not torch_dtype, its old name"
+
+
+def test_the_installed_trl_builds_our_dpo_config(cfg, tmp_path):
+    arguments = train.dpo_config(cfg, tmp_path)
+    assert isinstance(arguments, trl.DPOConfig)
+    assert (arguments.beta, arguments.loss_type, arguments.max_length) == (cfg.beta, ["sigmoid"], None)
+    assert (arguments.learning_rate, arguments.max_steps, arguments.seed) == (cfg.learning_rate, 2, cfg.seed)
+    assert not arguments.bf16 and not arguments.fp16
+    assert arguments.report_to == [] or arguments.report_to == ["none"]
+
+
+def test_the_warm_up_below_1_is_a_share_of_all_steps(cfg, tmp_path):
+    assert train.dpo_config(cfg, tmp_path).get_warmup_steps(200) == cfg.warmup_ratio * 200
+
+
+def test_the_installed_peft_builds_our_lora_config(cfg):
+    made = models.lora_config(cfg)
+    assert (made.r, made.lora_alpha, set(made.target_modules)) == (4, 8, set(cfg.lora_targets))
+
+
+def test_trl_still_decides_by_the_function_we_replace_whether_to_score_completions_only():
+    assert len(inspect.signature(trl.trainer.utils._use_triton).parameters) == 1
+    assert re.search(r"compact = _use_triton\(\w+\.device\)", inspect.getsource(trl.trainer.utils))
+
+
+def test_a_4bit_layer_still_has_the_switch_we_turn_off():
+    assert hasattr(bnb.nn.Linear4bit(64, 64), "support_avx512bf16_for_cpu")

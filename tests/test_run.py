@@ -1,0 +1,341 @@
+"""The headless run: parameters, the first failure, and what is left of an executed notebook in the repository."""
+
+import base64
+import contextlib
+import io
+import json
+import os
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import nbformat
+import papermill
+import pytest
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+
+from dpo_tutorial import config, environment, run
+from dpo_tutorial.errors import ArtifactError, ConfigError, NotebookError
+
+ROOT = Path(__file__).parents[1]
+KERNEL = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}
+PARAMETERS = 'PROFILE = ""\nARTIFACTS = ""  # folder\nTRAIN_IF_MISSING = False\n# NOT_ONE = 1'
+SHOWN = 'print("profile:", PROFILE)\nprint("artifacts:", ARTIFACTS)\nprint("trains:", bool(TRAIN_IF_MISSING))'
+
+
+def write(path, *cells):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nbformat.write(new_notebook(cells=list(cells), metadata=KERNEL), path)
+    return path
+
+
+def tiny(folder):
+    """Three notebooks: one that takes parameters, one that stops in its second cell, one behind it."""
+    tagged = new_code_cell(PARAMETERS, metadata={"tags": ["parameters"]})
+    return [
+        write(folder / "01_a.ipynb", new_markdown_cell("# A"), tagged, new_code_cell(SHOWN)),
+        write(folder / "02_b.ipynb", new_code_cell("print('ready')"), new_code_cell("raise ValueError('boom')")),
+        write(folder / "03_c.ipynb", new_code_cell("print('third')")),
+    ]
+
+
+def printed(path):
+    cells = nbformat.read(path, as_version=4).cells
+    return "".join(o.text for c in cells if c.cell_type == "code" for o in c.outputs if o.output_type == "stream")
+
+
+def run_quietly(parameters, paths):
+    """`run_all` with its screen and its error caught, and the environment put back."""
+    screen, saved, error, summary = io.StringIO(), dict(os.environ), None, None
+    try:
+        with contextlib.redirect_stdout(screen):
+            summary = run.run_all(parameters, paths)
+    except Exception as caught:
+        error = caught
+    finally:
+        os.environ.clear()
+        os.environ.update(saved)
+    return SimpleNamespace(screen=screen.getvalue(), error=error, summary=summary)
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory):
+    """A run of the three notebooks, which stops at the second."""
+    folder = tmp_path_factory.mktemp("stopped")
+    paths = tiny(folder / "notebooks")
+    given = {"PROFILE": "smoke", "ARTIFACTS": str(folder / "results"), "TRAIN_IF_MISSING": "False"}
+    result = run_quietly(given, paths)
+    result.executed, result.artifacts = folder / "results" / "smoke" / "executed", folder / "results"
+    return result
+
+
+@pytest.fixture
+def no_kernel(monkeypatch):
+    """Papermill replaced by a list of what it would have executed."""
+    calls = []
+    monkeypatch.setattr(papermill, "execute_notebook", lambda *a, **k: calls.append((a, k)))
+    return calls
+
+
+# --- parameters ----
+
+
+def test_an_unknown_parameter_is_an_error_that_lists_the_known_ones(tmp_path):
+    with pytest.raises(ConfigError) as error:
+        run.check_parameters({"PROFILE": "cpu", "BTEA": "1", "profile": "cpu"}, tiny(tmp_path))
+    message = str(error.value)
+    assert "BTEA, profile" in message
+    assert "ARTIFACTS, PROFILE, TRAIN_IF_MISSING" in message and "NOT_ONE" not in message
+
+
+def test_a_parameter_that_only_one_notebook_declares_is_known(tmp_path):
+    run.check_parameters({"TRAIN_IF_MISSING": "True"}, tiny(tmp_path))
+    with pytest.raises(ConfigError):
+        run.check_parameters({"TRAIN_IF_MISSING": "True"}, tiny(tmp_path)[1:])
+
+
+def test_an_unknown_parameter_stops_the_run_before_anything_is_executed(tmp_path, no_kernel):
+    with pytest.raises(ConfigError):
+        run.run_all({"BTEA": "1", "ARTIFACTS": str(tmp_path / "results")}, tiny(tmp_path))
+    assert no_kernel == [] and not (tmp_path / "results").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "wrong", "listed"),
+    [
+        (["-p", "PROFILE", "huge"], "huge", list(config.PROFILES)),
+        (["-p", "BTEA", "1"], "BTEA", ["PROFILE", "BETA", "ADAPTER"]),
+    ],
+    ids=["profile", "parameter"],
+)
+def test_a_wrong_profile_or_parameter_exits_with_1_lists_the_known_ones_and_runs_nothing(
+    arguments, wrong, listed, tmp_path, monkeypatch, no_kernel, capsys
+):
+    monkeypatch.chdir(ROOT)
+    code = run.main([*arguments, "-p", "ARTIFACTS", str(tmp_path / "results")])
+    screen = capsys.readouterr()
+    assert code == 1
+    assert "ConfigError" in screen.err and wrong in screen.err
+    for name in listed:
+        assert name in screen.err and name not in screen.out
+    assert no_kernel == [] and not (tmp_path / "results").exists()
+
+
+def test_each_notebook_gets_the_parameters_it_declares_and_the_profile(tmp_path, no_kernel):
+    given = {"PROFILE": "smoke", "ARTIFACTS": str(tmp_path / "results"), "TRAIN_IF_MISSING": "True"}
+    result = run_quietly(given, tiny(tmp_path))
+    assert result.error is None
+    handed = {Path(a[0]).name: k["parameters"] for a, k in no_kernel}
+    assert set(handed) == {"01_a.ipynb", "02_b.ipynb", "03_c.ipynb"}
+    assert set(handed["01_a.ipynb"]) == {"PROFILE", "ARTIFACTS", "TRAIN_IF_MISSING"}
+    assert handed["02_b.ipynb"] == handed["03_c.ipynb"] == {"PROFILE": "smoke"}
+
+
+def test_an_empty_parameter_means_not_set(tmp_path, no_kernel, monkeypatch):
+    monkeypatch.setenv("DPO_TUTORIAL_PROFILE", "smoke")
+    result = run_quietly({"PROFILE": "", "ARTIFACTS": str(tmp_path / "results")}, tiny(tmp_path))
+    assert result.error is None and result.summary["profile"] == "smoke"
+    assert all(k["parameters"]["PROFILE"] == "smoke" for _, k in no_kernel)
+
+
+def test_declared_parameters_are_the_assignments_of_the_tagged_cell(tmp_path):
+    first, second, _ = tiny(tmp_path)
+    assert run.declared_parameters(first) == ["PROFILE", "ARTIFACTS", "TRAIN_IF_MISSING"]
+    assert run.declared_parameters(second) == []
+
+
+def test_notebooks_are_the_numbered_ones_in_order(tmp_path):
+    paths = tiny(tmp_path)
+    write(tmp_path / "scratch.ipynb")
+    assert run.notebooks(tmp_path) == paths
+
+
+def test_a_folder_without_numbered_notebooks_is_an_error_that_names_it(tmp_path):
+    with pytest.raises(ArtifactError, match=re.escape(str(tmp_path))):
+        run.notebooks(tmp_path)
+
+
+# --- a run with kernels ----
+
+
+def test_parameters_reach_the_kernel(stopped):
+    text = printed(stopped.executed / "01_a.ipynb")
+    assert "profile: smoke" in text
+    assert f"artifacts: {stopped.artifacts}" in text
+
+
+def test_a_switch_set_to_false_on_the_command_line_is_false_in_the_kernel(stopped):
+    # BUG: `-p TRAIN_IF_MISSING False` reaches notebook 06 as the text 'False', which is true: it trains.
+    assert "trains: False" in printed(stopped.executed / "01_a.ipynb")
+
+
+def test_the_first_notebook_that_fails_is_named_with_its_cell_error_and_partial_notebook(stopped):
+    assert isinstance(stopped.error, NotebookError)
+    message = str(stopped.error)
+    assert "02_b.ipynb stopped in cell 2 " in message
+    assert "ValueError: boom" in message
+    assert str(stopped.executed / "02_b.ipynb") in message
+
+
+def test_the_execution_number_in_the_error_finds_the_cell_in_the_partial_notebook(stopped):
+    count = int(re.search(r"In \[(\d+)\]", str(stopped.error)).group(1))
+    cells = nbformat.read(stopped.executed / "02_b.ipynb", as_version=4).cells
+    (cell,) = [c for c in cells if c.get("execution_count") == count]
+    assert cell.source == "raise ValueError('boom')"
+    assert cell.outputs[-1].ename == "ValueError"
+    assert "ready" in printed(stopped.executed / "02_b.ipynb"), "the cells before it keep their outputs"
+
+
+def test_notebooks_behind_a_failed_one_are_not_executed(stopped):
+    assert sorted(p.name for p in stopped.executed.iterdir()) == ["01_a.ipynb", "02_b.ipynb"]
+    assert "03_c" not in stopped.screen
+    assert not (stopped.executed.parent / "summary.json").exists()
+
+
+def test_a_kernel_that_dies_is_a_notebook_error_that_names_the_notebook(tmp_path):
+    # BUG: out of memory kills the kernel; papermill then raises nbclient's DeadKernelError, which _execute lets
+    # through, so `python -m dpo_tutorial.run` ends in a traceback without notebook name or partial notebook.
+    path = write(tmp_path / "01_dies.ipynb", new_code_cell("import os\nos._exit(1)"))
+    result = run_quietly({"PROFILE": "smoke", "ARTIFACTS": str(tmp_path / "results")}, [path, *tiny(tmp_path)[:1]])
+    assert isinstance(result.error, NotebookError), repr(result.error)
+    assert "01_dies.ipynb" in str(result.error)
+
+
+def test_a_run_without_failure_executes_in_order_and_saves_its_summary(tmp_path):
+    first, _, third = tiny(tmp_path)
+    result = run_quietly({"PROFILE": "smoke", "ARTIFACTS": str(tmp_path / "results")}, [first, third])
+    assert result.error is None
+    folder = tmp_path / "results" / "smoke"
+    assert json.loads((folder / "summary.json").read_text()) == result.summary
+    assert list(result.summary["minutes"]) == ["01_a", "03_c"]
+    assert result.summary["profile"] == "smoke" and result.summary["executed"] == str(folder / "executed")
+    assert "[1/2] 01_a.ipynb" in result.screen and "[2/2] 03_c.ipynb done in" in result.screen
+    assert "third" in printed(folder / "executed" / "03_c.ipynb")
+    assert "boom" not in printed(first) and not nbformat.read(first, 4).cells[-1].outputs, "the source stays as it was"
+
+
+# --- cleaning ----
+
+PNG = base64.b64encode(b"\x89PNG\r\n\x1a\n" + bytes(range(256))).decode()
+
+
+@pytest.fixture
+def machine(tmp_path, monkeypatch):
+    """A made-up project root, home and cache folder."""
+    places = SimpleNamespace(root=tmp_path / "prj" / "checkout", home=tmp_path / "me", cache=tmp_path / "me" / "kept")
+    monkeypatch.setattr(environment, "project_root", lambda: places.root)
+    monkeypatch.setattr(Path, "home", lambda: places.home)
+    monkeypatch.setenv("DPO_TUTORIAL_CACHE", str(places.cache))
+    return places
+
+
+def cleaned(tmp_path, *cells, **metadata):
+    source, target = tmp_path / "executed.ipynb", tmp_path / "clean.ipynb"
+    notebook = new_notebook(cells=list(cells), metadata=KERNEL | metadata)
+    nbformat.write(notebook, source)
+    run.clean_notebook(source, target)
+    result = nbformat.read(target, as_version=4)
+    nbformat.validate(result)
+    return result
+
+
+def executed_cells(m):
+    traces = {"papermill": {"duration": 1.0, "status": "completed"}, "execution": {"iopub.execute_input": "2026"}}
+    widget = {"application/vnd.jupyter.widget-view+json": {"model_id": "x"}, "text/plain": "Loading"}
+    return [
+        new_markdown_cell("# Text", metadata={"papermill": {}}),
+        new_code_cell('PROFILE = ""', metadata={"tags": ["parameters"], **traces}, execution_count=1),
+        new_code_cell('PROFILE = "cpu"', metadata={"tags": ["injected-parameters"], **traces}, execution_count=2),
+        new_code_cell(
+            "work()",
+            execution_count=3,
+            metadata=traces | {"jupyter": {"source_hidden": True}, "tags": []},
+            outputs=[
+                new_output("stream", name="stderr", text="warning: careful"),
+                new_output("display_data", data=widget),
+                new_output("stream", name="stdout", text=f"in {m.root}/artifacts, {m.cache}/model, {m.home}/x, 0.5\n"),
+                new_output(
+                    "display_data", {"image/png": PNG, "text/plain": "image"}, metadata={"image/png": {"alt": "seen"}}
+                ),
+                new_output(
+                    "execute_result", {"text/html": "<b>kept</b>", "text/plain": f"'{m.root}'"}, execution_count=3
+                ),
+            ],
+        ),
+    ]
+
+
+def test_cleaning_removes_the_traces_of_papermill_and_widgets(tmp_path, machine):
+    result = cleaned(tmp_path, *executed_cells(machine), papermill={"parameters": {}}, widgets={"state": {}})
+    assert [c.source for c in result.cells] == ["# Text", 'PROFILE = ""', "work()"]
+    assert set(result.metadata) == {"kernelspec", "language_info", "dpo_tutorial"}
+    assert [dict(c.metadata) for c in result.cells] == [{}, {"tags": ["parameters"]}, {}]
+
+
+def test_cleaning_notes_the_digest_of_the_source_as_it_is_in_the_repository(tmp_path, machine):
+    result = cleaned(tmp_path, *executed_cells(machine))
+    source = new_notebook(cells=[new_code_cell('PROFILE = ""'), new_code_cell("work()")])
+    assert result.metadata["dpo_tutorial"]["source_sha256"] == run.source_digest(source)
+
+
+def test_cleaning_drops_stderr_and_widget_views_and_keeps_every_other_output(tmp_path, machine):
+    stream, image, value = cleaned(tmp_path, *executed_cells(machine)).cells[2].outputs
+    assert (stream.output_type, stream.name) == ("stream", "stdout")
+    assert image.data == {"image/png": PNG, "text/plain": "image"} and image.metadata == {"image/png": {"alt": "seen"}}
+    assert value.data["text/html"] == "<b>kept</b>" and value.execution_count == 3
+
+
+def test_cleaning_replaces_the_folders_of_this_machine(tmp_path, machine):
+    result = cleaned(tmp_path, *executed_cells(machine))
+    stream, _, value = result.cells[2].outputs
+    assert stream.text == "in ./artifacts, <cache>/model, ~/x, 0.5\n"
+    assert value.data["text/plain"] == "'.'"
+    assert str(tmp_path) not in (tmp_path / "clean.ipynb").read_text()
+
+
+def test_cleaning_twice_changes_nothing_more(tmp_path, machine):
+    cleaned(tmp_path, *executed_cells(machine))
+    once = (tmp_path / "clean.ipynb").read_bytes()
+    run.clean_notebook(tmp_path / "clean.ipynb", tmp_path / "again.ipynb")
+    assert (tmp_path / "again.ipynb").read_bytes() == once
+
+
+def test_cleaning_leaves_the_bytes_of_an_image_alone(tmp_path, machine, monkeypatch):
+    # BUG: paths are replaced in the whole output's JSON, base64 included: with HOME=/ (a container's unnamed user)
+    # every '/' of an image becomes '~', and a short HOME such as /u can hit one by chance.
+    monkeypatch.setattr(Path, "home", lambda: Path("/"))
+    picture = base64.b64encode(b"\xff" * 30).decode()
+    assert "/" in picture
+    output = new_output("display_data", {"image/png": picture})
+    (cell,) = cleaned(tmp_path, new_code_cell("draw()", outputs=[output])).cells
+    assert cell.outputs[0].data["image/png"] == picture
+
+
+def test_cleaning_with_a_relative_cache_folder_leaves_ordinary_words_alone(tmp_path, machine, monkeypatch):
+    # BUG: DPO_TUTORIAL_CACHE=cache turns 'KV cache' into 'KV <cache>' (and '.' turns 0.5 into 0<cache>5).
+    monkeypatch.setenv("DPO_TUTORIAL_CACHE", "cache")
+    output = new_output("stream", name="stdout", text="KV cache off: 0.5\n")
+    (cell,) = cleaned(tmp_path, new_code_cell("say()", outputs=[output])).cells
+    assert cell.outputs[0].text == "KV cache off: 0.5\n"
+
+
+def test_refresh_writes_the_cleaned_outputs_over_the_notebooks_of_this_checkout(tmp_path, machine, monkeypatch, capsys):
+    source = write(tmp_path / "notebooks" / "01_a.ipynb", new_code_cell("work()"))
+    executed = write(tmp_path / "executed" / "01_a.ipynb", *executed_cells(machine))
+    monkeypatch.setattr(run, "run_all", lambda parameters: {"executed": str(executed.parent)})
+    monkeypatch.setattr(run, "notebooks", lambda: [source])
+    assert run.main([]) == 0
+    assert not nbformat.read(source, 4).cells[0].outputs, "without --refresh nothing is written"
+    assert run.main(["--refresh"]) == 0
+    assert [c.source for c in nbformat.read(source, 4).cells] == ["# Text", 'PROFILE = ""', "work()"]
+
+
+def test_a_failed_run_writes_no_notebook_and_exits_with_1(tmp_path, monkeypatch, capsys):
+    def fail(parameters):
+        raise NotebookError("02_b.ipynb stopped", "look")
+
+    written = []
+    monkeypatch.setattr(run, "run_all", fail)
+    monkeypatch.setattr(run, "clean_notebook", lambda *a: written.append(a))
+    assert run.main(["--refresh"]) == 1
+    assert "NotebookError: 02_b.ipynb stopped" in capsys.readouterr().err and written == []

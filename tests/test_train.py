@@ -1,0 +1,125 @@
+"""The real DPOTrainer on a tiny model: loss, reference, precision, saving."""
+
+import dataclasses
+import json
+import math
+
+import pytest
+import torch
+import trl.trainer.utils
+
+from dpo_tutorial import artifacts, dpo, environment, evaluate, models, train
+
+
+def trainer_for(cfg, tokenizer, pairs, tmp_path, **changes):
+    return train.build_trainer(cfg, models.load_base(cfg), tokenizer, pairs, None, tmp_path / "trainer", **changes)
+
+
+def our_loss(trainer, batch, beta):
+    """The loss of `dpo.py` on a TRL batch, and the reference by switching the adapter off."""
+    model = trainer.model
+
+    def log_probs():
+        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        return dpo.sequence_log_prob(logits, batch["input_ids"], batch["completion_mask"]).chunk(2)
+
+    with torch.no_grad():
+        policy = log_probs()
+        with model.disable_adapter():
+            reference = log_probs()
+    return dpo.dpo_loss(*policy, *reference, beta)[0].item()
+
+
+@pytest.mark.parametrize("beta", [0.05, 0.1, 1.0])
+def test_our_loss_equals_trls_on_the_same_batch(cfg, tokenizer, pairs, tmp_path, beta):
+    trainer = trainer_for(dataclasses.replace(cfg, beta=beta), tokenizer, pairs, tmp_path)
+    for name, parameter in trainer.model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)  # policy and reference must differ, or both are ln 2
+    trainer.model.eval()
+    batch = next(iter(trainer.get_train_dataloader()))
+    with torch.no_grad():
+        theirs = trainer.compute_loss(trainer.model, batch).item()
+    assert abs(theirs - math.log(2)) > 1e-3
+    assert abs(our_loss(trainer, batch, beta) - theirs) < 1e-4
+
+
+def test_scoring_only_the_answers_leaves_loss_and_gradient_as_they_were(cfg, tokenizer, pairs, tmp_path, monkeypatch):
+    results = {}
+    for name, compact in (("stock", lambda device: False), ("ours", lambda device: True)):
+        trainer = trainer_for(cfg, tokenizer, pairs, tmp_path)
+        monkeypatch.setattr(trl.trainer.utils, "_use_triton", compact)
+        batch = next(iter(trainer.get_train_dataloader()))
+        loss = trainer.compute_loss(trainer.model, batch)
+        loss.backward()
+        grads = torch.cat([p.grad.flatten() for p in trainer.model.parameters() if p.grad is not None])
+        results[name] = (loss.item(), grads)
+    assert results["ours"][0] == pytest.approx(results["stock"][0], abs=1e-6)
+    assert torch.allclose(results["ours"][1], results["stock"][1], atol=1e-6)
+    assert results["ours"][1].norm() > 0
+
+
+def test_one_adapter_no_reference_model_and_ln_2_at_step_0(cfg, tokenizer, pairs, tmp_path):
+    trainer = trainer_for(cfg, tokenizer, pairs, tmp_path)
+    assert trainer.ref_model is None and list(trainer.model.peft_config) == ["default"]
+    trainer.train()
+    assert train.check_first_loss(trainer) == pytest.approx(math.log(2), abs=1e-4)
+    assert trainer.state.global_step == 2
+
+
+def test_a_wrong_reference_fails_the_first_loss_check(cfg, tokenizer, pairs, tmp_path):
+    trainer = trainer_for(cfg, tokenizer, pairs, tmp_path)
+    trainer.state.log_history = [{"loss": 0.5, "step": 1}]
+    with pytest.raises(AssertionError, match="not ln 2"):
+        train.check_first_loss(trainer)
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16", "fp32"])
+def test_trainable_weights_are_fp32_after_the_trainer_is_built(cfg, tokenizer, pairs, tmp_path, dtype):
+    """trl#4901: TRL casts the adapter of a 4-bit model to bfloat16, which an fp16 GradScaler rejects."""
+    trainer = trainer_for(dataclasses.replace(cfg, dtype=dtype), tokenizer, pairs, tmp_path)
+    kinds = {p.dtype for p in trainer.model.parameters() if p.requires_grad}
+    assert kinds == {torch.float32}
+    assert trainer.args.fp16 == (dtype == "fp16")
+
+
+def test_the_adapter_is_saved_with_its_base_and_scores_the_same_after_reloading(cfg, tokenizer, pairs):
+    run = artifacts.Run(cfg)
+    trainer = train.train(cfg, run, models.load_base(cfg), tokenizer, pairs, pairs)
+    saved = {p.name for p in run.adapter.iterdir()}
+    assert {"adapter_model.safetensors", "adapter_config.json", "training.json", "README.md", "tokenizer.json"} <= saved
+    assert not any(name.endswith((".bin", ".pt", ".pkl")) for name in saved)
+    record = run.require_adapter()
+    assert record["base"]["name"] == "tiny-llama" and record["history"]["train"] and record["versions"]["trl"]
+    card = (run.adapter / "README.md").read_text()
+    assert "tiny-llama" in card and "beta 0.1" in card
+    assert str(run.dir) not in card + json.dumps(json.loads((run.adapter / "adapter_config.json").read_text()))
+
+    before = evaluate.score_pairs(cfg, trainer.model, tokenizer, pairs)
+    after = evaluate.score_pairs(cfg, models.load_policy(cfg, run.adapter), tokenizer, pairs)
+    assert [r["margin"] for r in after] == pytest.approx([r["margin"] for r in before], abs=1e-4)
+    assert any(r["margin"] != 0 for r in after)
+
+
+def test_training_on_swapped_labels_turns_the_margin_round(cfg, tokenizer, pairs, tmp_path):
+    """The evaluation can fail: a policy taught the wrong way prefers the rejected answers."""
+    longer = dataclasses.replace(cfg, max_steps=20)
+    swapped = pairs.rename_columns({"chosen": "rejected", "rejected": "chosen"})
+    accuracy = {}
+    for name, rows in (("right", pairs), ("swapped", swapped)):
+        trainer = trainer_for(longer, tokenizer, rows, tmp_path)
+        trainer.train()
+        records = evaluate.score_pairs(longer, trainer.model, tokenizer, pairs)
+        accuracy[name] = evaluate.summarise(records)["accuracy"]["rate"]
+    assert accuracy == {"right": 1.0, "swapped": 0.0}
+
+
+def test_progress_is_written_line_by_line(cfg, tokenizer, pairs):
+    run = artifacts.Run(cfg)
+    train.train(cfg, run, models.load_base(cfg), tokenizer, pairs, pairs)
+    lines = [json.loads(line) for line in (run.dir / "progress.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in lines if "loss" in r] == [1, 2]
+
+
+def test_the_dtype_is_the_torch_dtype():
+    assert environment.torch_dtype("bf16") is torch.bfloat16
