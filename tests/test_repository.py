@@ -73,13 +73,11 @@ def test_every_requirement_is_one_exact_pin(name):
 
 
 def test_constraints_agree_with_every_requirement():
-    # BUG: requirements.txt pins hypothesis, constraints.txt names neither it nor its dependency sortedcontainers.
     constraints = pins("constraints.txt")
     assert {n: (v, constraints.get(n)) for n, v in pins("requirements.txt").items() if constraints.get(n) != v} == {}
 
 
 def test_every_dependency_of_the_package_has_a_pin_in_its_range():
-    # BUG: as above: hypothesis (extra `dev`) has no pin in constraints.txt.
     constraints = pins("constraints.txt")
     for name, specifier in ranges("dev").items():
         assert name in constraints, f"{name} is not pinned"
@@ -270,7 +268,6 @@ def test_stamping_leaves_links_to_other_repositories_alone(copied):
     ],
 )
 def test_stamping_reaches_every_way_a_readme_names_the_repository(line, copied):
-    # BUG: only badges and quoted git+https URLs are stamped; clone, issue and unquoted install lines keep the old slug.
     (copied / "README.md").write_text(f"# Tutorial\n\n{line.format(badges.slug(copied))}\n", encoding="utf-8")
     badges.stamp(copied, "me/dpo")
     assert (copied / "README.md").read_text(encoding="utf-8") == f"# Tutorial\n\n{line.format('me/dpo')}\n"

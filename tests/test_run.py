@@ -165,7 +165,6 @@ def test_parameters_reach_the_kernel(stopped):
 
 
 def test_a_switch_set_to_false_on_the_command_line_is_false_in_the_kernel(stopped):
-    # BUG: `-p TRAIN_IF_MISSING False` reaches notebook 06 as the text 'False', which is true: it trains.
     assert "trains: False" in printed(stopped.executed / "01_a.ipynb")
 
 
@@ -193,8 +192,6 @@ def test_notebooks_behind_a_failed_one_are_not_executed(stopped):
 
 
 def test_a_kernel_that_dies_is_a_notebook_error_that_names_the_notebook(tmp_path):
-    # BUG: out of memory kills the kernel; papermill then raises nbclient's DeadKernelError, which _execute lets
-    # through, so `python -m dpo_tutorial.run` ends in a traceback without notebook name or partial notebook.
     path = write(tmp_path / "01_dies.ipynb", new_code_cell("import os\nos._exit(1)"))
     result = run_quietly({"PROFILE": "smoke", "ARTIFACTS": str(tmp_path / "results")}, [path, *tiny(tmp_path)[:1]])
     assert isinstance(result.error, NotebookError), repr(result.error)
@@ -301,8 +298,6 @@ def test_cleaning_twice_changes_nothing_more(tmp_path, machine):
 
 
 def test_cleaning_leaves_the_bytes_of_an_image_alone(tmp_path, machine, monkeypatch):
-    # BUG: paths are replaced in the whole output's JSON, base64 included: with HOME=/ (a container's unnamed user)
-    # every '/' of an image becomes '~', and a short HOME such as /u can hit one by chance.
     monkeypatch.setattr(Path, "home", lambda: Path("/"))
     picture = base64.b64encode(b"\xff" * 30).decode()
     assert "/" in picture
@@ -312,7 +307,6 @@ def test_cleaning_leaves_the_bytes_of_an_image_alone(tmp_path, machine, monkeypa
 
 
 def test_cleaning_with_a_relative_cache_folder_leaves_ordinary_words_alone(tmp_path, machine, monkeypatch):
-    # BUG: DPO_TUTORIAL_CACHE=cache turns 'KV cache' into 'KV <cache>' (and '.' turns 0.5 into 0<cache>5).
     monkeypatch.setenv("DPO_TUTORIAL_CACHE", "cache")
     output = new_output("stream", name="stdout", text="KV cache off: 0.5\n")
     (cell,) = cleaned(tmp_path, new_code_cell("say()", outputs=[output])).cells

@@ -102,7 +102,6 @@ def test_a_single_token_that_is_a_whole_tag_is_shown_as_text(tokenizer):
 
 
 def test_a_table_puts_every_value_under_its_own_key():
-    # BUG: table() writes row.values() in each row's own order, though it promises one column per key of the first row.
     page = Page(show.table([{"a": "1", "b": "2"}, {"b": "4", "a": "3"}]))
     assert page.cells == ["a", "b", "1", "2", "3", "4"]
 
@@ -209,7 +208,6 @@ def test_bars_are_as_long_as_their_values_and_carry_them_as_labels():
 
 
 def test_bars_write_values_above_a_thousand_without_an_exponent():
-    # BUG: '.3g' turns 1614 MB (03_attach_lora, cpu profile) into '1.61e+03 MB' and 2000 rows (04) into '2e+03 rows'.
     figure = show.bars({"all weights": 1614.0, "kept": 2000}, "MB", "What learning needs")
     written = " ".join(t.get_text() for t in figure.axes[0].texts) + show.alt_text(figure)
     assert "e+" not in written

@@ -176,7 +176,7 @@ def row_problem(row: dict) -> str | None:
         return "missing column"
     sides = (row["chosen"], row["rejected"])
     if not all(isinstance(s, list) and all(_is_message(m) for m in s) for s in sides) or not all(
-        isinstance(row[c], (int, float)) and not isinstance(row[c], bool) and math.isfinite(row[c])
+        isinstance(row[c], (int, float)) and not isinstance(row[c], bool) and -math.inf < row[c] < math.inf
         for c in ("score_chosen", "score_rejected")
     ):
         return "wrong type"
