@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -333,3 +334,27 @@ def test_a_failed_run_writes_no_notebook_and_exits_with_1(tmp_path, monkeypatch,
     monkeypatch.setattr(run, "clean_notebook", lambda *a: written.append(a))
     assert run.main(["--refresh"]) == 1
     assert "NotebookError: 02_b.ipynb stopped" in capsys.readouterr().err and written == []
+
+
+def test_the_last_notebook_run_alone_names_the_one_that_makes_the_adapter(tmp_path):
+    last = run.notebooks()[-1]
+    with pytest.raises(NotebookError, match="05_train_dpo") as error:
+        run.run_all({"PROFILE": "smoke", "ARTIFACTS": str(tmp_path)}, [last])
+    assert "TRAIN_IF_MISSING" in str(error.value), "and says what else can be done"
+
+
+def test_a_long_training_cell_is_followed_line_by_line(tmp_path, capsys):
+    progress = tmp_path / "progress.jsonl"
+    with run.training_lines(progress, every=0.02):
+        progress.write_text('{"step": 1, "of": 42, "loss": 0.69}\n{"step": 2, "of": 42, "loss": 0.5}\n{"step": 3, "of')
+        time.sleep(0.3)
+    assert capsys.readouterr().out == "  training step 2 of 42, loss 0.500\n", "once per step, torn lines left alone"
+
+
+def test_the_training_log_of_an_earlier_run_is_not_shown(tmp_path, capsys):
+    progress = tmp_path / "progress.jsonl"
+    progress.write_text('{"step": 1, "of": 42, "loss": 0.69}\n')
+    os.utime(progress, (1, 1))
+    with run.training_lines(progress, every=0.02):
+        time.sleep(0.1)
+    assert capsys.readouterr().out == ""

@@ -145,17 +145,6 @@ def convert_gguf(gguf: Path, target: Path) -> None:
     tokenizer.save_pretrained(target)
 
 
-def gguf_tensor_types(gguf: Path) -> dict[str, tuple[int, int]]:
-    """Count tensors and weights by GGUF storage type, for example `{"Q4_1": (210, 106168320)}`."""
-    from gguf import GGUFReader
-
-    counts: dict[str, tuple[int, int]] = {}
-    for tensor in GGUFReader(gguf).tensors:
-        n, size = counts.get(tensor.tensor_type.name, (0, 0))
-        counts[tensor.tensor_type.name] = (n + 1, size + int(tensor.n_elements))
-    return counts
-
-
 def sha256(path: Path) -> str:
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -178,7 +178,3 @@ class PeakMemory:
             self._done.set()
             self._watcher.join()
             self.gib = (self._peak - self._before) / 2**30
-
-
-def in_colab() -> bool:
-    return "COLAB_RELEASE_TAG" in os.environ

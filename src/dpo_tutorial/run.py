@@ -9,7 +9,10 @@ import os
 import re
 import shutil
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import nbformat
@@ -94,7 +97,8 @@ def run_all(parameters: dict[str, str], paths: list[Path] | None = None) -> dict
         started = time.perf_counter()
         own = {k: v for k, v in given.items() if k in declared_parameters(path)}
         own["PROFILE"] = resolved.profile
-        _execute(path, executed / path.name, own)
+        with training_lines(run.dir / "progress.jsonl"):
+            _execute(path, executed / path.name, own)
         minutes[path.stem] = round((time.perf_counter() - started) / 60, 2)
         print(f"[{number}/{len(paths)}] {path.name} done in {minutes[path.stem]:.1f} min", flush=True)
     return _summary(run, minutes)
@@ -117,6 +121,33 @@ def _execute(path: Path, target: Path, parameters: dict) -> None:
             f"{path.name}: its process died, most often because memory ran out.",
             f"Lower MAX_TOKENS or take a smaller profile; {target} holds the cells up to there.",
         ) from error
+
+
+@contextmanager
+def training_lines(progress: Path, every: float = 20.0) -> Iterator[None]:
+    """Print the newest line of the training log every few seconds: a kernel's long cell says nothing by itself."""
+    done, began = threading.Event(), time.time()
+
+    def watch() -> None:
+        last = None
+        while not done.wait(every):
+            if not progress.exists() or progress.stat().st_mtime < began:
+                continue
+            rows = [
+                json.loads(line) for line in progress.read_text(encoding="utf-8").splitlines() if line.endswith("}")
+            ]
+            rows = [r for r in rows if "loss" in r]
+            if rows and rows[-1]["step"] != last:
+                last = rows[-1]["step"]
+                print(f"  training step {last} of {rows[-1]['of']}, loss {rows[-1]['loss']:.3f}", flush=True)
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        done.set()
+        watcher.join()
 
 
 def _summary(run: artifacts.Run, minutes: dict[str, float]) -> dict:

@@ -9,8 +9,11 @@ from collections.abc import Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
+import torch
 from IPython.display import HTML, Image
 from matplotlib.figure import Figure
+
+from . import dpo
 
 # Okabe and Ito's colours: told apart with any colour vision, and visible on light and dark pages.
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#E69F00", "#009E73", "#808080"
@@ -221,12 +224,12 @@ def rates(
 
 def loss_curve(beta: float) -> Figure:
     """The DPO loss and its gradient weight σ(−margin) over the margin."""
-    x = np.linspace(-6, 6, 200)
+    x = torch.linspace(-6, 6, 200)
     figure, (axis,) = _figure(
         alt="The loss falls from 6 to 0 as the margin grows; it is ln 2 at 0. The gradient weight falls from 1 to 0."
     )
-    axis.plot(x, np.log1p(np.exp(-x)), color=BLUE, label="loss = −log σ(margin)")
-    axis.plot(x, 1 / (1 + np.exp(x)), color=ORANGE, label="gradient weight = σ(−margin)")
+    axis.plot(x, -torch.nn.functional.logsigmoid(x), color=BLUE, label="loss = −log σ(margin)")
+    axis.plot(x, dpo.gradient_weight(x), color=ORANGE, label="gradient weight = σ(−margin)")
     axis.plot([0], [math.log(2)], "o", color=BLUE)
     axis.annotate("step 0: ln 2", (0, math.log(2)), xytext=(0.6, 1.6), arrowprops={"arrowstyle": "->", "color": GREY})
     axis.set(xlabel=f"margin (rewards, β = {beta:g})", title="What one pair contributes")

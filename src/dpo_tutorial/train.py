@@ -108,7 +108,7 @@ class Progress(TrainerCallback):
 
     def on_log(self, args, state, control, logs=None, **kwargs) -> None:
         with self.path.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps({"step": state.global_step, **(logs or {})}) + "\n")
+            stream.write(json.dumps({"step": state.global_step, "of": state.max_steps, **(logs or {})}) + "\n")
 
 
 def train(config: Config, run: artifacts.Run, model, tokenizer, train: Dataset, val: Dataset) -> DPOTrainer:
