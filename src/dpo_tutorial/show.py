@@ -224,7 +224,7 @@ def rates(
 
 def loss_curve(beta: float) -> Figure:
     """The DPO loss and its gradient weight σ(−margin) over the margin."""
-    x = torch.linspace(-6, 6, 200)
+    x = torch.linspace(-6, 6, 200, dtype=torch.float64)
     figure, (axis,) = _figure(
         alt="The loss falls from 6 to 0 as the margin grows; it is ln 2 at 0. The gradient weight falls from 1 to 0."
     )
