@@ -12,6 +12,7 @@ from importlib import resources
 from pathlib import Path
 
 from datasets import Dataset, DatasetDict, load_dataset
+from tqdm.auto import tqdm
 
 from . import config as configs
 from .config import Config
@@ -42,8 +43,8 @@ REASONS = {
     "chosen equals rejected": "nothing to prefer",
     "tied scores": "the annotator had no preference",
     "inverted scores": "the rejected answer has the higher score",
-    "duplicate prompt": "the same conversation again in this split",
     "prompt in test": "the conversation is also in a held-out split",
+    "duplicate prompt": "the same conversation again in this split",
     "too long": "prompt and answer exceed max_tokens; never cut silently",
 }
 
@@ -140,7 +141,7 @@ def choose_splits(raw: DatasetDict, seed: int) -> tuple[DatasetDict, list[str]]:
         if ours not in found:
             if len(found["train"]) < 10:
                 raise DataError(
-                    f"{len(found['train'])} rows are too few to cut a {ours} split from.", "Give at least 10 rows."
+                    f"{len(found['train'])} rows are too few to cut a {ours} split from.", "Give at least 12 rows."
                 )
             cut = found["train"].train_test_split(test_size=0.1, seed=seed)
             found["train"], found[ours] = cut["train"], cut["test"]
@@ -267,7 +268,7 @@ def prepare(config: Config, tokenizer) -> Prepared:
 
 def _prepare_split(raw, name, tokenizer, config, held_out, limit):
     kept, keys, dropped, examples = [], set(), Counter(), {}
-    for index, row in enumerate(raw):
+    for index, row in enumerate(tqdm(raw, desc=f"checking {name}", unit="row", leave=False)):
         problem = row_problem(row)
         if problem is None:
             example = extract(row)

@@ -72,7 +72,7 @@ def pick_dtype(hardware: dict) -> tuple[str, str]:
         return "fp16", f"compute capability {major}.{minor} has no native bfloat16"
     if hardware["cpu_amx"]:
         return "bf16", "this CPU multiplies bfloat16 matrices in hardware (AMX)"
-    return "fp32", "this CPU has no bfloat16 matrix unit: float32 is faster on it, and exact"
+    return "fp32", "this CPU has no bfloat16 matrix unit, and float32 was measured faster without one"
 
 
 def torch_dtype(name: str):
@@ -86,7 +86,7 @@ def tune_allocator() -> bool:
     """Have glibc keep freed memory instead of returning it to the kernel after every large tensor.
 
     On a CPU each training step frees and takes gigabytes; by default every one of those pages is mapped and zeroed
-    anew. Measured in `benchmarks/cpu_step.md`. Returns False where the C library is not glibc.
+    anew. Measured by `benchmarks/cpu_step.py`. Returns False where the C library is not glibc.
     """
     m_trim_threshold, m_mmap_max = -1, -4  # malloc.h
     try:
@@ -121,6 +121,15 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             found[name] = "missing"
     return found
+
+
+def free_memory_gib() -> float:
+    """Memory that a model could still take: of the GPU where there is one, else of the machine."""
+    import psutil
+    import torch
+
+    free = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else psutil.virtual_memory().available
+    return free / 2**30
 
 
 def peak_memory_gib() -> float:

@@ -125,7 +125,7 @@ def keep_gradients(model) -> None:
 
     On CPUs with AVX512-BF16, bitsandbytes 0.50 repacks a 4-bit layer at its first forward in eval mode (an
     evaluation, a generation) for a kernel that has no backward pass. Every later training step then gets no
-    gradient through that layer: LoRA trains only behind the last one, and nothing fails. `test_models.py` shows it.
+    gradient through that layer, and nothing fails. `test_models.py` shows it.
     """
     for module in model.modules():
         if isinstance(module, bnb.nn.Linear4bit):

@@ -82,7 +82,7 @@ def score_completions_only() -> None:
 
     TRL 1.16 decides this by asking for Triton, because on some accelerators a changing shape costs a recompilation;
     a CPU has neither. The loss is the same (`test_train.py` compares), and a 49,152-word head over prompt and padding
-    was half of a training step (`benchmarks/cpu_step.md`).
+    is a large part of a training step (`benchmarks/cpu_step.py` measures it).
     """
     trl.trainer.utils._use_triton = lambda device: True
 
@@ -184,7 +184,7 @@ def model_card(config: Config, record: dict) -> str:
     table = "\n".join(f"| {name} | {value} |" for name, value in rows)
     return "\n".join(
         ["---", *front, "---", "# Adapter trained by dpo-tutorial", "", "| | |", "|---|---|", table, ""]
-        + ["Attach it to the 4-bit base it was trained on. Merging it into 4-bit weights rounds the update away.", ""]
+        + ["Attach it to the 4-bit base it was trained on. Merged into 4-bit weights, the sum is rounded again.", ""]
     )
 
 
