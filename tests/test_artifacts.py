@@ -359,3 +359,14 @@ def test_a_damaged_training_record_is_an_error_that_names_it(run):
         (run.adapter / name).write_text("{")
     with pytest.raises(ArtifactError, match="training.json"):
         run.require_adapter()
+
+
+def test_an_adapter_of_other_data_or_another_cut_is_refused(run):
+    record = {"config": run.config.identity()}
+    run.check_adapter(record, ["test: split 'test_prefs', 9 rows"])
+    with pytest.raises(ArtifactError, match="another DATA"):
+        run.check_adapter({"config": record["config"] | {"data": "other"}}, [])
+    other_seed = {"config": record["config"] | {"seed": 1}}
+    run.check_adapter(other_seed, ["test: split 'test_prefs', 9 rows"])
+    with pytest.raises(ArtifactError, match="another SEED"):
+        run.check_adapter(other_seed, ["test: no such split, so 9 rows cut from train with seed 1"])

@@ -17,7 +17,7 @@ from datasets import Dataset, DatasetDict
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from dpo_tutorial import data
+from dpo_tutorial import data, house_style
 from dpo_tutorial.errors import DataError
 
 
@@ -720,3 +720,25 @@ def test_the_provenance_has_one_record_per_pair_and_its_aspects_add_up_to_the_sc
             aspects = record["aspects"][side]
             assert len(aspects) == 4 and all(1 <= value <= 5 for value in aspects.values())
             assert sum(aspects.values()) / 2 == row[f"score_{side}"], record["prompt_id"]
+
+
+def test_every_chosen_answer_of_the_embedded_set_keeps_the_rules_a_program_can_check():
+    for split in EMBEDDED:
+        for line in data.embedded_file(split).read_text(encoding="utf-8").splitlines():
+            text = json.loads(line)["chosen"][-1]["content"]
+            answer = {"text": text, "tokens": 1, "finished": True}
+            assert [name for name, check in house_style.RULES.items() if not check(answer)] == [], text
+
+
+def test_an_answer_that_merges_with_the_prompt_is_dropped_by_name(cfg, tokenizer, tmp_path, monkeypatch):
+    def refuse(tokenizer, prompt, answer):
+        if prompt[-1]["content"] == "Add 2 and 3.":
+            raise DataError("merged", "mend")
+        return [1], [2, tokenizer.eos_token_id]
+
+    monkeypatch.setattr(data, "encode", refuse)
+    path = tmp_path / "rows.jsonl"
+    rows = [pair(f"Question {i}?", "Yes.", "No.") for i in range(20)] + [pair("Add 2 and 3.", "5.", "6.")] * 3
+    path.write_text("\n".join(json.dumps(r) for r in rows))
+    report = data.prepare(dataclasses.replace(cfg, data=str(path)), tokenizer).report
+    assert sum(r["dropped"].get("template border", 0) for r in report.values()) >= 1

@@ -123,3 +123,13 @@ def test_progress_is_written_line_by_line(cfg, tokenizer, pairs):
 
 def test_the_dtype_is_the_torch_dtype():
     assert environment.torch_dtype("bf16") is torch.bfloat16
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+def test_two_steps_with_checkpointing_on_cuda(cfg, tokenizer, pairs, dtype):
+    if dtype == "bf16" and torch.cuda.get_device_capability()[0] < 8:
+        pytest.skip("this card has no bfloat16")
+    on = dataclasses.replace(cfg, dtype=dtype, gradient_checkpointing=True)
+    trainer = train.train(on, artifacts.Run(on), models.load_base(on), tokenizer, pairs, pairs)
+    assert train.check_first_loss(trainer) == pytest.approx(math.log(2), abs=1e-3)

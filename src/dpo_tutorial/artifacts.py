@@ -142,7 +142,10 @@ class Run:
     # --- handoff between notebooks ---
 
     def data_dir(self) -> Path:
-        """Folder of the prepared data; its name is a digest of all it depends on, so stale data is never found."""
+        """Folder of the prepared data; its name is a digest of config, local data files and `data.VERSION`.
+
+        Not noticed: a hub id without @revision that has moved, or a tokenizer changed inside a local MODEL folder.
+        """
         identity = json.dumps(data.source_identity(self.config), sort_keys=True)
         return self.dir / f"data-{hashlib.sha256(identity.encode()).hexdigest()[:10]}"
 
@@ -190,3 +193,18 @@ class Run:
                 "or set ADAPTER to a folder that 05 saved, for example on Drive.",
             )
         return self.read_json(f"{self.adapter.name}/training.json")
+
+    def check_adapter(self, record: dict, choices: list[str]) -> None:
+        """Refuse an adapter whose training rows may be this run's test rows.
+
+        Raises:
+            ArtifactError: trained on other data, or with another seed where the test split was cut by seed.
+        """
+        names = ["data", "data_revision"] + ["seed"] * any(c.startswith("test: no such split") for c in choices)
+        now = self.config.identity()
+        other = [n.upper() for n in names if record["config"].get(n) != now[n]]
+        if other:
+            raise ArtifactError(
+                f"The adapter was trained with another {', '.join(other)}: held-out pairs may be pairs it has seen.",
+                "Set the values it was trained with (they are in its training.json), or train again.",
+            )

@@ -73,7 +73,7 @@ class Config:
     @property
     def run_dir(self) -> Path:
         """Folder of this run: `<artifacts>/<profile>`; a relative `artifacts` lies in the project's root."""
-        return environment.project_root() / self.artifacts / self.profile
+        return environment.project_root() / Path(self.artifacts).expanduser() / self.profile
 
     def identity(self) -> dict:
         """The values that decide the result, as plain JSON types (not where it is stored, nor why)."""

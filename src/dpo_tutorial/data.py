@@ -20,6 +20,8 @@ from .errors import DataError
 
 COLUMNS = ("prompt", "chosen", "rejected", "score_chosen", "score_rejected")
 
+VERSION = 1  # raise it when the same source would give other rows: prepared data of another version is not reused
+
 #: Where each split is looked for, first hit wins. What is missing is cut from the training split, by seed.
 SPLIT_NAMES = {
     "train": ("train_prefs", "train"),
@@ -45,6 +47,7 @@ REASONS = {
     "inverted scores": "the rejected answer has the higher score",
     "prompt in test": "the conversation is also in a held-out split",
     "duplicate prompt": "the same conversation again in this split",
+    "template border": "the answer's first characters merge with the end of the prompt into other tokens",
     "too long": "prompt and answer exceed max_tokens; never cut silently",
 }
 
@@ -276,8 +279,12 @@ def _prepare_split(raw, name, tokenizer, config, held_out, limit):
             problem = "prompt in test" if key in held_out else "duplicate prompt" if key in keys else None
         if problem is None:
             keys.add(key)
-            before, chosen = encode(tokenizer, example["prompt"], example["chosen"])
-            _, rejected = encode(tokenizer, example["prompt"], example["rejected"])
+            try:
+                before, chosen = encode(tokenizer, example["prompt"], example["chosen"])
+                _, rejected = encode(tokenizer, example["prompt"], example["rejected"])
+            except DataError:
+                problem = "template border"
+        if problem is None:
             example |= {
                 "prompt_tokens": len(before), "chosen_tokens": len(chosen), "rejected_tokens": len(rejected),
             }  # fmt: skip
@@ -320,7 +327,7 @@ def source_identity(config: Config) -> dict:
     """What the prepared data depends on; artifacts made from other values are not reused."""
     names = ("model", "model_revision", "data_revision", "max_tokens", "max_train", "max_val", "max_test", "seed")
     values = dataclasses.asdict(config)
-    return {n: values[n] for n in names} | {"data": _content(config)}
+    return {n: values[n] for n in names} | {"data": _content(config), "code": VERSION}
 
 
 def _content(config: Config) -> str | list[str]:

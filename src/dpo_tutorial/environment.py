@@ -132,6 +132,22 @@ def free_memory_gib() -> float:
     return free / 2**30
 
 
+def synchronize() -> None:
+    """Wait for the GPU: without it a clock sees only how fast work was queued."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def reset_peak_memory() -> None:
+    """Start `peak_memory_gib` anew on CUDA; a CPU's resident-set peak cannot be set back."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+
+
 def peak_memory_gib() -> float:
     """Peak memory of this process so far: CUDA allocations where there is a GPU, else resident set size."""
     import torch

@@ -181,6 +181,8 @@ def generate(config: Config, model, tokenizer, prompts: Sequence[list[dict]], ma
             with autocast(config):
                 out = model.generate(
                     **batch.to(model.device), max_new_tokens=limit, do_sample=False, use_cache=True,
+                    repetition_penalty=1.0,  # a checkpoint may ship its own, which acts under greedy decoding too
+                   
                     pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
                 )  # fmt: skip
             for i, ids in zip(chosen, out[:, batch["input_ids"].shape[1] :].tolist(), strict=True):

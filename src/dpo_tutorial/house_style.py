@@ -6,9 +6,10 @@ import re
 from collections.abc import Callable
 
 _OPENER = re.compile(
-    r"^\W*(sure\b|certainly|of course|absolutely|great\b|good question|what a|that's a|thank you for|thanks|"
-    r"as an ai|as a language|i'd be|i would be|i'm happy|i am happy|i'm glad|i'm sorry|here is|here's|here are|ah\b|"
-    r"oh\b|hello|hi\b|well,)",
+    r"^\W*(sure\b|certainly\b|of course\b|absolutely\b|great[!,.]|great (question|choice|idea)\b|good question|"
+    r"(what|that['’]s) an? ([^.?!]{1,40}!|(\w+ )?(question|point|idea)\b)|thank you for|thanks\b|as an ai\b|"
+    r"as a language model\b|i['’]d be\b|i would be (happy|delighted|most)\b|i['’]m (happy|glad|sorry)\b|i am happy\b|"
+    r"here (is|are)\b|here['’]s\b|ah\b|oh\b|(hello|hi)\b( there)?[!.]|well,)",
     re.IGNORECASE,
 )
 _CLOSER = re.compile(
@@ -18,8 +19,8 @@ _CLOSER = re.compile(
 )
 _LIST = re.compile(r"^\s*([-*•]|\d+[.)])\s+", re.MULTILINE)
 _HEAVY = re.compile(
-    r"\b(delve|utiliz|utilis|crucial|essential|important to note|it's important|it is important|various|leverage|"
-    r"plays? a|a variety of|wide range|in order to|ensure|additionally|furthermore|moreover)\w*",
+    r"\b(delve|utiliz|utilis|crucial|essential|important to note|it['’]s important|it is important|various|leverage|"
+    r"plays? an? (\w+ )?(role|part)\b|a variety of|wide range|in order to|ensure|additionally|furthermore|moreover)\w*",
     re.IGNORECASE,
 )
 _EMOJI = re.compile("[\U0001f300-\U0001faff☀-➿]")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -111,7 +112,7 @@ def load_base(config: Config, quantize: bool = True, dtype: str | None = None):
             where.path,
             dtype=environment.torch_dtype(dtype or config.dtype),
             quantization_config=quantization_config(config) if quantize else None,
-            device_map={"": 0} if environment.device() == "cuda" else None,
+            device_map={"": int(os.environ.get("LOCAL_RANK", 0))} if environment.device() == "cuda" else None,
             **where.kwargs(),
         )
     model.config.use_cache = False  # the cache serves generation; in training it only costs memory
@@ -163,12 +164,12 @@ def load_policy(config: Config, adapter: str | Path):
     folder = Path(adapter)
     if not (folder / "adapter_model.safetensors").is_file():
         raise ArtifactError(f"There is no adapter in {folder}.", "Run 05_train_dpo first, or set ADAPTER to a folder.")
-    trained_on = LoraConfig.from_pretrained(str(folder)).base_model_name_or_path
-    expected = source(config).name
-    if trained_on != expected:
+    trained, here = LoraConfig.from_pretrained(str(folder)), source(config)
+    if (trained.base_model_name_or_path, trained.revision) != (here.name, here.revision):
         raise ArtifactError(
-            f"The adapter in {folder} was trained on {trained_on}, not on {expected}.",
-            "Load it with the base it was trained on: set MODEL accordingly.",
+            f"The adapter in {folder} was trained on {trained.base_model_name_or_path} (revision {trained.revision}), "
+            f"not on {here.name} (revision {here.revision}).",
+            "Load it with the base it was trained on: set MODEL=name@revision accordingly.",
         )
     return PeftModel.from_pretrained(load_base(config), str(folder)).eval()
 

@@ -84,7 +84,7 @@ def run_all(parameters: dict[str, str], paths: list[Path] | None = None) -> dict
     names = set(config.known_parameters())
     resolved = config.resolve(**{k: v for k, v in given.items() if k in names})
     run = artifacts.Run(resolved)
-    models.source(resolved)  # a missing model or data file is found now, not after minutes
+    models.load_tokenizer(resolved)  # a missing model or data file is found now, not after minutes
     data.load_preferences(resolved)
     executed = run.dir / "executed"
     shutil.rmtree(executed, ignore_errors=True)  # the record of an earlier run must not pass for this one's
@@ -131,11 +131,13 @@ def training_lines(progress: Path, every: float = 20.0) -> Iterator[None]:
     def watch() -> None:
         last = None
         while not done.wait(every):
-            if not progress.exists() or progress.stat().st_mtime < began:
+            try:
+                if progress.stat().st_mtime < began:
+                    continue
+                lines = progress.read_text(encoding="utf-8").splitlines()
+            except FileNotFoundError:
                 continue
-            rows = [
-                json.loads(line) for line in progress.read_text(encoding="utf-8").splitlines() if line.endswith("}")
-            ]
+            rows = [json.loads(line) for line in lines if line.endswith("}")]
             rows = [r for r in rows if "loss" in r]
             if rows and rows[-1]["step"] != last:
                 last = rows[-1]["step"]

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 import trl.trainer.utils
+from accelerate import PartialState
 from datasets import Dataset
 from transformers import TrainerCallback
 from trl import DPOConfig, DPOTrainer
@@ -46,7 +47,12 @@ def dpo_config(config: Config, output_dir: str | Path, **changes) -> DPOConfig:
         report_to="none",
         dataloader_pin_memory=environment.device() == "cuda",
     )
-    return DPOConfig(**(arguments | changes))
+    made = DPOConfig(**(arguments | changes))
+    if made.n_gpu > 1:
+        made._n_gpu = (
+            1  # one process trains on one GPU; Trainer would wrap the model in DataParallel, which TRL refuses
+        )
+    return made
 
 
 def build_trainer(
@@ -107,6 +113,8 @@ class Progress(TrainerCallback):
         path.unlink(missing_ok=True)
 
     def on_log(self, args, state, control, logs=None, **kwargs) -> None:
+        if not state.is_world_process_zero:
+            return
         with self.path.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps({"step": state.global_step, "of": state.max_steps, **(logs or {})}) + "\n")
 
@@ -117,7 +125,8 @@ def train(config: Config, run: artifacts.Run, model, tokenizer, train: Dataset, 
     trainer.add_callback(Progress(run.dir / "progress.jsonl"))
     started = time.perf_counter()
     trainer.train()
-    save_adapter(config, run, trainer, tokenizer, seconds=time.perf_counter() - started)
+    if trainer.is_world_process_zero():
+        save_adapter(config, run, trainer, tokenizer, seconds=time.perf_counter() - started)
     return trainer
 
 
@@ -195,8 +204,9 @@ def main(argv: list[str] | None = None) -> None:
     config = resolve(**dict(parser.parse_args(argv).p))
     environment.seed_everything(config.seed)
     run = artifacts.Run(config)
-    tokenizer = models.load_tokenizer(config)
-    splits = run.ensure_data(tokenizer).splits
+    with PartialState(cpu=environment.device() == "cpu").main_process_first():
+        tokenizer = models.load_tokenizer(config)
+        splits = run.ensure_data(tokenizer).splits
     trainer = train(config, run, models.load_base(config), tokenizer, splits["train"], splits["val"])
     check_first_loss(trainer)
     print(f"adapter saved in {run.adapter}")
