@@ -150,7 +150,8 @@ SET_CASES = {
 
 
 def test_every_reason_has_a_row_made_for_it():
-    assert set(ROW_CASES) | set(SET_CASES) == set(data.REASONS)
+    elsewhere = {"template border"}  # needs a tokenizer that merges: test_an_answer_that_merges_…
+    assert set(ROW_CASES) | set(SET_CASES) | elsewhere == set(data.REASONS)
 
 
 @pytest.mark.parametrize(

@@ -149,8 +149,8 @@ def test_the_cpu_workflow_runs_make_test_on_pushes_and_pull_requests():
 def test_the_gpu_workflow_runs_a_profile_on_a_gpu_runner_and_uploads_always():
     parsed, job = workflow("gpu.yml")
     assert "gpu" in job["runs-on"]
-    (command,) = commands(job)
-    assert command.startswith("make run PROFILE=")
+    first, second = commands(job)
+    assert first.startswith("make run PROFILE=") and second.endswith("-m gpu")
     (upload,) = uploads(job)
     assert upload["if"] == "always()"
     assert "artifacts/*/executed" in upload["with"]["path"]
