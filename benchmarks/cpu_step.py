@@ -16,7 +16,7 @@ SETTINGS = {
     "fp32, allocator": ["fp32", "allocator"],
     "fp32, allocator, head on answers only (what we use)": ["fp32", "allocator", "head"],
 }
-STEPS = 5
+STEPS = 4
 
 
 def one(switches: list[str]) -> dict:

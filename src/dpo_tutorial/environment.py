@@ -86,7 +86,7 @@ def tune_allocator() -> bool:
     """Have glibc keep freed memory instead of returning it to the kernel after every large tensor.
 
     On a CPU each training step frees and takes gigabytes; by default every one of those pages is mapped and zeroed
-    anew. Measured by `benchmarks/cpu_step.py`. Returns False where the C library is not glibc.
+    anew. Measured in `benchmarks/cpu_step.md`. Returns False where the C library is not glibc.
     """
     m_trim_threshold, m_mmap_max = -1, -4  # malloc.h
     try:

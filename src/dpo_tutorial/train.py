@@ -88,7 +88,7 @@ def score_completions_only() -> None:
 
     TRL 1.16 decides this by asking for Triton, because on some accelerators a changing shape costs a recompilation;
     a CPU has neither. The loss is the same (`test_train.py` compares), and a 49,152-word head over prompt and padding
-    is a large part of a training step (`benchmarks/cpu_step.py` measures it).
+    costs about a tenth of a training step (`benchmarks/cpu_step.md`).
     """
     trl.trainer.utils._use_triton = lambda device: True
 
