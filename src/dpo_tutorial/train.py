@@ -48,10 +48,8 @@ def dpo_config(config: Config, output_dir: str | Path, **changes) -> DPOConfig:
         dataloader_pin_memory=environment.device() == "cuda",
     )
     made = DPOConfig(**(arguments | changes))
-    if made.n_gpu > 1:
-        made._n_gpu = (
-            1  # one process trains on one GPU; Trainer would wrap the model in DataParallel, which TRL refuses
-        )
+    if made.n_gpu > 1:  # one process, one GPU: else Trainer wraps the model in DataParallel, which TRL refuses
+        made._n_gpu = 1
     return made
 
 
@@ -140,14 +138,14 @@ def history(trainer: DPOTrainer) -> dict[str, list[dict]]:
 
 
 def check_first_loss(trainer: DPOTrainer, tolerance: float = 1e-3) -> float:
-    """The loss before the first update; ln 2 exactly when policy and reference are the same model.
+    """The loss before the first update; with the sigmoid loss it must be ln 2: policy and reference are one model then.
 
     Raises:
         AssertionError: it is not; then the reference is wrong, and the training means nothing.
     """
-    if trainer.args.loss_type != ["sigmoid"]:
-        return history(trainer)["train"][0]["loss"]
     first = history(trainer)["train"][0]["loss"]
+    if trainer.args.loss_type != ["sigmoid"]:
+        return first
     assert abs(first - math.log(2)) < tolerance, f"loss at step 0 is {first:.4f}, not ln 2 = {math.log(2):.4f}"
     return first
 
