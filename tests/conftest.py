@@ -86,8 +86,13 @@ def cfg(tiny_folder, tmp_path):
 
 
 @pytest.fixture
-def pairs() -> Dataset:
-    """Four prepared pairs, as `data.extract` makes them."""
+def pairs(tokenizer) -> Dataset:
+    """Four prepared pairs, as `data.prepare` makes them."""
     from dpo_tutorial import data
 
-    return Dataset.from_list([data.extract(pair(*t)) for t in TEXTS])
+    rows = []
+    for row in (data.extract(pair(*t)) for t in TEXTS):
+        ids = {side: data.encode(tokenizer, row["prompt"], row[side]) for side in ("chosen", "rejected")}
+        counts = {f"{side}_tokens": len(answer) for side, (_, answer) in ids.items()}
+        rows.append(row | counts | {"prompt_tokens": len(ids["chosen"][0])})
+    return Dataset.from_list(rows)

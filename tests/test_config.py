@@ -5,7 +5,7 @@ import pytest
 from dpo_tutorial import config, environment, models, train
 from dpo_tutorial.errors import ConfigError
 
-NO_GPU = {"cuda": False, "cpu_amx": False, "cores": 2, "memory_gib": 24.0, "cpu": "x"}
+NO_GPU = {"cuda": False, "cpu_bf16_speedup": 0.5, "cores": 2, "memory_gib": 24.0, "cpu": "x"}
 
 
 def gpu(capability, memory):
@@ -39,7 +39,7 @@ def test_every_choice_is_printed_with_its_reason(monkeypatch, capsys):
         (gpu([8, 9], 22.0), "gpu24", "bf16"),
         (gpu([9, 0], 79.0), "gpu80", "bf16"),
         (NO_GPU, "cpu", "fp32"),
-        (NO_GPU | {"cpu_amx": True}, "cpu", "bf16"),
+        (NO_GPU | {"cpu_bf16_speedup": 2.2}, "cpu", "bf16"),
     ],
 )
 def test_profile_and_dtype_follow_the_hardware(monkeypatch, hardware, profile, dtype):

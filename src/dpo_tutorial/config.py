@@ -103,7 +103,7 @@ def _check_range(ok: bool, name: str, value: object, wanted: str) -> None:
 
 
 _CPU = dict(
-    max_tokens=256, max_train=400, max_val=60, max_test=120, learning_rate=1.5e-4, batch_size=4, grad_accum=2,
+    max_tokens=256, max_train=400, max_val=60, max_test=120, learning_rate=1.5e-4, batch_size=2, grad_accum=4,
     gradient_checkpointing=False, compare_prompts=24, max_new_tokens=96,
 )  # fmt: skip
 _HUB = dict(data=ULTRAFEEDBACK[0], data_revision=ULTRAFEEDBACK[1])
@@ -111,7 +111,7 @@ _HUB = dict(data=ULTRAFEEDBACK[0], data_revision=ULTRAFEEDBACK[1])
 PROFILES: dict[str, dict] = {
     "smoke": _CPU
     | dict(
-        max_train=8, max_val=2, max_test=8, max_steps=2, batch_size=2, compare_prompts=2, max_new_tokens=12,
+        max_train=8, max_val=2, max_test=8, max_steps=2, grad_accum=2, compare_prompts=2, max_new_tokens=12,
     ),
     "cpu": _CPU,
     "t4": _HUB

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 import math
 import re
 from collections import Counter
@@ -78,6 +79,14 @@ def load_preferences(config: Config) -> tuple[DatasetDict, list[str]]:
 def embedded_file(split: str) -> Path:
     """Path of one split of the repository's own preference set (`train_prefs`, `val_prefs`, `test_prefs`)."""
     return Path(str(resources.files("dpo_tutorial") / "resources" / f"{split}.jsonl"))
+
+
+def dirty_rows() -> list[dict]:
+    """Rows made bad on purpose, for the audit lesson of notebook 04; no split reads them.
+
+    Each has `expected`: the reason of `REASONS` that `row_problem` must find, None for the one sound row.
+    """
+    return [json.loads(line) for line in embedded_file("dirty_rows").read_text(encoding="utf-8").splitlines()]
 
 
 def _read(config: Config) -> DatasetDict:

@@ -161,38 +161,77 @@ def bag_of_words_accuracy(train: Dataset, test: Dataset) -> dict:
 # --- generation ---------------------------------------------------------------------------------------------------
 
 
-@torch.no_grad()
 def generate(config: Config, model, tokenizer, prompts: Sequence[list[dict]], max_new_tokens: int | None = None):
     """Answer each conversation greedily.
 
     Returns:
         One `{"text", "tokens", "finished"}` per prompt, in order; `finished` is False where the limit cut the answer.
     """
+    answers = []
+    for ids in _answer_ids(config, model, tokenizer, prompts, max_new_tokens or config.max_new_tokens, sample=False):
+        finished = ids[-1:] == [tokenizer.eos_token_id]
+        ids = ids[:-1] if finished else ids
+        text = tokenizer.decode(ids, skip_special_tokens=True).strip()
+        answers.append({"text": text, "tokens": len(ids), "finished": finished})
+    return answers
+
+
+@torch.no_grad()
+def _answer_ids(config: Config, model, tokenizer, prompts, limit: int, sample: bool) -> list[list[int]]:
+    """Token ids of one answer per prompt, the EOS included where there is one; greedy, or drawn from the model."""
     model.eval()
-    limit = max_new_tokens or config.max_new_tokens
     texts = [tokenizer.apply_chat_template(p, tokenize=False, add_generation_prompt=True) for p in prompts]
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
     side, tokenizer.padding_side = tokenizer.padding_side, "left"  # every answer starts at the same column
-    answers: list[dict] = [{}] * len(texts)
+    how = dict(do_sample=True, temperature=1.0, top_k=0, top_p=1.0) if sample else dict(do_sample=False)
+    answers: list[list[int]] = [[]] * len(texts)
     try:
         for start in tqdm(range(0, len(order), 12), desc="generating", leave=False):
             chosen = order[start : start + 12]
             batch = tokenizer([texts[i] for i in chosen], return_tensors="pt", padding=True, add_special_tokens=False)
             with autocast(config):
                 out = model.generate(
-                    **batch.to(model.device), max_new_tokens=limit, do_sample=False, use_cache=True,
+                    **batch.to(model.device), **how, max_new_tokens=limit, use_cache=True,
                     repetition_penalty=1.0,  # a checkpoint may ship its own, which acts under greedy decoding too
-                   
                     pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
                 )  # fmt: skip
             for i, ids in zip(chosen, out[:, batch["input_ids"].shape[1] :].tolist(), strict=True):
-                finished = tokenizer.eos_token_id in ids
-                ids = ids[: ids.index(tokenizer.eos_token_id)] if finished else ids
-                text = tokenizer.decode(ids, skip_special_tokens=True).strip()
-                answers[i] = {"text": text, "tokens": len(ids), "finished": finished}
+                end = ids.index(tokenizer.eos_token_id) + 1 if tokenizer.eos_token_id in ids else len(ids)
+                answers[i] = ids[:end]
     finally:
         tokenizer.padding_side = side
     return answers
+
+
+def kl_from_reference(
+    config: Config, model, tokenizer, prompts: Sequence[list[dict]], max_new_tokens: int | None = None
+) -> dict:
+    """Estimate KL(policy ‖ reference): how far training has moved the model, on answers that it would now give.
+
+    One answer per prompt is drawn from the policy (temperature 1, whole vocabulary, `config.seed`); the mean of
+    log π(y|x) − log π_ref(y|x) over these is an unbiased estimate of the KL of answers up to the token limit, the term
+    that the RLHF objective holds down (Rafailov et al. 2023, eq. 3).
+
+    Returns:
+        `per_answer` and `per_token`, in nats, each `{"mean", "standard_error", "n"}`; `tokens` drawn in all.
+    """
+    limit = max_new_tokens or config.max_new_tokens
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        torch.manual_seed(config.seed)
+        answers = _answer_ids(config, model, tokenizer, prompts, limit, sample=True)
+    encoded = []
+    for prompt, answer in zip(prompts, answers, strict=True):
+        ids = tokenizer.apply_chat_template(prompt, tokenize=True, return_dict=False, add_generation_prompt=True)
+        encoded.append((ids, answer))
+    policy, reference = _log_probs(config, model, tokenizer, encoded)
+    ratios, lengths = (policy - reference).numpy(), np.array([len(answer) for answer in answers])
+    per_token = ratios.sum() / lengths.sum()
+    spread = mean((ratios - per_token * lengths) / lengths.mean())  # a ratio of two means: the delta method
+    return {
+        "per_answer": mean(ratios),
+        "per_token": spread | {"mean": float(per_token)},
+        "tokens": int(lengths.sum()),
+    }
 
 
 def rule_rates(answers: Sequence[dict], rules: dict[str, Callable[[dict], bool]]) -> dict[str, dict]:

@@ -35,3 +35,17 @@ RULES: dict[str, Callable[[dict], bool]] = {
     "no closer": lambda a: not _CLOSER.search(a["text"]),
     "ends complete": lambda a: a["finished"] and a["text"].rstrip().endswith((".", "?", ")", "`", '"', "”", "'")),
 }
+
+#: Prompts outside the style's reach: they ask for a form that the set does not teach, or teaches against.
+OUTSIDE = (
+    "List the three primary colours as bullet points.",
+    "Write a haiku about snow.",
+    "Translate into French: Where is the station?",
+    "Write a Python function that returns the larger of two numbers. Code only.",
+    "Give me a JSON object with the keys name and age for Ana, who is 31.",
+    "Repeat exactly, and nothing else: the quick brown fox",
+    "What is 17 + 26? Only the number.",
+    "Continue the sequence: 2, 4, 6, 8,",
+    "In one word: what is the opposite of hot?",
+    "Turn this into a numbered list: wash the rice, boil it for 12 minutes, let it rest.",
+)

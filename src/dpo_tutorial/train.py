@@ -15,7 +15,7 @@ from datasets import Dataset
 from transformers import TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
-from . import artifacts, environment, models
+from . import artifacts, data, environment, models
 from .config import Config, resolve
 
 
@@ -34,6 +34,8 @@ def dpo_config(config: Config, output_dir: str | Path, **changes) -> DPOConfig:
         per_device_train_batch_size=config.batch_size,
         per_device_eval_batch_size=config.batch_size,
         gradient_accumulation_steps=config.grad_accum,
+        train_sampling_strategy="group_by_length",  # batches of similar length: less padding to compute
+        remove_unused_columns=False,  # else TRL drops the length column before the sampler sees it
         max_grad_norm=config.max_grad_norm,
         gradient_checkpointing=config.gradient_checkpointing,
         gradient_checkpointing_kwargs={"use_reentrant": False},
@@ -68,17 +70,22 @@ def build_trainer(
         score_completions_only()
     arguments = dpo_config(config, output_dir, **changes)
     if val is not None:
-        arguments.eval_strategy, arguments.eval_steps, arguments.eval_on_start = "steps", 0.5, True
+        arguments.eval_strategy, arguments.eval_steps = "steps", 0.5  # half-way and at the end; at the start all tie
     trainer = DPOTrainer(
         model=model,
         args=arguments,
-        train_dataset=train.select_columns(["prompt", "chosen", "rejected"]),
-        eval_dataset=None if val is None else val.select_columns(["prompt", "chosen", "rejected"]),
+        train_dataset=_columns(train),
+        eval_dataset=None if val is None else _columns(val),
         processing_class=tokenizer,
         peft_config=models.lora_config(config),
     )
     cast_trainable_to_fp32(trainer.model)
     return trainer
+
+
+def _columns(split: Dataset) -> Dataset:
+    """What the trainer reads of a prepared split; the sampler groups by `length`."""
+    return split.select_columns(["prompt", "chosen", "rejected"]).add_column("length", data.token_lengths(split))
 
 
 def score_completions_only() -> None:
@@ -121,6 +128,7 @@ def train(config: Config, run: artifacts.Run, model, tokenizer, train: Dataset, 
     """Train the adapter and save it: what notebook 05 does around its explanations."""
     trainer = build_trainer(config, model, tokenizer, train, val, run.dir / "trainer")
     trainer.add_callback(Progress(run.dir / "progress.jsonl"))
+    environment.seed_everything(config.seed)  # the order of the batches follows the seed, whatever was drawn before
     started = time.perf_counter()
     trainer.train()
     if trainer.is_world_process_zero():

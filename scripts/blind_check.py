@@ -1,0 +1,63 @@
+"""Blind check of the embedded preference set: does a reader who sees only the style guide find the chosen answer?
+
+python scripts/blind_check.py sheet --seed 7 > sheet.md        # 60 random pairs, answers in random order
+python scripts/blind_check.py score --seed 7 votes.txt         # one A or B a line -> benchmarks/blind_check.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+from pathlib import Path
+
+from dpo_tutorial import data, evaluate
+
+ROOT = Path(__file__).parents[1]
+PAIRS = 60
+
+
+def drawn(seed: int) -> list[tuple[dict, bool]]:
+    """60 pairs of all splits, and whether the chosen answer is shown first."""
+    rows = [json.loads(x) for s in data.EMBEDDED_SPLITS for x in data.embedded_file(s).read_text("utf-8").splitlines()]
+    order = random.Random(seed)
+    return [(row, order.random() < 0.5) for row in order.sample(rows, PAIRS)]
+
+
+def sheet(seed: int) -> str:
+    card = (data.embedded_file("README").with_suffix(".md")).read_text("utf-8")
+    guide = card[card.index("1. answer first") : card.index("The chosen answer keeps")]
+    parts = [
+        "The style guide:\n",
+        guide,
+        "Which answer of each pair follows it better? Write A or B, one line a pair.\n",
+    ]
+    for number, (row, chosen_first) in enumerate(drawn(seed), 1):
+        sides = ("chosen", "rejected") if chosen_first else ("rejected", "chosen")
+        a, b = (row[side][-1]["content"] for side in sides)
+        parts.append(f"## {number}\n\nA:\n<<<\n{a}\n>>>\n\nB:\n<<<\n{b}\n>>>\n")
+    return "\n".join(parts)
+
+
+def score(seed: int, votes: list[str]) -> dict:
+    pairs = drawn(seed)
+    ballots = [
+        {"prompt_id": row["prompt_id"], "chosen_shown_as": "A" if first else "B", "vote": vote}
+        for (row, first), vote in zip(pairs, votes, strict=True)
+    ]
+    agreed = sum(b["vote"] == b["chosen_shown_as"] for b in ballots)
+    return {"seed": seed, "agreement": evaluate.rate(agreed, len(ballots)), "ballots": ballots}
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["sheet", "score"])
+    parser.add_argument("votes", nargs="?")
+    parser.add_argument("--seed", type=int, required=True)
+    given = parser.parse_args()
+    if given.what == "sheet":
+        print(sheet(given.seed))
+    else:
+        result = score(given.seed, Path(given.votes).read_text().split())
+        (ROOT / "benchmarks" / "blind_check.json").write_text(json.dumps(result, indent=1) + "\n")
+        print(result["agreement"])
