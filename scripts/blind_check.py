@@ -1,7 +1,7 @@
 """Blind check of the embedded preference set: does a reader who sees only the style guide find the chosen answer?
 
-python scripts/blind_check.py sheet --seed 7 > sheet.md        # 60 random pairs, answers in random order
-python scripts/blind_check.py score --seed 7 votes.txt         # one A or B a line -> benchmarks/blind_check.json
+python scripts/blind_check.py sheet --seed 7 > sheet.md         # 60 random pairs, answers in random order
+python scripts/blind_check.py score votes.txt --seed 7          # one A or B a line -> benchmarks/blind_check.json
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from datasets import Dataset, DatasetDict
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from dpo_tutorial import data, house_style
+from dpo_tutorial import data, environment, evaluate, house_style
 from dpo_tutorial.errors import DataError
 
 
@@ -635,6 +635,7 @@ EMBEDDED = {
     for name in ("train_prefs", "val_prefs", "test_prefs")
 }
 ALL = [row for rows in EMBEDDED.values() for row in rows]
+CARD = " ".join(data.embedded_file("README").with_suffix(".md").read_text(encoding="utf-8").split())
 
 
 def named(row):
@@ -687,24 +688,31 @@ def test_no_two_embedded_prompts_are_nearly_the_same():
     assert close == []
 
 
-def answer_words(split):
-    return [tuple(len(row[side][-1]["content"].split()) for side in ("chosen", "rejected")) for row in EMBEDDED[split]]
+#: Units that need no tokenizer; `test_embedded.py` checks the same in tokens of the embedded model.
+UNITS = {"words": lambda text: len(text.split()), "characters": len}
+
+
+def answer_lengths(split, unit):
+    sides = ("chosen", "rejected")
+    return [tuple(UNITS[unit](row[side][-1]["content"]) for side in sides) for row in EMBEDDED[split]]
 
 
 @pytest.mark.parametrize("split", EMBEDDED)
-def test_embedded_answers_are_equally_long_on_average(split):
-    """In words, so that no tokenizer is needed; notebook 04 checks the same in tokens."""
-    chosen, rejected = (sum(lengths) / len(EMBEDDED[split]) for lengths in zip(*answer_words(split), strict=True))
+@pytest.mark.parametrize("unit", UNITS)
+def test_embedded_answers_are_equally_long_on_average(split, unit):
+    lengths = answer_lengths(split, unit)
+    chosen, rejected = (sum(side) / len(lengths) for side in zip(*lengths, strict=True))
     assert abs(chosen - rejected) / min(chosen, rejected) < 0.10
 
 
 @pytest.mark.parametrize("split", EMBEDDED)
 @pytest.mark.parametrize("pick", ["longer", "shorter"])
-def test_length_alone_does_not_find_the_chosen_embedded_answer(split, pick):
-    """A judge that goes by length in words, and tosses a coin on a tie. Notebook 04 checks the same in tokens."""
+@pytest.mark.parametrize("unit", UNITS)
+def test_length_alone_does_not_find_the_chosen_embedded_answer(split, pick, unit):
+    """A judge that goes by length, and tosses a coin on a tie."""
     wins = sum(
         0.5 if chosen == rejected else (chosen > rejected) == (pick == "longer")
-        for chosen, rejected in answer_words(split)
+        for chosen, rejected in answer_lengths(split, unit)
     )
     assert wins / len(EMBEDDED[split]) <= 0.60
 
@@ -729,6 +737,58 @@ def test_every_chosen_answer_of_the_embedded_set_keeps_the_rules_a_program_can_c
             text = json.loads(line)["chosen"][-1]["content"]
             answer = {"text": text, "tokens": 1, "finished": True}
             assert [name for name, check in house_style.RULES.items() if not check(answer)] == [], text
+
+
+def test_each_dirty_row_gets_the_reason_it_was_made_for():
+    rows = data.dirty_rows()
+    assert [data.row_problem(row) for row in rows] == [row["expected"] for row in rows]
+    alone = set(data.REASONS) - {"prompt in test", "duplicate prompt", "template border", "too long"}
+    assert {row["expected"] for row in rows} == alone | {None}
+
+
+def test_no_dirty_row_is_in_a_split():
+    ids, prompts = {row["prompt_id"] for row in ALL}, {row["prompt"] for row in ALL}
+    assert not [row for row in data.dirty_rows() if row["prompt_id"] in ids or row["prompt"] in prompts]
+
+
+def test_the_prompts_outside_the_style_are_ten_and_in_no_split():
+    outside = {" ".join(re.findall(r"\w+", text.lower())) for text in house_style.OUTSIDE}
+    asked = {" ".join(re.findall(r"\w+", m["content"].lower())) for row in ALL for m in row["chosen"][:-1]}
+    assert len(outside) == 10 and not outside & asked
+
+
+def test_the_blind_check_agrees_with_the_labels_and_the_card_says_so():
+    check = json.loads((environment.project_root() / "benchmarks" / "blind_check.json").read_text())
+    assert len({b["prompt_id"] for b in check["ballots"]} & {row["prompt_id"] for row in ALL}) == 60
+    agreed = sum(b["vote"] == b["chosen_shown_as"] for b in check["ballots"])
+    assert agreed / 60 >= 0.95 and f"agreed with the label on {agreed} of 60" in CARD
+    assert 20 <= sum(b["chosen_shown_as"] == "A" for b in check["ballots"]) <= 40  # an order that does not tell
+
+
+def test_the_counts_of_the_card_are_those_of_the_files():
+    records = [json.loads(line) for line in data.embedded_file("provenance").open(encoding="utf-8")]
+    sizes = {name: len(rows) for name, rows in EMBEDDED.items()}
+    several = sum(sum(m["role"] == "user" for m in row["chosen"]) > 1 for row in ALL) / len(ALL)
+    category, sampled = Counter(r["category"] for r in records), [r for r in records if r["sample_seed"]]
+    for words in (
+        f"{len(ALL)} pairs: {sizes['train_prefs']} train, {sizes['val_prefs']} val, {sizes['test_prefs']} test",
+        f"Everyday life {category['everyday']}, explaining {category['explaining']}, coding {category['coding']}, "
+        f"writing {category['writing']}, planning {category['planning']}, maths {category['maths']}, questions with no "
+        f"good answer {category['no_good_answer']}. {several:.0%} are multi-turn",
+        f"{len(sampled)} of the rejected answers were sampled",
+        f"{sum(r['cut'] for r in records)} of them cut",
+    ):
+        assert words in CARD
+    assert {r["rejected_source"] for r in sampled} == {"base sample"}
+
+
+def test_the_card_says_how_easy_the_set_is():
+    def split(name):
+        return Dataset.from_list([data.extract(row) for row in EMBEDDED[name]])
+
+    found = evaluate.bag_of_words_accuracy(split("train_prefs"), split("test_prefs"))
+    span = f"{found['rate']:.2f} (95% interval {found['low']:.2f} to {found['high']:.2f}, {found['n']} pairs)"
+    assert span in CARD
 
 
 def test_an_answer_that_merges_with_the_prompt_is_dropped_by_name(cfg, tokenizer, tmp_path, monkeypatch):

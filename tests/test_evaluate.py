@@ -1,5 +1,7 @@
 """Statistics against known values; scoring and generation on a tiny model."""
 
+import dataclasses
+
 import pytest
 import torch
 from conftest import TEXTS, pair
@@ -76,6 +78,47 @@ def test_answers_come_back_in_order_whatever_the_batching(cfg, policy, tokenizer
 def test_an_answer_that_hits_the_limit_is_not_finished(cfg, policy, tokenizer, pairs):
     answers = evaluate.generate(cfg, policy, tokenizer, pairs["prompt"], max_new_tokens=1)
     assert all(a["tokens"] == (0 if a["finished"] else 1) for a in answers)
+
+
+def test_an_untrained_adapter_is_no_distance_from_the_base(cfg, tokenizer, pairs):
+    model = get_peft_model(models.load_base(cfg), models.lora_config(cfg))
+    kl = evaluate.kl_from_reference(cfg, model, tokenizer, pairs["prompt"])
+    assert kl["per_answer"]["mean"] == kl["per_token"]["mean"] == kl["per_token"]["standard_error"] == 0.0
+    assert kl["tokens"] > 0
+
+
+def test_the_estimate_meets_the_exact_kl_of_one_token_answers(cfg, policy, tokenizer, pairs):
+    """For one token, KL = sum of p log(p/q) over the vocabulary, which two forward passes give exactly."""
+    policy.get_output_embeddings().weight.data *= 20  # sharp distributions, so that the KL stands out of the noise
+    prompt = pairs["prompt"][0]
+    ids = tokenizer.apply_chat_template(prompt, return_tensors="pt", return_dict=False, add_generation_prompt=True)
+    with torch.no_grad():
+        p = policy(input_ids=ids).logits[0, -1].log_softmax(-1)
+        with policy.disable_adapter():
+            q = policy(input_ids=ids).logits[0, -1].log_softmax(-1)
+    exact = (p.exp() * (p - q)).sum().item()
+    found = evaluate.kl_from_reference(cfg, policy, tokenizer, [prompt] * 600, max_new_tokens=1)["per_answer"]
+    assert exact > 0.05 and found["n"] == 600
+    assert abs(found["mean"] - exact) < 4 * found["standard_error"] < exact
+
+
+def test_kl_per_answer_and_per_token_are_the_means_worked_by_hand(cfg, policy, tokenizer, pairs, monkeypatch):
+    monkeypatch.setattr(evaluate, "_answer_ids", lambda *a, **k: [[5] * 10, [5] * 30])
+    monkeypatch.setattr(evaluate, "_log_probs", lambda *a: (torch.tensor([-8.0, -20.0]), torch.tensor([-10.0, -28.0])))
+    kl = evaluate.kl_from_reference(cfg, policy, tokenizer, pairs["prompt"][:2])
+    # log-ratios 2 and 8: mean 5, standard error 3; 10 nats over 40 tokens; residuals (2 - 2.5)/20 and (8 - 7.5)/20
+    assert kl["per_answer"] == {"mean": 5.0, "standard_error": pytest.approx(3.0), "n": 2}
+    assert kl["per_token"] == {"mean": 0.25, "standard_error": pytest.approx(0.025), "n": 2}
+    assert kl["tokens"] == 40
+
+
+def test_the_draw_for_the_kl_follows_the_seed_and_leaves_the_generator_alone(cfg, policy, tokenizer, pairs):
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    first, second = (evaluate.kl_from_reference(cfg, policy, tokenizer, pairs["prompt"]) for _ in range(2))
+    other = evaluate.kl_from_reference(dataclasses.replace(cfg, seed=1), policy, tokenizer, pairs["prompt"])
+    assert first == second != other
+    assert torch.equal(state, torch.get_rng_state())
 
 
 def test_bag_of_words_finds_a_surface_preference_and_nothing_where_there_is_none():

@@ -7,8 +7,9 @@ import math
 import pytest
 import torch
 import trl.trainer.utils
+from datasets import concatenate_datasets
 
-from dpo_tutorial import artifacts, dpo, environment, evaluate, models, train
+from dpo_tutorial import artifacts, data, dpo, environment, evaluate, models, train
 
 
 def trainer_for(cfg, tokenizer, pairs, tmp_path, **changes):
@@ -57,6 +58,30 @@ def test_scoring_only_the_answers_leaves_loss_and_gradient_as_they_were(cfg, tok
     assert results["ours"][0] == pytest.approx(results["stock"][0], abs=1e-6)
     assert torch.allclose(results["ours"][1], results["stock"][1], atol=1e-6)
     assert results["ours"][1].norm() > 0
+
+
+def test_batches_hold_pairs_of_similar_length_and_every_pair_once(cfg, tokenizer, pairs, tmp_path):
+    many = concatenate_datasets([pairs] * 16)
+    trainer = trainer_for(dataclasses.replace(cfg, batch_size=4, max_steps=-1), tokenizer, many, tmp_path)
+    lengths = data.token_lengths(many)
+    order = list(trainer._get_train_sampler(trainer.train_dataset))
+    assert sorted(order) == list(range(len(many)))
+
+    def padding(indices):
+        batches = [[lengths[i] for i in indices[b : b + 4]] for b in range(0, len(indices), 4)]
+        return sum(max(batch) - n for batch in batches for n in batch)
+
+    assert padding(order) < 0.5 * padding(range(len(many)))
+
+
+def test_the_order_of_the_batches_follows_the_seed_alone(cfg, tokenizer, pairs):
+    losses = []
+    for drawn_before in (0, 3):
+        run = artifacts.Run(cfg)
+        torch.rand(drawn_before)
+        trainer = train.train(cfg, run, models.load_base(cfg), tokenizer, concatenate_datasets([pairs] * 4), pairs)
+        losses.append([row["rewards/margins"] for row in train.history(trainer)["train"]])
+    assert losses[0] == losses[1]
 
 
 def test_one_adapter_no_reference_model_and_ln_2_at_step_0(cfg, tokenizer, pairs, tmp_path):

@@ -183,6 +183,13 @@ def peak_memory_gib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
+def children_peak_memory_gib() -> float:
+    """Resident set peak of the largest process that this one started and saw end: of a run, its largest notebook."""
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
+
+
 class PeakMemory:
     """Measure how far memory rises while a block runs: `with PeakMemory() as peak: …; peak.gib`.
 

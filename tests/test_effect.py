@@ -1,0 +1,57 @@
+"""The record of the sweep and the seeds: the page follows it, the profile follows its choice."""
+
+import copy
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+from dpo_tutorial import config
+
+FOLDER = Path(__file__).parents[1] / "benchmarks"
+RECORD = json.loads((FOLDER / "effect.json").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def effect():
+    spec = importlib.util.spec_from_file_location("effect", FOLDER / "effect.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_page_is_the_one_that_the_record_gives(effect):
+    assert (FOLDER / "effect.md").read_text(encoding="utf-8") == effect.page(RECORD)
+
+
+def test_the_cpu_profile_has_the_settings_that_the_validation_pairs_chose(effect):
+    chosen = effect.SWEEP[effect.choose(RECORD["sweep"]["results"])]
+    default, profile = config.Config(), config.PROFILES["cpu"]
+    for name in ("learning_rate", "beta", "epochs"):
+        wanted = chosen.get(name, effect.START[name])
+        assert profile.get(name, getattr(default, name)) == wanted
+
+
+@pytest.mark.parametrize(
+    ("path", "bad"),
+    [(("accuracy", "rate"), 0.3), (("reward_chosen", "mean"), -2.0), (("distinct_2", "mean"), 0.1)],
+    ids=["inaccurate", "both rewards fall", "repeats itself"],
+)
+def test_a_setting_that_collapses_is_not_chosen_whatever_rules_it_keeps(effect, path, bad):
+    results = copy.deepcopy(RECORD["sweep"]["results"])
+    first = effect.choose(results)
+    for rule in results[first]["rules"].values():
+        rule["rate"] = 1.0
+    assert effect.choose(results) == first
+    results[first][path[0]][path[1]] = bad
+    assert effect.choose(results) != first
+
+
+def test_three_seeds_reach_what_the_readme_says():
+    results = RECORD["seeds"]["results"]
+    assert len(results) == 3
+    for run in results.values():
+        assert run["accuracy"]["rate"] >= 0.80 and run["accuracy"]["low"] >= 0.70
+        assert run["reward_chosen"]["mean"] > 0 > run["reward_rejected"]["mean"]
+        assert sum(run["minutes"].values()) <= 15 and run["peak_memory_gib"] <= 6
