@@ -11,6 +11,7 @@ Each part adds its entry to `effect.json`, with versions and hardware, and write
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -33,9 +34,10 @@ SWEEP = {
 }
 
 
-def keep(part: str, value: object) -> None:
+def keep(part: str, results: dict, versions: dict | None = None, hardware: dict | None = None) -> None:
     record = json.loads(RECORD.read_text()) if RECORD.exists() else {}
-    record[part] = {"versions": environment.versions(), "hardware": environment.hardware(), "results": value}
+    made = {"versions": versions or environment.versions(), "hardware": hardware or environment.hardware()}
+    record[part] = made | {"results": results}
     RECORD.write_text(json.dumps(record, indent=1) + "\n")
     PAGE.write_text(page(record))
 
@@ -67,86 +69,89 @@ def one(name: str) -> dict:
         return judge(cfg, trainer.model, tokenizer, splits["val"])
     environment.seed_everything(cfg.seed)
     trainer.train()
-    return judge(cfg, trainer.model, tokenizer, splits["val"]) | {"last_losses": losses(trainer)}
-
-
-def losses(trainer) -> list[float]:
-    return [row["loss"] for row in train.history(trainer)["train"][-5:]]
+    return judge(cfg, trainer.model, tokenizer, splits["val"])
 
 
 def sweep() -> None:
     """Every setting in a process of its own, two at a time on one core each; the untrained base beside them."""
-    results = {}
+    environment.hand_over_measurements()  # one compute type for all settings
+    alone = os.environ | {"OMP_NUM_THREADS": "1"}
 
-    def run(name: str) -> None:
-        command, alone = [sys.executable, __file__, "one", name], os.environ | {"OMP_NUM_THREADS": "1"}
+    def run(name: str) -> tuple[str, dict]:
+        command = [sys.executable, __file__, "one", name]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=alone)
-        results[name] = json.loads(done.stdout.splitlines()[-1])
-        print(name, results[name]["accuracy"], file=sys.stderr, flush=True)
-        keep("sweep", {n: results[n] for n in ("base", *SWEEP) if n in results})
+        result = json.loads(done.stdout.splitlines()[-1])
+        print(name, result["accuracy"], file=sys.stderr, flush=True)
+        return name, result
 
     longest_first = sorted(("base", *SWEEP), key=lambda name: -SWEEP.get(name, {}).get("epochs", 1))
     with ThreadPoolExecutor(2) as pool:
-        list(pool.map(run, longest_first))
+        results = dict(pool.map(run, longest_first))
+    keep("sweep", {name: results[name] for name in ("base", *SWEEP)})
 
 
-def choose(results: dict) -> str:
-    """The rule of choice, written before the figures were seen: validation pairs only.
+def choose(results: dict) -> str | None:
+    """The rule of choice, written before any figure of a trained setting was seen. Validation pairs only.
 
-    Of the settings whose accuracy is not below the interval of the best, whose chosen reward has not fallen, and
-    whose answers repeat themselves no more than the base's do, take the one whose answers keep most rules of the
-    style; between equals the smaller KL.
+    Sound is a setting whose accuracy is not below the interval of the best, whose chosen reward has not fallen, and
+    whose answers repeat themselves no more than the base's do. Of the sound ones, those whose answers keep as many
+    rules of the style as the best of them, within its standard error, count as equal; of these the smallest KL wins.
     """
-    base, tried = results["base"], {name: results[name] for name in SWEEP if name in results}
+    base, tried = results["base"], {name: r for name, r in results.items() if name != "base"}
     floor = max((r["accuracy"] for r in tried.values()), key=lambda a: a["rate"])["low"]
     sound = {
         name: r
         for name, r in tried.items()
         if r["accuracy"]["rate"] >= floor
         and r["reward_chosen"]["mean"] > 0
-        and r["distinct_2"]["mean"] >= base["distinct_2"]["mean"] - 2 * base["distinct_2"]["standard_error"]
+        and r["distinct_2"]["mean"] >= base["distinct_2"]["mean"]
     }
-    return max(sound, key=lambda name: (rules_kept(sound[name]), -sound[name]["kl"]["per_answer"]["mean"]))
+    if not sound:
+        return None
+    best = max((rules_kept(r) for r in sound.values()), key=lambda kept: kept["mean"])
+    equal = [n for n, r in sound.items() if rules_kept(r)["mean"] >= best["mean"] - best["standard_error"]]
+    return min(equal, key=lambda name: sound[name]["kl"]["per_answer"]["mean"])
 
 
-def rules_kept(result: dict) -> float:
-    return round(sum(rule["rate"] for rule in result["rules"].values()) / len(result["rules"]), 3)
+def rules_kept(result: dict) -> dict:
+    """Mean share of rules kept; its standard error takes the rules as independent."""
+    rates, n = [rule["rate"] for rule in result["rules"].values()], next(iter(result["rules"].values()))["n"]
+    error = math.sqrt(sum(rate * (1 - rate) / n for rate in rates)) / len(rates)
+    return {"mean": sum(rates) / len(rates), "standard_error": error, "n": n}
 
 
 def seeds(folders: list[str]) -> None:
     """What `make run` saved in each folder."""
-    results = {}
-    for folder in sorted(folders):
+    results, machines = {}, []
+    for folder in folders:
         run = artifacts.Run(config.resolve(profile="cpu", artifacts=folder))
-        comparison, summary, record = (
-            run.read_json("comparison.json"),
-            run.read_json("summary.json"),
-            run.require_adapter(),
-        )
+        comparison, summary = run.read_json("comparison.json"), run.read_json("summary.json")
+        trained = run.require_adapter()["config"]
         after = comparison["held_out"]["after"]
-        results[str(record["config"]["seed"])] = {
+        results[str(trained["seed"])] = {
             **{name: after[name] for name in ("accuracy", "reward_chosen", "reward_rejected", "margin")},
-            "validation": {k: v for k, v in record["history"]["eval"][-1].items() if "rewards" in k},
-            "kl": comparison["kl"],
-            "rules": comparison["rules"],
-            "form": comparison["form"],
+            **{name: comparison[name] for name in ("kl", "rules", "form")},
+            "outside": comparison["outside"]["kept"],
             "minutes": summary["minutes"],
             "peak_memory_gib": summary["peak_memory_gib"],
-            "dtype": record["config"]["dtype"],
+            "settings": {name: trained[name] for name in (*START, "dtype")},
         }
-    keep("seeds", results)
+        machines.append((summary["versions"], summary["hardware"]))
+    assert len(results) == len(folders), "two folders hold the same seed"
+    assert all(versions == machines[0][0] for versions, _ in machines), "the runs used different versions"
+    keep("seeds", results, *machines[0])
 
 
 def ultrafeedback(rows: str, folder: str) -> None:
     """Accuracy of an adapter of the embedded set on test pairs of UltraFeedback up to 1,024 tokens."""
     run = artifacts.Run(config.resolve(profile="cpu", artifacts=folder))
-    beta = run.require_adapter()["config"]["beta"]
-    cfg = config.resolve(profile="cpu", data=rows, max_tokens=1024, max_test=1000)
+    trained = run.require_adapter()["config"]
+    cfg = config.resolve(profile="cpu", data=rows, max_tokens=1024, max_test=1000, dtype=trained["dtype"])
     tokenizer = models.load_tokenizer(cfg)
     prepared = data.prepare(cfg, tokenizer)
     policy = models.load_policy(cfg, run.adapter)
-    found = evaluate.summarise(evaluate.score_pairs(cfg, policy, tokenizer, prepared.splits["test"], beta))
-    keep("ultrafeedback", found | {"report": prepared.report["test"]})
+    found = evaluate.summarise(evaluate.score_pairs(cfg, policy, tokenizer, prepared.splits["test"], trained["beta"]))
+    keep("ultrafeedback", found | {"report": prepared.report["test"], "seed": trained["seed"]})
 
 
 # --- the page -----------------------------------------------------------------------------------------------------
@@ -173,8 +178,8 @@ def made_on(part: dict) -> str:
         f"{name} {versions[name]}" for name in ("torch", "transformers", "trl", "peft", "bitsandbytes")
     )
     return (
-        f"{hardware['cores']} cores, {hardware['memory_gib']:g} GiB, matrices multiplied {hardware['cpu_bf16_speedup']:g} "
-        f"times as fast in bfloat16 as in float32; {packages}."
+        f"{hardware['cores']} cores, {hardware['memory_gib']:g} GiB, matrices multiplied "
+        f"{hardware.get('cpu_bf16_speedup', '?')} times as fast in bfloat16 as in float32; {packages}."
     )
 
 
@@ -188,17 +193,17 @@ REWARDS = {
 def sweep_section(part: dict) -> list[str]:
     columns = REWARDS | {
         "KL per answer": lambda r: plus_minus(r["kl"]["per_answer"], 1),
-        "rules kept": lambda r: f"{rules_kept(r):.2f}",
+        "rules kept": lambda r: plus_minus(rules_kept(r)),
         "ends complete": lambda r: f"{r['rules']['ends complete']['rate']:.0%}",
         "tokens": lambda r: plus_minus(r["tokens"], 0),
         "distinct-2": lambda r: plus_minus(r["distinct_2"]),
     }
     return [
         "## Settings, on the 48 validation pairs",
-        "One thing changed at a time from the first setting; 24 greedy answers and 24 drawn ones each. Accuracy with "
-        "its 95% Wilson interval, means ± 1.96 standard errors, KL in nats.",
+        "One thing changed at a time from the first setting, one seed each; 24 greedy answers and 24 drawn ones. "
+        "Accuracy with its 95% Wilson interval, means ± 1.96 standard errors, KL in nats.",
         table(part["results"], columns),
-        f"**Choice:** {choose(part['results'])}. " + " ".join(choose.__doc__.split("\n\n", 1)[1].split()),
+        f"**Choice:** {choose(part['results']) or 'none of them was sound'}. {' '.join(choose.__doc__.split())}",
         made_on(part),
     ]
 
@@ -210,6 +215,7 @@ def seeds_section(part: dict) -> list[str]:
         "KL per answer": lambda r: plus_minus(r["kl"]["inside"]["per_answer"], 1),
         "KL per token": lambda r: plus_minus(r["kl"]["inside"]["per_token"]),
         "outside the style": lambda r: plus_minus(r["kl"]["outside"]["per_token"]),
+        "requests kept outside": lambda r: f"{sum(r['outside']['before'])} → {sum(r['outside']['after'])} of 10",
         "minutes": lambda r: f"{sum(r['minutes'].values()):.1f}",
         "peak GiB": lambda r: f"{r['peak_memory_gib']:.1f}",
     }
@@ -223,8 +229,9 @@ def seeds_section(part: dict) -> list[str]:
     }
     return [
         f"## `make run` with three seeds, on the {any_run['accuracy']['n']} test pairs",
-        "The base scores 0.50 by construction. Minutes are of all six notebooks after set-up; the peak is that of the "
-        "largest notebook.",
+        "The base scores 0.50 by construction. The seed changes the adapter's start, the order of training, and which "
+        "24 of the test prompts are answered, not the pairs: the three intervals are not independent. Minutes are of "
+        "all six notebooks after set-up; the peak is that of the largest notebook's process.",
         table({f"seed {seed}": r for seed, r in results.items()}, columns),
         "Share of 24 greedy answers that keep each rule, base → policy (intervals are in notebook 06):",
         table(rules, by_seed),
@@ -240,10 +247,10 @@ def ultrafeedback_section(part: dict) -> list[str]:
         "pick the shorter": lambda r: span(r["pick_the_shorter"]),
     }
     return [
-        "## The same adapter on UltraFeedback",
+        "## The adapter on other people's preferences",
         f"{r['accuracy']['n']} test pairs of `HuggingFaceH4/ultrafeedback_binarized` up to 1,024 tokens, of "
         f"{r['report']['rows']} rows in a sample (dropped: {dropped}).",
-        table({"seed 42": r}, columns),
+        table({f"seed {r['seed']}": r}, columns),
         made_on(part),
     ]
 

@@ -7,6 +7,7 @@ python scripts/blind_check.py score votes.txt --seed 7          # one A or B a l
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import random
 from pathlib import Path
@@ -22,6 +23,11 @@ def drawn(seed: int) -> list[tuple[dict, bool]]:
     rows = [json.loads(x) for s in data.EMBEDDED_SPLITS for x in data.embedded_file(s).read_text("utf-8").splitlines()]
     order = random.Random(seed)
     return [(row, order.random() < 0.5) for row in order.sample(rows, PAIRS)]
+
+
+def digest(row: dict) -> str:
+    """Ties a ballot to the two answers that were judged: an edited answer needs a new vote."""
+    return hashlib.sha256(json.dumps([row["chosen"], row["rejected"]]).encode()).hexdigest()[:16]
 
 
 def sheet(seed: int) -> str:
@@ -41,8 +47,10 @@ def sheet(seed: int) -> str:
 
 def score(seed: int, votes: list[str]) -> dict:
     pairs = drawn(seed)
+    if len(votes) != len(pairs) or set(votes) - {"A", "B"}:
+        raise SystemExit(f"{len(votes)} votes; give {len(pairs)} lines of A or B.")
     ballots = [
-        {"prompt_id": row["prompt_id"], "chosen_shown_as": "A" if first else "B", "vote": vote}
+        {"prompt_id": row["prompt_id"], "texts": digest(row), "chosen_shown_as": "A" if first else "B", "vote": vote}
         for (row, first), vote in zip(pairs, votes, strict=True)
     ]
     agreed = sum(b["vote"] == b["chosen_shown_as"] for b in ballots)

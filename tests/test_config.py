@@ -1,5 +1,8 @@
 """`resolve()`: precedence, reasons, and errors that list what is known."""
 
+import subprocess
+import sys
+
 import pytest
 
 from dpo_tutorial import config, environment, models, train
@@ -114,3 +117,22 @@ def test_seeds_repeat_python_numpy_and_torch():
         return random.random(), numpy.random.rand(), torch.rand(1).item()
 
     assert draw() == draw()
+
+
+def test_the_speed_of_bfloat16_is_measured_once_and_handed_to_the_notebooks(monkeypatch):
+    monkeypatch.delenv(environment._SPEEDUP, raising=False)
+    environment.cpu_bf16_speedup.cache_clear()
+    measured = environment.cpu_bf16_speedup()
+    assert 0 < measured < 100
+    monkeypatch.setenv(environment._SPEEDUP, "1.0")  # so that what hand_over writes is taken back
+    environment.hand_over_measurements()
+    asked = "from dpo_tutorial import environment; print(environment.cpu_bf16_speedup())"
+    done = subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True, check=True)
+    assert float(done.stdout) == measured
+
+
+def test_the_peak_of_child_processes_sees_a_large_one():
+    before = environment.children_peak_memory_gib()
+    size = int((before + 0.2) * 2**30)
+    subprocess.run([sys.executable, "-c", f"b'x' * {size}"], check=True)
+    assert environment.children_peak_memory_gib() >= before + 0.19

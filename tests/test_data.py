@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import importlib.util
 import itertools
 import json
 import re
@@ -751,18 +752,40 @@ def test_no_dirty_row_is_in_a_split():
     assert not [row for row in data.dirty_rows() if row["prompt_id"] in ids or row["prompt"] in prompts]
 
 
-def test_the_prompts_outside_the_style_are_ten_and_in_no_split():
+def test_the_requests_outside_the_style_are_ten_and_in_no_split():
     outside = {" ".join(re.findall(r"\w+", text.lower())) for text in house_style.OUTSIDE}
     asked = {" ".join(re.findall(r"\w+", m["content"].lower())) for row in ALL for m in row["chosen"][:-1]}
     assert len(outside) == 10 and not outside & asked
 
 
-def test_the_blind_check_agrees_with_the_labels_and_the_card_says_so():
-    check = json.loads((environment.project_root() / "benchmarks" / "blind_check.json").read_text())
-    assert len({b["prompt_id"] for b in check["ballots"]} & {row["prompt_id"] for row in ALL}) == 60
-    agreed = sum(b["vote"] == b["chosen_shown_as"] for b in check["ballots"])
-    assert agreed / 60 >= 0.95 and f"agreed with the label on {agreed} of 60" in CARD
-    assert 20 <= sum(b["chosen_shown_as"] == "A" for b in check["ballots"]) <= 40  # an order that does not tell
+@pytest.mark.parametrize(
+    ("request_", "good"),
+    zip(
+        house_style.OUTSIDE,
+        [
+            "- red\n- yellow\n- blue", "1. wash the rice\n2. boil it\n3. rest", "ROME", "Où est la gare ?",
+            "def larger(a, b):\n    return max(a, b)", '```json\n{"name": "Ana", "age": 31}\n```',
+            "the quick brown fox",
+            "43", "10, 12", "Cold.",
+        ],
+        strict=True,
+    ),
+)  # fmt: skip
+def test_a_request_outside_the_style_is_kept_by_what_it_asks_for_and_by_no_plain_sentence(request_, good):
+    assert house_style.OUTSIDE[request_](good)
+    assert not house_style.OUTSIDE[request_]("It depends on what you need, so ask somebody who knows.")
+
+
+def test_the_blind_check_is_of_these_texts_agrees_with_the_labels_and_the_card_says_so():
+    root = environment.project_root()
+    spec = importlib.util.spec_from_file_location("blind_check", root / "scripts" / "blind_check.py")
+    blind_check = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(blind_check)
+    kept = json.loads((root / "benchmarks" / "blind_check.json").read_text())
+    assert blind_check.score(kept["seed"], [b["vote"] for b in kept["ballots"]]) == kept
+    agreed = sum(b["vote"] == b["chosen_shown_as"] for b in kept["ballots"])
+    assert agreed / len(kept["ballots"]) >= 0.95 and f"agreed with the label on {agreed} of 60" in CARD
+    assert 20 <= sum(b["chosen_shown_as"] == "A" for b in kept["ballots"]) <= 40  # an order that does not tell
 
 
 def test_the_counts_of_the_card_are_those_of_the_files():

@@ -48,10 +48,23 @@ def test_a_setting_that_collapses_is_not_chosen_whatever_rules_it_keeps(effect, 
     assert effect.choose(results) != first
 
 
-def test_three_seeds_reach_what_the_readme_says():
+def test_of_settings_that_keep_as_many_rules_the_smallest_kl_is_chosen(effect):
+    results = copy.deepcopy(RECORD["sweep"]["results"])
+    first = effect.choose(results)
+    results["the same, nearer"] = copy.deepcopy(results[first])
+    results["the same, nearer"]["kl"]["per_answer"]["mean"] /= 2
+    assert effect.choose(results) == "the same, nearer"
+    for result in results.values():
+        result["reward_chosen"]["mean"] = -1.0
+    assert effect.choose(results) is None
+
+
+def test_three_seeds_reach_the_promised_effect_in_the_promised_time_and_memory(effect):
     results = RECORD["seeds"]["results"]
     assert len(results) == 3
     for run in results.values():
         assert run["accuracy"]["rate"] >= 0.80 and run["accuracy"]["low"] >= 0.70
         assert run["reward_chosen"]["mean"] > 0 > run["reward_rejected"]["mean"]
+        chosen = effect.SWEEP[effect.choose(RECORD["sweep"]["results"])]
+        assert run["settings"] == effect.START | chosen | {"dtype": run["settings"]["dtype"]}
         assert sum(run["minutes"].values()) <= 15 and run["peak_memory_gib"] <= 6

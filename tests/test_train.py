@@ -74,14 +74,22 @@ def test_batches_hold_pairs_of_similar_length_and_every_pair_once(cfg, tokenizer
     assert padding(order) < 0.5 * padding(range(len(many)))
 
 
-def test_the_order_of_the_batches_follows_the_seed_alone(cfg, tokenizer, pairs):
-    losses = []
-    for drawn_before in (0, 3):
-        run = artifacts.Run(cfg)
-        torch.rand(drawn_before)
-        trainer = train.train(cfg, run, models.load_base(cfg), tokenizer, concatenate_datasets([pairs] * 4), pairs)
-        losses.append([row["rewards/margins"] for row in train.history(trainer)["train"]])
-    assert losses[0] == losses[1]
+def test_the_order_of_the_batches_follows_the_seed_alone(cfg, tokenizer, pairs, monkeypatch):
+    def log_probs(seed, drawn_before):
+        """Log-probabilities of each step, when so many random numbers were drawn between building the trainer and training."""
+
+        def build(*args, **changes):
+            trainer = stock(*args, **changes)
+            torch.rand(drawn_before)
+            return trainer
+
+        monkeypatch.setattr(train, "build_trainer", build)
+        seeded, many = dataclasses.replace(cfg, seed=seed), concatenate_datasets([pairs] * 4)
+        trainer = train.train(seeded, artifacts.Run(cfg), models.load_base(cfg), tokenizer, many, pairs)
+        return [row["logps/chosen"] for row in train.history(trainer)["train"]]
+
+    stock = train.build_trainer
+    assert log_probs(1, drawn_before=0) == log_probs(1, drawn_before=3) != log_probs(2, drawn_before=0)
 
 
 def test_one_adapter_no_reference_model_and_ln_2_at_step_0(cfg, tokenizer, pairs, tmp_path):

@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 DTYPES = ("bf16", "fp16", "fp32")
+_SPEEDUP = "DPO_TUTORIAL_CPU_BF16_SPEEDUP"
 PACKAGES = (
     "torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate", "papermill", "numpy",
 )  # fmt: skip
@@ -64,10 +65,13 @@ def hardware() -> dict:
 def cpu_bf16_speedup() -> float:
     """How many times as fast this CPU multiplies matrices in bfloat16 as in float32: the best of five, one decimal.
 
-    Flags do not tell it: of two processors with AVX512-BF16 that this was tried on, one was twice as fast in
-    bfloat16, the other half as fast.
+    Measured, because flags do not tell: a processor may list AVX512-BF16 and still be slower in it
+    (`benchmarks/cpu_step.md`).
     """
     import torch
+
+    if handed := os.environ.get(_SPEEDUP):
+        return float(handed)
 
     def seconds(dtype) -> float:
         a, b = torch.ones(1024, 576, dtype=dtype), torch.ones(576, 1536, dtype=dtype)
@@ -79,6 +83,11 @@ def cpu_bf16_speedup() -> float:
         return min(times[1:])
 
     return round(seconds(torch.float32) / seconds(torch.bfloat16), 1)
+
+
+def hand_over_measurements() -> None:
+    """Let processes started from here take this one's measurement: all notebooks of a run compute in one type."""
+    os.environ[_SPEEDUP] = str(cpu_bf16_speedup())
 
 
 def pick_dtype(hardware: dict) -> tuple[str, str]:

@@ -91,6 +91,7 @@ def run_all(parameters: dict[str, str], paths: list[Path] | None = None) -> dict
     (run.dir / "summary.json").unlink(missing_ok=True)
     executed.mkdir()
     os.environ.update(_KERNEL_ENV)
+    environment.hand_over_measurements()
     minutes = {}
     for number, path in enumerate(paths, 1):
         print(f"[{number}/{len(paths)}] {path.name}", flush=True)
@@ -167,7 +168,7 @@ def _summary(run: artifacts.Run, minutes: dict[str, float]) -> dict:
     print(
         "minutes    " + ", ".join(f"{k} {v:.1f}" for k, v in minutes.items()) + f"; {sum(minutes.values()):.1f} in all"
     )
-    print(f"memory     {summary['peak_memory_gib']:.1f} GiB at the peak of the largest notebook")
+    print(f"memory     {summary['peak_memory_gib']:.1f} GiB of main memory at the peak of the largest notebook")
     if "held_out" in summary:
         a = summary["held_out"]
         print(f"held out   accuracy {a['rate']:.2f} (95% {a['low']:.2f} to {a['high']:.2f}, n = {a['n']}); base 0.50")
