@@ -76,7 +76,7 @@ def test_batches_hold_pairs_of_similar_length_and_every_pair_once(cfg, tokenizer
 
 def test_the_order_of_the_batches_follows_the_seed_alone(cfg, tokenizer, pairs, monkeypatch):
     def log_probs(seed, drawn_before):
-        """Log-probabilities of each step, when so many random numbers were drawn between building the trainer and training."""
+        """Of the chosen answers, step by step; so many random numbers are drawn after the trainer is built."""
 
         def build(*args, **changes):
             trainer = stock(*args, **changes)
