@@ -52,5 +52,6 @@ def test_all_six_notebooks_run_on_real_rows(sample, tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     summary = json.loads((tmp_path / "smoke" / "summary.json").read_text())
-    assert len(summary["minutes"]) == 6 and summary["held_out"]["n"] == 8
+    assert len(summary["minutes"]) == 6 and summary["held_out"]["n"] == 8 and summary["peak_memory_gib"] > 0.5
+    assert set(summary["rewards"]) == {"chosen", "rejected"} and isinstance(summary["kl_per_answer"], float)
     assert (tmp_path / "smoke" / "adapter" / "adapter_model.safetensors").is_file()

@@ -158,7 +158,11 @@ def _summary(run: artifacts.Run, minutes: dict[str, float]) -> dict:
     summary["peak_memory_gib"] = round(environment.children_peak_memory_gib(), 2)
     comparison = run.dir / "comparison.json"
     if comparison.exists():
-        summary["held_out"] = run.read_json("comparison.json")["held_out"]["after"]["accuracy"]
+        found = run.read_json("comparison.json")
+        after = found["held_out"]["after"]
+        summary["held_out"] = after["accuracy"]
+        summary["rewards"] = {side: after[f"reward_{side}"]["mean"] for side in ("chosen", "rejected")}
+        summary["kl_per_answer"] = found["kl"]["inside"]["per_answer"]["mean"]
     summary |= {
         "adapter": str(run.adapter), "comparison": str(comparison), "figures": str(run.figures),
         "executed": str(run.dir / "executed"), "versions": environment.versions(), "hardware": environment.hardware(),
@@ -172,6 +176,8 @@ def _summary(run: artifacts.Run, minutes: dict[str, float]) -> dict:
     if "held_out" in summary:
         a = summary["held_out"]
         print(f"held out   accuracy {a['rate']:.2f} (95% {a['low']:.2f} to {a['high']:.2f}, n = {a['n']}); base 0.50")
+        rewards = ", ".join(f"{side} {value:+.2f}" for side, value in summary["rewards"].items())
+        print(f"rewards    {rewards}; KL from the base {summary['kl_per_answer']:.1f} nats per answer")
     for name in ("adapter", "comparison", "figures", "executed"):
         print(f"{name:<10} {summary[name]}")
     return summary
