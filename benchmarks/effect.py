@@ -201,7 +201,8 @@ def sweep_section(part: dict) -> list[str]:
     return [
         "## Settings, on the 48 validation pairs",
         "One thing changed at a time from the first setting, one seed each; 24 greedy answers and 24 drawn ones. "
-        "Accuracy with its 95% Wilson interval, means ± 1.96 standard errors, KL in nats.",
+        "Accuracy with its 95% Wilson interval, means ± 1.96 standard errors, KL in nats. A reward is a multiple of "
+        "beta: divide by it before you compare rewards of two betas.",
         table(part["results"], columns),
         f"**Choice:** {choose(part['results']) or 'none of them was sound'}. {' '.join(choose.__doc__.split())}",
         made_on(part),

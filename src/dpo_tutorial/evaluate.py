@@ -56,7 +56,7 @@ def _log_probs(config: Config, model, tokenizer, encoded) -> tuple[torch.Tensor,
     model.eval()
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i][0]) + len(encoded[i][1]))
     policy, reference = torch.zeros(len(encoded)), torch.zeros(len(encoded))
-    size = 2 * config.batch_size
+    size = 4 * config.batch_size  # of similar length and without gradients: twice the training batch fits
     for start in tqdm(range(0, len(order), size), desc="scoring", leave=False):
         chosen = order[start : start + size]
         batch = collate([encoded[i] for i in chosen], tokenizer.pad_token_id, model.device)
@@ -186,8 +186,8 @@ def _answer_ids(config: Config, model, tokenizer, prompts, limit: int, sample: b
     how = dict(do_sample=True, temperature=1.0, top_k=0, top_p=1.0) if sample else dict(do_sample=False)
     answers: list[list[int]] = [[]] * len(texts)
     try:
-        for start in tqdm(range(0, len(order), 12), desc="generating", leave=False):
-            chosen = order[start : start + 12]
+        for start in tqdm(range(0, len(order), 24), desc="generating", leave=False):
+            chosen = order[start : start + 24]
             batch = tokenizer([texts[i] for i in chosen], return_tensors="pt", padding=True, add_special_tokens=False)
             with autocast(config):
                 out = model.generate(

@@ -32,7 +32,7 @@ def dpo_config(config: Config, output_dir: str | Path, **changes) -> DPOConfig:
         num_train_epochs=config.epochs,
         max_steps=config.max_steps,
         per_device_train_batch_size=config.batch_size,
-        per_device_eval_batch_size=config.batch_size,
+        per_device_eval_batch_size=2 * config.batch_size,  # no gradients, so twice as many fit
         gradient_accumulation_steps=config.grad_accum,
         train_sampling_strategy="group_by_length",  # batches of similar length: less padding to compute
         remove_unused_columns=False,  # else TRL drops the length column before the sampler sees it
