@@ -18,7 +18,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from dpo_tutorial import artifacts, config, data, environment, evaluate, house_style, models, train
+from dpo_tutorial import artifacts, config, data, environment, evaluate, house_style, models, statistics, train
 
 HERE = Path(__file__).parent
 RECORD, PAGE = HERE / "effect.json", HERE / "effect.md"
@@ -46,15 +46,17 @@ def judge(cfg, model, tokenizer, pairs) -> dict:
     """Rewards on pairs; KL, style rules and repetition of answers to the first 24 of their prompts."""
     prompts = pairs["prompt"][: cfg.compare_prompts]
     answers = evaluate.generate(cfg, model, tokenizer, prompts)
-    held_out = evaluate.summarise(evaluate.score_pairs(cfg, model, tokenizer, pairs))
+    held_out = statistics.summarise(evaluate.score_pairs(cfg, model, tokenizer, pairs))
     return {
         "accuracy": held_out["accuracy"],
         "reward_chosen": held_out["reward_chosen"],
         "reward_rejected": held_out["reward_rejected"],
         "kl": evaluate.kl_from_reference(cfg, model, tokenizer, prompts),
-        "rules": evaluate.rule_rates(answers, house_style.RULES),
-        "tokens": evaluate.mean([a["tokens"] for a in answers]),
-        "distinct_2": evaluate.mean([evaluate.distinct(a["text"]) for a in answers]),
+        "rules": {
+            name: statistics.rate(sum(map(check, answers)), len(answers)) for name, check in house_style.RULES.items()
+        },
+        "tokens": statistics.mean([a["tokens"] for a in answers]),
+        "distinct_2": statistics.mean([statistics.distinct(a["text"]) for a in answers]),
     }
 
 
@@ -150,7 +152,7 @@ def ultrafeedback(rows: str, folder: str) -> None:
     tokenizer = models.load_tokenizer(cfg)
     prepared = data.prepare(cfg, tokenizer)
     policy = models.load_policy(cfg, run.adapter)
-    found = evaluate.summarise(evaluate.score_pairs(cfg, policy, tokenizer, prepared.splits["test"], trained["beta"]))
+    found = statistics.summarise(evaluate.score_pairs(cfg, policy, tokenizer, prepared.splits["test"], trained["beta"]))
     keep("ultrafeedback", found | {"report": prepared.report["test"], "seed": trained["seed"]})
 
 

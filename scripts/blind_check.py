@@ -12,7 +12,7 @@ import json
 import random
 from pathlib import Path
 
-from dpo_tutorial import data, evaluate
+from dpo_tutorial import data, statistics
 
 ROOT = Path(__file__).parents[1]
 PAIRS = 60
@@ -54,7 +54,7 @@ def score(seed: int, votes: list[str]) -> dict:
         for (row, first), vote in zip(pairs, votes, strict=True)
     ]
     agreed = sum(b["vote"] == b["chosen_shown_as"] for b in ballots)
-    return {"seed": seed, "agreement": evaluate.rate(agreed, len(ballots)), "ballots": ballots}
+    return {"seed": seed, "agreement": statistics.rate(agreed, len(ballots)), "ballots": ballots}
 
 
 if __name__ == "__main__":

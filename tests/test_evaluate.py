@@ -1,6 +1,8 @@
-"""Statistics against known values; scoring and generation on a tiny model."""
+"""Scoring, generation, KL, rounding noise and the report, on a tiny model."""
 
 import dataclasses
+import json
+import re
 
 import pytest
 import torch
@@ -8,7 +10,7 @@ from conftest import TEXTS, pair
 from datasets import Dataset
 from peft import get_peft_model
 
-from dpo_tutorial import data, evaluate, house_style, models
+from dpo_tutorial import artifacts, evaluate, house_style, models, statistics, train
 
 
 @pytest.fixture
@@ -21,33 +23,13 @@ def policy(cfg):
     return model
 
 
-def test_wilson_interval_is_the_textbook_one():
-    # 8 of 10: (p + z²/2n ± z √(p(1-p)/n + z²/4n²)) / (1 + z²/n) with z = 1.96
-    found = evaluate.rate(8, 10)
-    assert (found["rate"], found["n"]) == (0.8, 10)
-    assert found["low"] == pytest.approx(0.4902, abs=1e-3) and found["high"] == pytest.approx(0.9433, abs=1e-3)
-
-
-def test_a_tie_counts_half():
-    def record(margin):
-        return {
-            "margin": margin,
-            "reward_chosen": margin,
-            "reward_rejected": 0.0,
-            "chosen_tokens": 3,
-            "rejected_tokens": 3,
-        }
-
-    summary = evaluate.summarise([record(1.0), record(0.0), record(-1.0), record(0.0)])
-    assert summary["accuracy"]["rate"] == 0.5 and summary["ties"] == 2
-    assert summary["pick_the_longer"]["rate"] == 0.5
 
 
 def test_a_policy_equal_to_its_reference_ties_on_every_pair(cfg, tokenizer, pairs):
     model = get_peft_model(models.load_base(cfg), models.lora_config(cfg))
     records = evaluate.score_pairs(cfg, model, tokenizer, pairs)
     assert all(r["margin"] == 0 and r["reward_chosen"] == 0 for r in records)
-    assert evaluate.summarise(records)["accuracy"]["rate"] == 0.5
+    assert statistics.summarise(records)["accuracy"]["rate"] == 0.5
 
 
 def test_scores_do_not_depend_on_the_batch(cfg, policy, tokenizer, pairs):
@@ -104,12 +86,14 @@ def test_the_estimate_meets_the_exact_kl_of_one_token_answers(cfg, policy, token
 
 def test_kl_per_answer_and_per_token_are_the_means_worked_by_hand(cfg, policy, tokenizer, pairs, monkeypatch):
     monkeypatch.setattr(evaluate, "_answer_ids", lambda *a, **k: [[5] * 10, [5] * 30])
-    monkeypatch.setattr(evaluate, "_log_probs", lambda *a: (torch.tensor([-8.0, -20.0]), torch.tensor([-10.0, -28.0])))
+    policy_logps = [torch.full((10,), -0.8), torch.full((30,), -2 / 3)]  # sums -8 and -20
+    base_logps = [torch.full((10,), -1.0), torch.full((30,), -28 / 30)]  # sums -10 and -28
+    monkeypatch.setattr(evaluate, "_log_probs", lambda *a: (policy_logps, base_logps))
     kl = evaluate.kl_from_reference(cfg, policy, tokenizer, pairs["prompt"][:2])
     # log-ratios 2 and 8: mean 5, standard error 3; 10 nats over 40 tokens; residuals (2 - 2.5)/20 and (8 - 7.5)/20
-    assert kl["per_answer"] == {"mean": 5.0, "standard_error": pytest.approx(3.0), "n": 2}
-    assert kl["per_token"] == {"mean": 0.25, "standard_error": pytest.approx(0.025), "n": 2}
-    assert kl["tokens"] == 40
+    assert (kl["per_answer"]["mean"], kl["per_answer"]["standard_error"]) == pytest.approx((5.0, 3.0), abs=1e-5)
+    assert (kl["per_token"]["mean"], kl["per_token"]["standard_error"]) == pytest.approx((0.25, 0.025), abs=1e-5)
+    assert kl["tokens"] == 40 and kl["per_token"]["n"] == 2
 
 
 def test_the_draw_for_the_kl_follows_the_seed_and_leaves_the_generator_alone(cfg, policy, tokenizer, pairs):
@@ -121,22 +105,6 @@ def test_the_draw_for_the_kl_follows_the_seed_and_leaves_the_generator_alone(cfg
     assert torch.equal(state, torch.get_rng_state())
 
 
-def test_bag_of_words_finds_a_surface_preference_and_nothing_where_there_is_none():
-    good = [data.extract(pair(f"Question {i}?", f"Plain answer {i}.", f"Great question! Item {i}.")) for i in range(30)]
-    noise = [
-        data.extract(pair(*(t[:2] if i % 2 else (t[0], t[2])), t[2] if i % 2 else t[1]))
-        for i in range(6)
-        for t in TEXTS
-    ]
-    assert evaluate.bag_of_words_accuracy(Dataset.from_list(good[:20]), Dataset.from_list(good[20:]))["rate"] == 1.0
-    assert evaluate.bag_of_words_accuracy(Dataset.from_list(noise), Dataset.from_list(noise))["rate"] == pytest.approx(
-        0.5, abs=0.1
-    )
-
-
-def test_distinct_falls_with_repetition():
-    assert evaluate.distinct("one two three four") == 1.0
-    assert evaluate.distinct("ha ha ha ha ha") == 0.25
 
 
 @pytest.mark.parametrize(
@@ -158,15 +126,120 @@ def test_an_unfinished_answer_does_not_end_complete():
     assert not house_style.RULES["ends complete"]({"text": "Seven minutes.", "tokens": 9, "finished": False})
 
 
+# --- tokens, padding, noise ----
+
+
+def test_token_rewards_add_up_to_the_reward_of_the_answer(cfg, policy, tokenizer, pairs):
+    for record in evaluate.score_pairs(cfg, policy, tokenizer, pairs):
+        for side in ("chosen", "rejected"):
+            tokens = record[f"{side}_token_rewards"]
+            assert len(tokens) == record[f"{side}_tokens"]
+            assert sum(tokens) == pytest.approx(record[f"reward_{side}"], abs=1e-4)
+            assert record[f"reward_{side}"] == pytest.approx(
+                cfg.beta * (record[f"policy_{side}"] - record[f"reference_{side}"]), abs=1e-6
+            )
+            assert any(tokens)
+
+
+def test_the_tokens_of_a_heat_map_are_the_answer_and_its_rewards(cfg, policy, tokenizer, pairs):
+    pair = pairs[0] | {"chosen": [{"role": "assistant", "content": "Put it in, 7 min. 🥚é"}]}
+    record = evaluate.score_pairs(cfg, policy, tokenizer, Dataset.from_list([pair]))[0]
+    shown = evaluate.token_rewards(tokenizer, pair, record)
+    text = "".join(text for text, _ in shown["chosen"])
+    assert text.startswith("Put it in, 7 min. 🥚é<|im_end|>") and "\ufffd" not in text
+    assert sum(reward for _, reward in shown["chosen"]) == pytest.approx(shown["reward_chosen"], abs=1e-4)
+    assert len(shown["chosen"]) < record["chosen_tokens"], "the bytes of one character are one piece"
+
+
+def test_a_policy_equal_to_its_reference_has_zero_everywhere(cfg, tokenizer, pairs):
+    model = get_peft_model(models.load_base(cfg), models.lora_config(cfg))
+    records, comparison = evaluate.compare(cfg, model, tokenizer, {"train": pairs, "test": pairs}, 0.1)
+    assert comparison["held_out"]["after"]["accuracy"]["rate"] == 0.5
+    assert comparison["kl"]["inside"]["per_answer"]["mean"] == 0
+    assert all(reward == 0 for shown in comparison["token_rewards"] for _, reward in shown["chosen"] + shown["rejected"])
+    assert all(part["mean"] == 0 for side in comparison["by_position"].values() for part in side)
+    assert comparison["noise"]["spread"] == 0 and all(a["before"] == a["after"] for a in comparison["answers"])
+    assert all(c["difference"] == 0 for c in comparison["rules"]["change"].values())
+    assert "No effect" in comparison["verdict"][0]
+
+
+def test_in_fp32_padding_moves_a_margin_by_rounding_alone(cfg, policy, tokenizer, pairs):
+    records = evaluate.score_pairs(cfg, policy, tokenizer, pairs)
+    noise = evaluate.noise_floor(cfg, policy, tokenizer, pairs, records)
+    assert noise["spread"] < 1e-5 and noise["pairs"] == len(pairs) and noise["dtype"] == "fp32"
+
+
+def test_the_noise_floor_is_the_spread_between_two_scorings(cfg, policy, tokenizer, pairs, monkeypatch):
+    records = [{"margin": margin} for margin in (1.0, 2.0, -0.1, 0.3)]
+    seen = {}
+
+    def again(*args, padding):
+        seen["padding"] = padding
+        return [{"margin": r["margin"] + shift} for r, shift in zip(records, (0.3, -0.1, 0.1, -0.3), strict=True)]
+
+    monkeypatch.setattr(evaluate, "score_pairs", again)
+    noise = evaluate.noise_floor(cfg, policy, tokenizer, pairs, records)
+    assert seen["padding"] > 0
+    assert noise["spread"] == pytest.approx(0.05**0.5)  # sqrt of mean (0.09, 0.01, 0.01, 0.09)
+    assert noise["floor"] == pytest.approx(1.96 * 0.05**0.5) and noise["within"] == 2
+
+
+def test_padding_adds_columns_that_are_masked_out():
+    batch = evaluate.collate([([5, 6], [7])], pad_id=0, padding=2)
+    assert batch["input_ids"].tolist() == [[5, 6, 7, 0, 0]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1, 0, 0]] and batch["completion_mask"].sum() == 1
+
+
+# --- the report outside a notebook ----
+
+
+@pytest.fixture
+def trained(cfg, tokenizer, tmp_path):
+    """An adapter as 05 saves it, trained for two steps on 24 rows of a file."""
+    rows = [pair(f"{t[0]} {i}", *t[1:]) for i in range(6) for t in TEXTS]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    changed = dataclasses.replace(cfg, data=str(path), compare_prompts=2)
+    run = artifacts.Run(changed)
+    splits = run.ensure_data(tokenizer).splits
+    train.train(changed, run, models.load_base(changed), tokenizer, splits["train"], splits["val"])
+    return run
+
+
+def test_the_command_writes_the_report_of_an_adapter_from_its_folder_alone(trained, tmp_path, capsys):
+    out = tmp_path / "report"
+    assert evaluate.main(["--adapter", str(trained.adapter), "--out", str(out)]) == 0
+    comparison = json.loads((out / "comparison.json").read_text())
+    records = json.loads((out / "records.json").read_text())
+    assert comparison["held_out"]["after"] == statistics.summarise(records)
+    assert comparison["held_out"]["after"]["accuracy"]["n"] == len(records) >= 2
+    assert comparison["adapter"]["config"]["data"].endswith("rows.jsonl") and comparison["versions"]["trl"]
+    assert "tells chosen" in capsys.readouterr().out or comparison["verdict"][0].startswith("No effect")
+    html = (out / "report.html").read_text()
+    assert html.startswith("<!doctype html>") and html.count("<img alt=") == 5
+    assert not re.findall(r"(?:src|href)=[\"'](?!data:image/png;base64)", html), "the page fetches nothing"
+
+
+def test_the_command_judges_an_adapter_on_other_data(trained, tmp_path, capsys):
+    path = tmp_path / "other.jsonl"
+    path.write_text("\n".join(json.dumps(pair(f"Other {i}?", f"Yes, {i}.", "Perhaps!")) for i in range(20)))
+    options = ["--adapter", str(trained.adapter), "--data", str(path), "--out", str(tmp_path / "other")]
+    assert evaluate.main(options) == 0
+    assert "Other data than it was trained on" in capsys.readouterr().out
+    shown = json.loads((tmp_path / "other" / "comparison.json").read_text())["token_rewards"][0]
+    assert shown["prompt"][0]["content"].startswith("Other")
+
+
 @pytest.mark.parametrize(
-    ("hits", "words"), [(58, "tells chosen from rejected"), (30, "No effect"), (5, "swapped labels")]
+    ("options", "words"),
+    [
+        (["--adapter", "no-such-folder"], "There is no trained adapter in no-such-folder"),
+        (["--adapter", "ADAPTER", "--data", "missing.jsonl"], "missing.jsonl does not exist"),
+        (["--adapter", "ADAPTER", "-p", "BTA", "0.2"], "Unknown parameter BTA"),
+    ],
 )
-def test_the_verdict_follows_the_numbers(hits, words):
-    held_out = {
-        "accuracy": evaluate.rate(hits, 60), "reward_chosen": {"mean": -0.5}, "reward_rejected": {"mean": -1.0},
-    }  # fmt: skip
-    before = {"no opener": evaluate.rate(2, 24), "plain words": evaluate.rate(12, 24)}
-    after = {"no opener": evaluate.rate(23, 24), "plain words": evaluate.rate(13, 24)}
-    said = evaluate.verdict(held_out, before, after)
-    assert words in said[0] and "Both sides became less likely" in said[1]
-    assert "no opener 8% → 96%" in said[2] and "plain words" in said[3]
+def test_the_command_names_cause_and_mend(options, words, trained, tmp_path, capsys):
+    options = [str(trained.adapter) if o == "ADAPTER" else o for o in options]
+    assert evaluate.main([*options, "--out", str(tmp_path / "out")]) == 1
+    said = capsys.readouterr().err
+    assert words in said and "Mend:" in said

@@ -9,7 +9,7 @@ import torch
 import trl.trainer.utils
 from datasets import concatenate_datasets
 
-from dpo_tutorial import artifacts, data, dpo, environment, evaluate, models, train
+from dpo_tutorial import artifacts, data, dpo, environment, evaluate, models, statistics, train
 
 
 def trainer_for(cfg, tokenizer, pairs, tmp_path, **changes):
@@ -143,7 +143,7 @@ def test_training_on_swapped_labels_turns_the_margin_round(cfg, tokenizer, pairs
         trainer = trainer_for(longer, tokenizer, rows, tmp_path)
         trainer.train()
         records = evaluate.score_pairs(longer, trainer.model, tokenizer, pairs)
-        accuracy[name] = evaluate.summarise(records)["accuracy"]["rate"]
+        accuracy[name] = statistics.summarise(records)["accuracy"]["rate"]
     assert accuracy == {"right": 1.0, "swapped": 0.0}
 
 

@@ -28,16 +28,44 @@ def _unwritable(path: Path, error: OSError) -> ArtifactError:
     )
 
 
+def read_training_record(adapter: Path) -> dict:
+    """What training noted beside an adapter: `config`, `base`, `history`, `seconds`, versions and hardware.
+
+    Raises:
+        ArtifactError: no such folder, no adapter in it, or a damaged record.
+    """
+    missing = [name for name in (*ADAPTER_FILES, "training.json") if not (adapter / name).is_file()]
+    if missing:
+        raise ArtifactError(
+            f"There is no trained adapter in {adapter}: {', '.join(missing)} missing.",
+            "Run 05_train_dpo.ipynb first; or set TRAIN_IF_MISSING=True to train here and now; "
+            "or set ADAPTER to a folder that 05 saved, for example on Drive.",
+        )
+    return _read_json(adapter / "training.json")
+
+
+def _read_json(path: Path) -> dict | list:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ArtifactError(f"{path} is missing.", "Run the notebook that makes it.") from None
+    except ValueError as error:
+        raise ArtifactError(f"{path} is not valid JSON: {error}.", "Delete it and run again.") from error
+
+
 class Run:
     """The artifacts of one profile: `<artifacts>/<profile>/` with `manifest.json`, data, adapter, figures, results.
+
+    Args:
+        folder: another place for them.
 
     Raises:
         ArtifactError: the folder cannot be made or written.
     """
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, folder: Path | None = None) -> None:
         self.config = config
-        self.dir = config.run_dir
+        self.dir = folder or config.run_dir
         try:
             self.figures.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=self.dir):
@@ -83,13 +111,7 @@ class Run:
         Raises:
             ArtifactError: missing or damaged.
         """
-        path = self.dir / name
-        try:
-            return json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise ArtifactError(f"{path} is missing.", "Run the notebook that makes it.") from None
-        except ValueError as error:
-            raise ArtifactError(f"{path} is not valid JSON: {error}.", "Delete it and run again.") from error
+        return _read_json(self.dir / name)
 
     def save_figure(self, figure, name: str) -> Path:
         """Save a matplotlib figure under `figures/` as PNG (the executed notebook keeps its own copy)."""
@@ -186,13 +208,7 @@ class Run:
         Raises:
             ArtifactError: no adapter yet (names the notebook that makes one, and the choices).
         """
-        if not all((self.adapter / name).is_file() for name in (*ADAPTER_FILES, "training.json")):
-            raise ArtifactError(
-                f"There is no trained adapter in {self.adapter}.",
-                "Run 05_train_dpo.ipynb first; or set TRAIN_IF_MISSING=True to train here and now; "
-                "or set ADAPTER to a folder that 05 saved, for example on Drive.",
-            )
-        return self.read_json(f"{self.adapter.name}/training.json")
+        return read_training_record(self.adapter)
 
     def check_adapter(self, record: dict, choices: list[str]) -> None:
         """Refuse an adapter whose training rows may be this run's test rows.

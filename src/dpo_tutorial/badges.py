@@ -8,7 +8,7 @@ import tomllib
 from pathlib import Path
 
 from . import environment
-from .errors import ConfigError, TutorialError
+from .errors import ConfigError, exit_code
 from .run import notebooks
 
 _SLUG = r"[A-Za-z0-9_.-]+/[A-Za-z0-9_.-]+"
@@ -57,12 +57,7 @@ def stamp(root: Path, owner_and_name: str) -> None:
 
 def main() -> int:
     root = environment.project_root()
-    try:
-        stamp(root, sys.argv[1] if len(sys.argv) > 1 else slug(root))
-    except TutorialError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return exit_code(lambda: stamp(root, sys.argv[1] if len(sys.argv) > 1 else slug(root)))
 
 
 if __name__ == "__main__":

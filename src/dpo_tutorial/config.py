@@ -15,6 +15,9 @@ QWEN_SMALL = ("Qwen/Qwen2.5-0.5B-Instruct", "7ae557604adf67be50417f59c2c2f167def
 QWEN_LARGE = ("Qwen/Qwen2.5-7B-Instruct", "a09a35458c702b33eeacc393d103063234e8bc28")
 ULTRAFEEDBACK = ("HuggingFaceH4/ultrafeedback_binarized", "3949bf5f8c17c394422ccfab0c31ea9c20bdeb85")
 
+#: Shapes of the loss that LOSS_TYPE chooses among; the first is DPO (Rafailov et al. 2023).
+LOSS_TYPES = ("sigmoid", "ipo", "hinge", "robust")
+
 #: Every linear layer of a Llama-style block: attention (q, k, v, o) and feed-forward (gate, up, down).
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -45,7 +48,9 @@ class Config:
     max_test: int = _knob(200, "data", "test pairs, for the reported number only", "pairs")
 
     beta: float = _knob(0.1, "dpo", "strength of the pull towards the reference; higher stays closer")
-    loss_type: str = _knob("sigmoid", "dpo", "TRL loss: sigmoid is DPO")
+    loss_type: str = _knob("sigmoid", "dpo", "shape of the loss: sigmoid is DPO; or ipo, hinge, robust")
+    label_smoothing: float = _knob(0.1, "dpo", "for loss_type robust only: share of labels taken to be flipped")
+    ld_alpha: float = _knob(1.0, "dpo", "weight of the tokens that the longer answer has more (LD-DPO); 1: plain DPO")
     learning_rate: float = _knob(5e-5, "dpo", "peak learning rate of AdamW")
     lr_scheduler: str = _knob("linear", "dpo", "learning-rate schedule after the warm-up")
     warmup_ratio: float = _knob(0.1, "dpo", "share of the steps with a rising learning rate")
@@ -65,6 +70,9 @@ class Config:
     def __post_init__(self) -> None:
         _check_range(self.dtype in environment.DTYPES, "dtype", self.dtype, "bf16, fp16 or fp32")
         _check_range(self.beta > 0, "beta", self.beta, "a number above 0")
+        _check_range(self.loss_type in LOSS_TYPES, "loss_type", self.loss_type, f"one of {', '.join(LOSS_TYPES)}")
+        _check_range(0 <= self.ld_alpha <= 1, "ld_alpha", self.ld_alpha, "a number from 0 to 1")
+        _check_range(0 < self.label_smoothing < 0.5, "label_smoothing", self.label_smoothing, "between 0 and 0.5")
         _check_range(self.lora_r > 0, "lora_r", self.lora_r, "a whole number above 0")
         _check_range(self.max_tokens >= 32, "max_tokens", self.max_tokens, "32 or more")
         for name in ("max_train", "max_val", "max_test", "batch_size", "grad_accum", "compare_prompts"):

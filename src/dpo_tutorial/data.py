@@ -250,6 +250,21 @@ def encode(tokenizer, prompt: list[dict], answer: list[dict]) -> tuple[list[int]
     return before, whole[len(before) :]
 
 
+def pieces(tokenizer, ids: list[int]) -> list[tuple[str, int]]:
+    """The text that each token adds, and how many tokens it took: a character of several byte tokens is one piece.
+
+    Decoded as a growing whole, because some tokenizers decode a token alone without its leading space.
+    """
+    found, shown, waiting = [], "", 0
+    for end in range(1, len(ids) + 1):
+        text, waiting = tokenizer.decode(ids[:end], clean_up_tokenization_spaces=False), waiting + 1
+        if text.endswith("\ufffd") and end < len(ids):  # half a character: the next token has the rest
+            continue
+        found.append((text[len(shown) :], waiting))
+        shown, waiting = text, 0
+    return found
+
+
 # --- the whole set ------------------------------------------------------------------------------------------------
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
+
 
 class TutorialError(Exception):
     """Base of every error this package raises on purpose.
@@ -41,5 +44,19 @@ class ArtifactError(TutorialError):
     """A file of the run is missing, stale, or cannot be written."""
 
 
+class JudgeError(TutorialError):
+    """A judge cannot be reached, or answers with something that is no verdict."""
+
+
 class NotebookError(TutorialError):
     """A notebook stopped; names the cell and the partial notebook."""
+
+
+def exit_code(action: Callable, *arguments) -> int:
+    """Run what a command does; a `TutorialError` becomes its message on standard error and exit code 1."""
+    try:
+        action(*arguments)
+    except TutorialError as error:
+        print(f"\n{type(error).__name__}: {error}", file=sys.stderr)
+        return 1
+    return 0

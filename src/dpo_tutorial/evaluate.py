@@ -1,78 +1,86 @@
-"""Judge the change: implicit rewards on held-out pairs, with intervals, and answers before and after."""
+"""Judge the change: implicit rewards on held-out pairs, answers before and after, how far the policy moved.
+
+`python -m dpo_tutorial.evaluate --adapter DIR` gives the report of notebook 06 without a notebook.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
-import scipy.sparse
 import torch
 from datasets import Dataset
-from statsmodels.stats.proportion import proportion_confint
+from torch import Tensor
 from tqdm.auto import tqdm
 
-from . import data, dpo, environment
-from .config import Config
+from . import artifacts, data, dpo, environment, errors, house_style, models, statistics
+from .config import Config, resolve
 
 
-def score_pairs(config: Config, model, tokenizer, pairs: Dataset, beta: float | None = None) -> list[dict]:
+def score_pairs(
+    config: Config, model, tokenizer, pairs: Dataset, beta: float | None = None, padding: int = 0
+) -> list[dict]:
     """Score each pair under the policy and, with the adapter switched off, under the reference.
 
     Args:
         model: a `PeftModel`; with its adapter disabled it is the reference.
         beta: the beta the policy was trained with; default `config.beta`.
+        padding: columns of padding beyond what the batches need, to see what rounding does (`noise_floor`).
 
     Returns:
         One record per pair, in order: `prompt_id`; log-probabilities in nats (`policy_chosen`, `policy_rejected`,
         `reference_chosen`, `reference_rejected`); `reward_chosen`, `reward_rejected`, `margin`;
-        `chosen_tokens`, `rejected_tokens`.
+        `chosen_token_rewards`, `rejected_token_rewards` (beta times the log-ratio of each token; they add up to the
+        reward); `chosen_tokens`, `rejected_tokens`.
     """
     beta = config.beta if beta is None else beta
-    encoded = []
-    for pair in pairs:
-        for side in ("chosen", "rejected"):
-            encoded.append(data.encode(tokenizer, pair["prompt"], pair[side]))
-    policy, reference = _log_probs(config, model, tokenizer, encoded)
+    encoded = [data.encode(tokenizer, pair["prompt"], pair[side]) for pair in pairs for side in ("chosen", "rejected")]
+    scored = zip(*_log_probs(config, model, tokenizer, encoded, padding), strict=True)
     records = []
-    for i, pair in enumerate(pairs):
-        (pc, pr), (rc, rr) = policy[2 * i : 2 * i + 2].tolist(), reference[2 * i : 2 * i + 2].tolist()
-        chosen, rejected = dpo.implicit_reward(pc, rc, beta), dpo.implicit_reward(pr, rr, beta)
-        records.append({
-            "prompt_id": pair["prompt_id"],
-            "policy_chosen": pc, "policy_rejected": pr, "reference_chosen": rc, "reference_rejected": rr,
-            "reward_chosen": chosen, "reward_rejected": rejected, "margin": chosen - rejected,
-            "chosen_tokens": len(encoded[2 * i][1]), "rejected_tokens": len(encoded[2 * i + 1][1]),
-        })  # fmt: skip
+    for pair, chosen, rejected in zip(pairs, scored, scored, strict=True):
+        record = {"prompt_id": pair["prompt_id"]}
+        for side, (policy, reference) in (("chosen", chosen), ("rejected", rejected)):
+            tokens = dpo.implicit_reward(policy, reference, beta)
+            record |= {
+                f"policy_{side}": policy.sum().item(), f"reference_{side}": reference.sum().item(),
+                f"reward_{side}": tokens.sum().item(), f"{side}_tokens": len(tokens),
+                f"{side}_token_rewards": [round(value, 6) for value in tokens.tolist()],
+            }  # fmt: skip
+        records.append(record | {"margin": record["reward_chosen"] - record["reward_rejected"]})
     return records
 
 
 @torch.no_grad()
-def _log_probs(config: Config, model, tokenizer, encoded) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sequence log-probabilities of (prompt ids, answer ids), under policy and reference, in the given order.
+def _log_probs(config: Config, model, tokenizer, encoded, padding: int = 0) -> tuple[list[Tensor], list[Tensor]]:
+    """Log-probabilities of the answer's tokens, `[answer length]` each, of (prompt ids, answer ids) in the given order.
 
-    Sorted by length so that little is padding; both models see the same batches, so that their difference is free
-    of padding noise.
+    Sorted by length so that little is padding; policy and reference see the same batches, so that their difference is
+    free of padding noise.
     """
     model.eval()
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i][0]) + len(encoded[i][1]))
-    policy, reference = torch.zeros(len(encoded)), torch.zeros(len(encoded))
+    policy, reference = ([torch.empty(0)] * len(encoded) for _ in range(2))
     size = 4 * config.batch_size  # of similar length and without gradients: twice the training batch fits
     for start in tqdm(range(0, len(order), size), desc="scoring", leave=False):
         chosen = order[start : start + size]
-        batch = collate([encoded[i] for i in chosen], tokenizer.pad_token_id, model.device)
-        policy[chosen] = _forward(config, model, batch)
+        batch = collate([encoded[i] for i in chosen], tokenizer.pad_token_id, model.device, padding)
+        found = _forward(config, model, batch)
         with model.disable_adapter():
-            reference[chosen] = _forward(config, model, batch)
+            base = _forward(config, model, batch)
+        for i, ours, theirs in zip(chosen, found, base, strict=True):
+            policy[i], reference[i] = ours, theirs
     return policy, reference
 
 
-def _forward(config: Config, model, batch: dict) -> torch.Tensor:
+def _forward(config: Config, model, batch: dict) -> list[Tensor]:
     with autocast(config):
         logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
-    rows = zip(
-        logits, batch["input_ids"], batch["completion_mask"], strict=True
-    )  # row by row: softmax in fp32 is large
-    return torch.cat([dpo.sequence_log_prob(a[None], b[None], c[None]) for a, b, c in rows]).cpu()
+    rows = zip(logits, batch["input_ids"], batch["completion_mask"], strict=True)
+    return [  # row by row: softmax in fp32 is large
+        dpo.token_log_probs(row[None], ids[None])[0][mask[1:].bool()].double().cpu() for row, ids, mask in rows
+    ]
 
 
 def autocast(config: Config):
@@ -81,9 +89,14 @@ def autocast(config: Config):
     return torch.autocast(environment.device(), dtype=dtype, enabled=dtype != torch.float32)
 
 
-def collate(encoded: Sequence[tuple[list[int], list[int]]], pad_id: int, device="cpu") -> dict[str, torch.Tensor]:
-    """Pad on the right into `input_ids`, `attention_mask`, `completion_mask`, each `[n, length]`."""
-    length = max(len(p) + len(a) for p, a in encoded)
+def collate(
+    encoded: Sequence[tuple[list[int], list[int]]], pad_id: int, device="cpu", padding: int = 0
+) -> dict[str, Tensor]:
+    """Pad on the right into `input_ids`, `attention_mask`, `completion_mask`, each `[n, length]`.
+
+    `padding` adds so many columns that no row needs.
+    """
+    length = max(len(p) + len(a) for p, a in encoded) + padding
     ids = torch.full((len(encoded), length), pad_id)
     attention, completion = torch.zeros_like(ids), torch.zeros_like(ids)
     for row, (prompt, answer) in enumerate(encoded):
@@ -98,64 +111,43 @@ def collate(encoded: Sequence[tuple[list[int], list[int]]], pad_id: int, device=
     }
 
 
-# --- statistics ---------------------------------------------------------------------------------------------------
+def noise_floor(
+    config: Config, model, tokenizer, pairs: Dataset, records: Sequence[dict], beta: float | None = None
+) -> dict:
+    """How far rounding alone moves a margin: the first pairs scored again, in other batches and with other padding.
 
+    In exact arithmetic padding changes nothing. In 16 bits, sums come out differently, and a log-probability of an
+    answer moves by tenths of a nat.
 
-def rate(hits: float, n: int) -> dict:
-    """A share with its 95% Wilson interval (statsmodels); `hits` may count a tie as one half."""
-    low, high = proportion_confint(hits, n, alpha=0.05, method="wilson")
-    return {"rate": hits / n, "low": float(low), "high": float(high), "n": n}
+    Args:
+        records: what `score_pairs` gave for all of `pairs`, in order.
 
-
-def mean(values: Sequence[float]) -> dict:
-    """A mean with its standard error."""
-    values = np.asarray(values, dtype=float)
-    error = values.std(ddof=1) / np.sqrt(len(values)) if len(values) > 1 else float("nan")
-    return {"mean": float(values.mean()), "standard_error": float(error), "n": len(values)}
-
-
-def summarise(records: Sequence[dict]) -> dict:
-    """Everything the report says of held-out pairs, derived from the row-level records.
-
-    A pair is right when the chosen answer earns the higher implicit reward; a tie counts half. Before training every
-    pair ties (policy and reference are one model), so the accuracy is 0.5 by construction.
+    Returns:
+        `spread`: root mean square of the differences between both margins; `floor`: 1.96 times that; `within`: how
+        many of all records have a |margin| below the floor; `pairs`: scored again; `dtype`.
     """
-    margins = np.array([r["margin"] for r in records])
-    gaps = np.array([r["chosen_tokens"] - r["rejected_tokens"] for r in records])
-    n = len(records)
+    again = pairs.select(range(min(config.compare_prompts, len(pairs))))
+    second = score_pairs(config, model, tokenizer, again, beta, padding=24)
+    changes = np.array([b["margin"] - a["margin"] for a, b in zip(records, second, strict=False)])
+    spread = float(np.sqrt(np.mean(changes**2)))
+    within = sum(abs(r["margin"]) < 1.96 * spread for r in records)
     return {
-        "accuracy": rate(float((margins > 0).sum() + 0.5 * (margins == 0).sum()), n),
-        "ties": int((margins == 0).sum()),
-        "margin": mean(margins),
-        "reward_chosen": mean([r["reward_chosen"] for r in records]),
-        "reward_rejected": mean([r["reward_rejected"] for r in records]),
-        "pick_the_longer": rate(float((gaps > 0).sum() + 0.5 * (gaps == 0).sum()), n),
-        "pick_the_shorter": rate(float((gaps < 0).sum() + 0.5 * (gaps == 0).sum()), n),
-    }
+        "spread": spread, "floor": 1.96 * spread, "within": within, "pairs": len(again), "dtype": config.dtype,
+    }  # fmt: skip
 
 
-def bag_of_words_accuracy(train: Dataset, test: Dataset) -> dict:
-    """How well a logistic regression over words and word pairs tells chosen from rejected on `test`.
+def token_rewards(tokenizer, pair: dict, record: dict) -> dict:
+    """The tokens of both answers of one pair in words, each with its share of the reward: what a heat map shows.
 
-    It sees the difference of the two answers' word counts and nothing else: no prompt, no word order.
+    Returns:
+        `prompt` (conversation); `chosen` and `rejected`: lists of (text, reward); `reward_chosen`, `reward_rejected`.
     """
-    from sklearn.feature_extraction.text import CountVectorizer
-    from sklearn.linear_model import LogisticRegression
-
-    def texts(split, side):
-        return [answer[0]["content"] for answer in split[side]]
-
-    words = CountVectorizer(ngram_range=(1, 2), min_df=2, token_pattern=r"[\w']+|[^\w\s]")
-    words.fit(texts(train, "chosen") + texts(train, "rejected"))
-
-    def difference(split):
-        return words.transform(texts(split, "chosen")).astype(float) - words.transform(texts(split, "rejected"))
-
-    x = difference(train)
-    model = LogisticRegression(fit_intercept=False, C=0.1, max_iter=1000)
-    model.fit(scipy.sparse.vstack([x, -x]), [1] * x.shape[0] + [0] * x.shape[0])
-    score = model.decision_function(difference(test))
-    return rate(float((score > 0).sum() + 0.5 * (score == 0).sum()), len(score))
+    shown = {name: record[name] for name in ("reward_chosen", "reward_rejected")} | {"prompt": pair["prompt"]}
+    for side in ("chosen", "rejected"):
+        rewards = iter(record[f"{side}_token_rewards"])
+        pieces = data.pieces(tokenizer, data.encode(tokenizer, pair["prompt"], pair[side])[1])
+        shown[side] = [(text, sum(next(rewards) for _ in range(n))) for text, n in pieces]
+    return shown
 
 
 # --- generation ---------------------------------------------------------------------------------------------------
@@ -224,64 +216,121 @@ def kl_from_reference(
         ids = tokenizer.apply_chat_template(prompt, tokenize=True, return_dict=False, add_generation_prompt=True)
         encoded.append((ids, answer))
     policy, reference = _log_probs(config, model, tokenizer, encoded)
-    ratios, lengths = (policy - reference).numpy(), np.array([len(answer) for answer in answers])
-    per_token = ratios.sum() / lengths.sum()
-    spread = mean((ratios - per_token * lengths) / lengths.mean())  # a ratio of two means: the delta method
+    ratios = [(ours - theirs).sum().item() for ours, theirs in zip(policy, reference, strict=True)]
+    lengths = [len(answer) for answer in answers]
     return {
-        "per_answer": mean(ratios),
-        "per_token": spread | {"mean": float(per_token)},
-        "tokens": int(lengths.sum()),
+        "per_answer": statistics.mean(ratios),
+        "per_token": statistics.ratio(ratios, lengths),
+        "tokens": sum(lengths),
     }
 
 
-def rule_rates(answers: Sequence[dict], rules: dict[str, Callable[[dict], bool]]) -> dict[str, dict]:
-    """Share of answers that keep each rule, with its interval."""
-    return {name: rate(float(sum(check(a) for a in answers)), len(answers)) for name, check in rules.items()}
+def answers_of_both(config: Config, policy, tokenizer, prompts: Sequence[list[dict]]) -> tuple[list[dict], list[dict]]:
+    """(base's answers, policy's answers) to the same prompts, same greedy decoding; the adapter is the difference."""
+    with policy.disable_adapter():
+        before = generate(config, policy, tokenizer, prompts)
+    return before, generate(config, policy, tokenizer, prompts)
 
 
-def distinct(text: str, n: int = 2) -> float:
-    """distinct-n (Li et al. 2016): different n-grams of words over all n-grams; 1.0 means no repetition."""
-    words = text.split()
-    grams = [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
-    return len(set(grams)) / len(grams) if grams else 1.0
+def outside_the_style(config: Config, policy, tokenizer) -> dict:
+    """Requests that the trained style does not cover (`house_style.OUTSIDE`): what base and policy make of them.
+
+    Returns:
+        `prompts`, `before`, `after` (answers), `kept` (`before`, `after`: whether each answer does what was asked),
+        `kl` as `kl_from_reference`.
+    """
+    checks = list(house_style.OUTSIDE.items())[: config.compare_prompts]
+    prompts = [[{"role": "user", "content": text}] for text, _ in checks]
+    before, after = answers_of_both(config, policy, tokenizer, prompts)
+    kept = {
+        when: [check(a["text"]) for (_, check), a in zip(checks, answers, strict=True)]
+        for when, answers in (("before", before), ("after", after))
+    }
+    kl = kl_from_reference(config, policy, tokenizer, prompts)
+    return {"prompts": prompts, "before": before, "after": after, "kept": kept, "kl": kl}
 
 
-# --- in words -----------------------------------------------------------------------------------------------------
+# --- the report ---------------------------------------------------------------------------------------------------
 
 
-def verdict(held_out: dict, rules_before: dict, rules_after: dict) -> list[str]:
-    """What changed and what did not, one sentence each, drawn from the numbers."""
-    a, chosen, rejected = held_out["accuracy"], held_out["reward_chosen"]["mean"], held_out["reward_rejected"]["mean"]
-    span = f"{a['rate']:.2f} (95% interval {a['low']:.2f} to {a['high']:.2f}, {a['n']} pairs)"
-    if a["low"] > 0.5:
-        said = [f"The policy tells chosen from rejected on held-out pairs: accuracy {span}, against 0.50 before."]
-    elif a["high"] < 0.5:
-        said = [f"The policy prefers the rejected answers: accuracy {span}. Look for swapped labels."]
-    else:
-        said = [f"No effect is shown on held-out pairs: accuracy {span} includes 0.50."]
-    if chosen > 0 > rejected:
-        said.append(
-            f"Chosen answers became more likely (reward {chosen:+.2f}) and rejected ones less ({rejected:+.2f})."
-        )
-    elif chosen < 0 and rejected < 0:
-        said.append(
-            f"Both sides became less likely (rewards {chosen:+.2f} and {rejected:+.2f}): DPO raises the difference, "
-            "not the chosen answer. Some fall is usual; a long fall is a sign to stop earlier or raise beta."
-        )
-    else:
-        said.append(f"Rewards: chosen {chosen:+.2f}, rejected {rejected:+.2f}.")
-    moved, still = [], []
-    for name, before in rules_before.items():
-        after = rules_after[name]
-        line = f"{name} {before['rate']:.0%} → {after['rate']:.0%}"
-        apart = after["low"] > before["high"] or after["high"] < before["low"]
-        (moved if apart else still).append(line)
-    n = next(iter(rules_before.values()))["n"]
-    if moved:
-        said.append(f"In {n} generated answers these moved beyond their intervals: {'; '.join(moved)}.")
-    said.append(
-        f"Not shown to move with {n} answers: {'; '.join(still)}."
-        if still
-        else "Every rule that a program can check moved."
+def compare(config: Config, policy, tokenizer, splits, beta: float) -> tuple[list[dict], dict]:
+    """Everything notebook 06 measures, in one call.
+
+    Args:
+        splits: `train` (for the word-counting opponent only) and `test`, as `data.prepare` makes them.
+
+    Returns:
+        (the row-level records, the comparison as `derive` makes it).
+    """
+    test = splits["test"]
+    prompts = test[: config.compare_prompts]["prompt"]
+    records = score_pairs(config, policy, tokenizer, test, beta)
+    noise = noise_floor(config, policy, tokenizer, test, records, beta)
+    kl = kl_from_reference(config, policy, tokenizer, prompts)
+    before, after = answers_of_both(config, policy, tokenizer, prompts)
+    outside = outside_the_style(config, policy, tokenizer)
+    words = statistics.bag_of_words(splits["train"], test)
+    shown = [token_rewards(tokenizer, pair, record) for pair, record in zip(test, records[:3], strict=False)]
+    return records, derive(
+        records, prompts, before, after, noise=noise, kl=kl, outside=outside, words=words, shown=shown
     )
-    return said
+
+
+def derive(records, prompts, before, after, *, noise, kl, outside, words, shown) -> dict:
+    """The report, derived from what was measured: statistics with intervals, and the conclusion in words."""
+    held_out = statistics.summarise(records)
+    rules = statistics.rules(before, after, house_style.RULES)
+    return {
+        "held_out": {"before": statistics.summarise(statistics.untrained(records)), "after": held_out},
+        "noise": noise,
+        "against_words": {
+            "words": statistics.rate(sum(words), len(words)),
+            "difference": statistics.paired_difference(words, statistics.right([r["margin"] for r in records])),
+        },
+        "by_position": statistics.reward_by_position(records),
+        "kl": {"inside": kl, "outside": outside["kl"]},
+        "rules": rules,
+        "form": statistics.form(before, after),
+        "outside": outside,
+        "verdict": statistics.verdict(held_out, rules, noise),
+        "token_rewards": shown,
+        "answers": [{"prompt": p, "before": b, "after": a} for p, b, a in zip(prompts, before, after, strict=True)],
+    }
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Judge a trained adapter: `report.json`, `records.json` and one self-contained `report.html`."""
+    parser = argparse.ArgumentParser(prog="python -m dpo_tutorial.evaluate", description=main.__doc__)
+    parser.add_argument("--adapter", required=True, metavar="DIR", help="folder that training saved")
+    parser.add_argument("--data", default="", help="hub id[@revision], folder or file; default: what it was trained on")
+    parser.add_argument("--out", default="report", metavar="DIR", help="folder for the report (default: report)")
+    parser.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="set a parameter")
+    return errors.exit_code(_report, parser.parse_args(argv))
+
+
+def _report(options: argparse.Namespace) -> None:
+    from . import report  # here, because report.py draws and this module need not
+
+    record = artifacts.read_training_record(Path(options.adapter))
+    beta = record["config"]["beta"]
+    settings = {name: value for name, value in record["config"].items() if name != "dtype"}
+    if options.data:
+        settings |= {"data": options.data, "data_revision": None}
+    config = resolve(**settings | {name.lower(): value for name, value in options.p})
+    environment.seed_everything(config.seed)
+    tokenizer = models.load_tokenizer(config)
+    run = artifacts.Run(config, Path(options.out))
+    prepared = run.ensure_data(tokenizer)
+    if options.data:
+        print("Other data than it was trained on: whether the training rows are among them is for you to know.")
+    else:
+        run.check_adapter(record, prepared.choices)
+    policy = models.load_policy(config, options.adapter)
+    records, comparison = compare(config, policy, tokenizer, prepared.splits, beta)
+    for path in report.save(run, record, records, comparison):
+        print(f"wrote {path}")
+    print("\n".join(comparison["verdict"]))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

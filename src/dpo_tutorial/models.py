@@ -10,7 +10,8 @@ from pathlib import Path
 
 import bitsandbytes as bnb
 import torch
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, set_peft_model_state_dict
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from . import config as configs
@@ -172,6 +173,12 @@ def load_policy(config: Config, adapter: str | Path):
             "Load it with the base it was trained on: set MODEL=name@revision accordingly.",
         )
     return PeftModel.from_pretrained(load_base(config), str(folder)).eval()
+
+
+def give_adapter(model, adapter: str | Path) -> None:
+    """Put the weights of a saved adapter into the adapter that `model` already carries, of the same shape."""
+    given = set_peft_model_state_dict(model, load_file(Path(adapter) / "adapter_model.safetensors"))
+    assert not given.unexpected_keys, given.unexpected_keys
 
 
 def weight_bytes(model) -> dict[str, int]:

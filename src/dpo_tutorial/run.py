@@ -21,10 +21,10 @@ from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 
 from . import artifacts, config, data, environment, models
-from .errors import ArtifactError, ConfigError, NotebookError, TutorialError
+from .errors import ArtifactError, ConfigError, NotebookError, exit_code
 
-#: What the kernel must not do in a headless run: fetch chatter, draw widgets, spin up tokenizer threads after a fork.
-_KERNEL_ENV = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_TELEMETRY": "1"}
+#: What a kernel must not do in a headless run: fetch chatter, wait for a vote, start tokenizer threads after a fork.
+_KERNEL_ENV = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_TELEMETRY": "1", "DPO_TUTORIAL_HEADLESS": "1"}
 
 
 def notebooks(folder: Path | None = None) -> list[Path]:
@@ -236,17 +236,15 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m dpo_tutorial.run", description=main.__doc__)
     parser.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="set a parameter")
     parser.add_argument("--refresh", action="store_true", help="write the outputs into notebooks/")
-    options = parser.parse_args(argv)
-    try:
-        summary = run_all(dict(options.p))
-        if options.refresh:
-            for path in notebooks():
-                clean_notebook(Path(summary["executed"]) / path.name, path)
-            print("notebooks/ now holds the outputs of this run")
-    except TutorialError as error:
-        print(f"\n{type(error).__name__}: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return exit_code(_main, parser.parse_args(argv))
+
+
+def _main(options: argparse.Namespace) -> None:
+    summary = run_all(dict(options.p))
+    if options.refresh:
+        for path in notebooks():
+            clean_notebook(Path(summary["executed"]) / path.name, path)
+        print("notebooks/ now holds the outputs of this run")
 
 
 if __name__ == "__main__":

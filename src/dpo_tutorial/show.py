@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import html
+import inspect
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -25,6 +27,8 @@ _STYLE = """<style>
 .dpo th {background: #8883;}
 .dpo-tokens span {border-radius: 3px; padding: 1px 0; white-space: pre-wrap;}
 .dpo-prompt {background: #80808033;} .dpo-answer {background: #0072B244; border-bottom: 2px solid #0072B2;}
+.dpo-tokens .dpo-down {border-bottom: 2px dotted currentColor;}
+.dpo-hidden {position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%);}
 </style>"""
 
 
@@ -49,6 +53,63 @@ def _cell(value: object) -> str:
     if isinstance(value, (list, tuple)):
         return ", ".join(map(str, value))
     return str(value)
+
+
+def share(rate: dict) -> str:
+    """A rate with its interval, in words."""
+    return f"{rate['rate']:.2f} ({rate['low']:.2f} to {rate['high']:.2f})"
+
+
+def average(mean: dict, digits: int = 2) -> str:
+    """A mean with its interval, in words."""
+    return f"{mean['mean']:.{digits}f} ({mean['low']:.{digits}f} to {mean['high']:.{digits}f})"
+
+
+def change(difference: dict, digits: int = 2) -> str:
+    """A difference with its sign and its interval, in words."""
+    low, high = difference["low"], difference["high"]
+    return f"{difference['difference']:+.{digits}f} ({low:+.{digits}f} to {high:+.{digits}f})"
+
+
+def held_out_table(before: dict, after: dict) -> HTML:
+    """What base and policy make of the held-out pairs (`statistics.summarise` of each), with 95% intervals."""
+    rows = [
+        ("accuracy", share(before["accuracy"]), share(after["accuracy"])),
+        ("ties", before["ties"], after["ties"]),
+        ("margin", "0", average(after["margin"])),
+        ("reward of chosen", "0", average(after["reward_chosen"])),
+        ("reward of rejected", "0", average(after["reward_rejected"])),
+        ("rule: pick the longer answer", share(before["pick_the_longer"]), "the same"),
+        ("rule: pick the shorter answer", share(before["pick_the_shorter"]), "the same"),
+    ]
+    return table([{"held-out pairs": what, "before": b, "after": a} for what, b, a in rows])
+
+
+def change_table(found: dict[str, dict], what: str) -> HTML:
+    """`statistics.rules` or `statistics.form` as a table: before, after, and the paired change."""
+
+    def written(value):
+        return share(value) if "rate" in value else average(value)
+
+    return table([
+        {
+            what: name, "before": written(found["before"][name]), "after": written(found["after"][name]),
+            "change, same prompts": change(found["change"][name]),
+        }
+        for name in found["before"]
+    ])  # fmt: skip
+
+
+def source(*functions: Callable) -> str:
+    """The code of functions without their docstrings, to be read beside an equation."""
+    shown = []
+    for function in functions:
+        lines = inspect.getsource(function).splitlines()
+        first = ast.parse(inspect.getsource(function)).body[0].body[0]
+        if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
+            del lines[first.lineno - 1 : first.end_lineno]
+        shown.append("\n".join(lines))
+    return "\n\n".join(shown)
 
 
 def config_table(config) -> HTML:
@@ -91,17 +152,72 @@ def _answer(answer: dict) -> str:
     return answer["text"] + ("" if answer["finished"] else " […cut at the token limit]")
 
 
+def heat_map(shown: dict) -> HTML:
+    """Where in a sentence the preference lives: beta times the log-ratio of each token, policy against reference.
+
+    Blue tokens (solid scale) became likelier, orange ones (underlined with dots) less likely; both answers share one
+    scale. The values of an answer add up to its reward.
+
+    Args:
+        shown: as `evaluate.token_rewards` makes it.
+    """
+    largest = _largest(shown)
+    parts = [f"<p class='dpo-tokens'>{_shaded('less likely', -largest, largest)} · 0 · "
+             f"{_shaded('more likely', largest, largest)} (full colour: ±{largest:.2f})</p>"]  # fmt: skip
+    for side in ("chosen", "rejected"):
+        tokens = shown[side]
+        title = _heat_title(shown, side)
+        rows = table([{"token": text, "reward": f"{reward:+.3f}"} for text, reward in tokens]).data
+        parts.append(
+            f"<div role='group' aria-label='{html.escape(title)}'><p>{html.escape(title)}</p>"
+            f"<p class='dpo-hidden'>{html.escape(_strongest(tokens))}</p>"
+            f"<p class='dpo-tokens'>{''.join(_shaded(text, reward, largest) for text, reward in tokens)}</p>"
+            f"<details><summary>{side}: token by token</summary>{rows}</details></div>"
+        )
+    return HTML(f"{_STYLE}<div class='tex2jax_ignore mathjax_ignore'>{''.join(parts)}</div>")
+
+
+def _largest(shown: dict) -> float:
+    return max((abs(reward) for side in ("chosen", "rejected") for _, reward in shown[side]), default=0.0) or 1.0
+
+
+def _heat_title(shown: dict, side: str) -> str:
+    return f"{side}: reward {shown[f'reward_{side}']:+.2f} over {len(shown[side])} tokens"
+
+
+def _strongest(tokens: Sequence[tuple[str, float]], n: int = 3) -> str:
+    ordered = sorted(tokens, key=lambda token: token[1])
+    down = [f"“{text.strip()}” {reward:+.2f}" for text, reward in ordered[:n] if reward < 0]
+    up = [f"“{text.strip()}” {reward:+.2f}" for text, reward in ordered[: -n - 1 : -1] if reward > 0]
+    return f"Up most: {', '.join(up) or 'none'}. Down most: {', '.join(down) or 'none'}."
+
+
+def _shaded(text: str, reward: float, largest: float) -> str:
+    red, green, blue = (int(color[i : i + 2], 16) for color in (BLUE if reward > 0 else ORANGE,) for i in (1, 3, 5))
+    strength = 0.6 * abs(reward) / largest  # translucent: the page's own text colour stays readable, light or dark
+    kind = " class='dpo-down'" if reward < -0.15 * largest else ""
+    written = html.escape(text).replace("\n", "⏎\n")
+    return (
+        f"<span{kind} title='{reward:+.3f}' style='background: rgba({red}, {green}, {blue}, {strength:.2f})'>"
+        f"{written}</span>"
+    )
+
+
 # --- figures ------------------------------------------------------------------------------------------------------
 
 
-def _figure(width: float = 7.0, height: float = 3.2, columns: int = 1, alt: str = "") -> tuple[Figure, np.ndarray]:
-    figure, axes = plt.subplots(1, columns, figsize=(width, height), layout="constrained", squeeze=False, dpi=96)
+def _figure(
+    width: float = 7.0, height: float = 3.2, columns: int = 1, rows: int = 1, alt: str = "", **axes_options
+) -> tuple[Figure, np.ndarray]:
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(width, height), layout="constrained", squeeze=False, dpi=96, **axes_options
+    )
     figure.set_label(alt)
-    for axis in axes[0]:
+    for axis in axes.flat:
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.3)
     plt.close(figure)  # shown once, as the value of the cell
-    return figure, axes[0]
+    return figure, axes.flatten()
 
 
 def alt_text(figure: Figure) -> str:
@@ -222,19 +338,125 @@ def rates(
     return figure
 
 
-def loss_curve(beta: float) -> Figure:
-    """The DPO loss and its gradient weight σ(−margin) over the margin."""
-    x = torch.linspace(-6, 6, 200, dtype=torch.float64)
+def loss_curve(beta: float, margins: Sequence[float] = ()) -> Figure:
+    """The DPO loss and its gradient weight σ(−margin) over the margin; dots for the margins of real pairs."""
+    x = torch.linspace(min([-6, *margins]), max([6, *margins]), 200, dtype=torch.float64)
+    dots = f" Dots: {len(margins)} pairs, margins {min(margins):.2f} to {max(margins):.2f}." if len(margins) else ""
     figure, (axis,) = _figure(
         alt="The loss falls from 6 to 0 as the margin grows; it is ln 2 at 0. The gradient weight falls from 1 to 0."
+        + dots
     )
     axis.plot(x, -torch.nn.functional.logsigmoid(x), color=BLUE, label="loss = −log σ(margin)")
     axis.plot(x, dpo.gradient_weight(x), color=ORANGE, label="gradient weight = σ(−margin)")
     axis.plot([0], [math.log(2)], "o", color=BLUE)
     axis.annotate("step 0: ln 2", (0, math.log(2)), xytext=(0.6, 1.6), arrowprops={"arrowstyle": "->", "color": GREY})
+    if len(margins):
+        weights = dpo.gradient_weight(torch.as_tensor(margins, dtype=torch.float64))
+        axis.plot(margins, weights, "o", color=ORANGE, mec="black", label="pairs of this batch")
     axis.set(xlabel=f"margin (rewards, β = {beta:g})", title="What one pair contributes")
     axis.legend()
     return figure
+
+
+def distance_by_beta(betas: Sequence[float], exact: Sequence[float], trained: Sequence[float]) -> Figure:
+    """KL from the reference over beta: of the objective's known optimum (line) and of what the loss reached (dots)."""
+    pairs = "; ".join(f"beta {b:g}: {t:.3f} nats" for b, t in zip(betas, trained, strict=True))
+    figure, (axis,) = _figure(alt=f"KL from the reference falls as beta rises. {pairs}")
+    axis.plot(betas, exact, color=BLUE, label="optimum of the objective (eq. 4)")
+    axis.plot(betas, trained, "o", color=ORANGE, label="trained with the DPO loss")
+    axis.set(xscale="log", xlabel="β", ylabel="KL (nats)", title="A higher β stays closer to the reference")
+    axis.legend()
+    return figure
+
+
+def by_length_gap(parts: Sequence[dict], overall: dict) -> Figure:
+    """Accuracy with 95% intervals in parts of the pairs, from "chosen shorter" to "chosen longer"."""
+    names = [f"{p['shortest']:+d} to {p['longest']:+d}" for p in parts]
+    said = "; ".join(f"{name} tokens: {p['accuracy']['rate']:.2f}" for name, p in zip(names, parts, strict=True))
+    figure, (axis,) = _figure(alt=f"Accuracy by length gap. {said}")
+    _points(axis, range(len(parts)), [p["accuracy"] for p in parts], BLUE, "accuracy, 95% interval")
+    axis.axhline(overall["rate"], color=GREY, linestyle=":", label="all pairs")
+    axis.axhline(0.5, color=ORANGE, linewidth=1, label="chance")
+    axis.set_xticks(range(len(parts)), names)
+    axis.set(ylim=(-0.02, 1.05), xlabel="tokens of chosen minus tokens of rejected", title="Accuracy by length gap")
+    axis.legend()
+    return figure
+
+
+def calibration(found: dict) -> Figure:
+    """Accuracy over confidence σ(|margin|), in equal parts of the pairs, with 95% intervals."""
+    confidence = [b["confidence"] for b in found["bins"]]
+    said = "; ".join(f"{c:.2f} said, {b['accuracy']['rate']:.2f} right" for c, b in zip(confidence, found["bins"]))  # noqa: B905
+    figure, (axis,) = _figure(alt=f"Calibration of the margin. {said}")
+    _points(axis, confidence, [b["accuracy"] for b in found["bins"]], BLUE, "held-out pairs, 95% interval")
+    axis.plot([0.5, 1], [0.5, 1], color=GREY, linestyle=":", label="right as often as it says")
+    axis.set(xlim=(0.48, 1.02), ylim=(-0.02, 1.05), xlabel="confidence σ(|margin|)", ylabel="share right")
+    axis.set_title("Is it right as often as it says?")
+    axis.legend(loc="lower left")
+    return figure
+
+
+def _points(axis, x, rates: Sequence[dict], color: str, label: str) -> None:
+    middle = np.array([r["rate"] for r in rates])
+    error = np.array([[r["rate"] - r["low"], r["high"] - r["rate"]] for r in rates]).T
+    axis.errorbar(list(x), middle, yerr=np.maximum(error, 0), fmt="o", color=color, capsize=3, label=label)
+
+
+def by_position(found: dict[str, list[dict]]) -> Figure:
+    """Reward earned in each tenth of an answer, chosen (green) and rejected (orange), with 95% intervals."""
+    totals = {side: sum(part["mean"] for part in found[side]) for side in found}
+    first = {side: found[side][0]["mean"] for side in found}
+    figure, (axis,) = _figure(
+        alt="Reward by position in the answer. "
+        + "; ".join(f"{side}: {first[side]:+.2f} in the first tenth, {totals[side]:+.2f} in all" for side in found)
+    )
+    for side, color, shift in (("chosen", GREEN, -0.12), ("rejected", ORANGE, 0.12)):
+        middle = np.array([part["mean"] for part in found[side]])
+        error = [[part["mean"] - part["low"], part["high"] - part["mean"]] for part in found[side]]
+        places = np.arange(1, len(middle) + 1) + shift
+        axis.errorbar(places, middle, yerr=np.nan_to_num(error).T, fmt="o", color=color, capsize=3, label=side)
+    axis.axhline(0, color=GREY, linewidth=1)
+    axis.set(xlabel="tenth of the answer", ylabel="reward", title="Where in an answer the reward lies")
+    axis.set_xticks(range(1, len(found["chosen"]) + 1))
+    axis.legend()
+    return figure
+
+
+def heat_map_figure(shown: dict, columns: int = 92) -> Figure:
+    """The heat map as a figure, for slides and papers: both answers, one scale, the reward in each title."""
+    largest = _largest(shown)
+    laid = {side: _lay_out(shown[side], columns) for side in ("chosen", "rejected")}
+    heights = {side: 1 + max((line for *_, line in cells), default=0) for side, cells in laid.items()}
+    figure, axes = _figure(
+        width=0.079 * columns, height=1.3 + 0.24 * sum(heights.values()), rows=2, height_ratios=list(heights.values()),
+        alt="Token heat map. "
+        + " ".join(f"{_heat_title(shown, side)}. {_strongest(shown[side])}" for side in laid),
+    )  # fmt: skip
+    for axis, (side, cells) in zip(axes, laid.items(), strict=True):
+        for text, reward, column, line in cells:
+            color, strength = (BLUE if reward > 0 else ORANGE), 0.6 * abs(reward) / largest
+            axis.add_patch(plt.Rectangle((column, line - 0.45), len(text), 0.9, color=color, alpha=strength, lw=0))
+            axis.text(column, line, text, family="monospace", fontsize=9, va="center", parse_math=False)
+        axis.set(xlim=(0, columns), ylim=(heights[side] - 0.4, -0.6), xticks=[], yticks=[])
+        axis.set_title(_heat_title(shown, side), loc="left", fontsize=10)
+        axis.spines[:].set_visible(False)
+    axes[0].set_xlabel(" ")
+    axes[1].set_xlabel(f"blue: likelier under the policy, orange: less likely; full colour at ±{largest:.2f}")
+    return figure
+
+
+def _lay_out(tokens: Sequence[tuple[str, float]], columns: int) -> list[tuple[str, float, int, int]]:
+    """(text, reward, column, line) of each token, wrapped; a line break is shown and broken at."""
+    cells, column, line = [], 0, 0
+    for text, reward in tokens:
+        written = text.replace("\n", "⏎")
+        if column + len(written) > columns and column:
+            column, line, written = 0, line + 1, written.lstrip(" ") or written
+        cells.append((written, reward, column, line))
+        column += len(written)
+        if "\n" in text:
+            column, line = 0, line + 1
+    return cells
 
 
 def picture(figure: Figure) -> Image:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import math
 import time
@@ -15,7 +16,7 @@ from datasets import Dataset
 from transformers import TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
-from . import artifacts, data, environment, models
+from . import artifacts, data, environment, evaluate, models
 from .config import Config, resolve
 
 
@@ -25,6 +26,8 @@ def dpo_config(config: Config, output_dir: str | Path, **changes) -> DPOConfig:
         output_dir=str(output_dir),
         beta=config.beta,
         loss_type=config.loss_type,
+        label_smoothing=config.label_smoothing,  # read by loss_type robust only
+        ld_alpha=None if config.ld_alpha == 1 else config.ld_alpha,
         max_length=None,  # notebook 04 dropped what is too long; nothing is cut silently here
         learning_rate=config.learning_rate,
         lr_scheduler_type=config.lr_scheduler,
@@ -134,6 +137,42 @@ def train(config: Config, run: artifacts.Run, model, tokenizer, train: Dataset, 
     if trainer.is_world_process_zero():
         save_adapter(config, run, trainer, tokenizer, seconds=time.perf_counter() - started)
     return trainer
+
+
+#: What one word changes: names for a table, and the knobs behind each.
+VARIANTS = {
+    "sigmoid (DPO)": {"loss_type": "sigmoid"},
+    "ipo": {"loss_type": "ipo"},
+    "hinge": {"loss_type": "hinge"},
+    "robust": {"loss_type": "robust"},
+    "sigmoid, ld_alpha 0.5": {"loss_type": "sigmoid", "ld_alpha": 0.5},
+}
+
+
+def try_variant(config: Config, base, tokenizer, pairs: Dataset, output_dir: str | Path, steps: int = 4, **knobs):
+    """Train a fresh adapter for a few steps on the same few pairs, then look at where the log-probabilities went.
+
+    Every variant sees the same pairs in the same order from the same start, at the peak learning rate: no warm-up, no
+    decay. `base` gets its plain layers back at the end.
+
+    Returns:
+        `first loss` and `last loss`, on the loss's own scale; mean log-ratios log π/π_ref of the pairs' chosen and
+        rejected answers after the last step, in nats, and their `difference`, which compare across losses.
+    """
+    changed = dataclasses.replace(
+        config, **knobs, max_steps=steps, grad_accum=1, warmup_ratio=0.0, lr_scheduler="constant"
+    )
+    environment.seed_everything(changed.seed)
+    trainer = build_trainer(changed, base, tokenizer, pairs, None, output_dir, disable_tqdm=True)
+    trainer.train()
+    records = evaluate.score_pairs(changed, trainer.model, tokenizer, pairs, beta=1.0)  # beta 1: rewards in nats
+    trainer.model.unload()
+    chosen, rejected = (sum(r[f"reward_{side}"] for r in records) / len(records) for side in ("chosen", "rejected"))
+    losses = [row["loss"] for row in history(trainer)["train"]]
+    return {
+        "first loss": losses[0], "last loss": losses[-1], "chosen": chosen, "rejected": rejected,
+        "difference": chosen - rejected,
+    }  # fmt: skip
 
 
 def history(trainer: DPOTrainer) -> dict[str, list[dict]]:

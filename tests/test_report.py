@@ -1,0 +1,140 @@
+"""The report as a browser shows it: what a model wrote is text there, and nothing of it runs."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+
+import pytest
+import torch
+from test_show import HOSTILE, Page
+
+from dpo_tutorial import artifacts, evaluate, judge, report, show, statistics
+
+RUNS = "<script>document.title='ran'</script><img src=x onerror=\"document.title='ran'\">"
+TRAP = RUNS + HOSTILE
+
+
+def browser() -> str:
+    """Path of a Chromium. None there: a skip at home, a failure in CI."""
+    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
+    found = next(filter(None, map(shutil.which, names)), None)
+    if not found:
+        (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(f"none of {', '.join(names)} is installed")
+    return found
+
+
+def rendered(path, tmp_path) -> str:
+    """The page's DOM after the browser has loaded it and run whatever it would run."""
+    command = [
+        browser(), "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+        "--disable-background-networking", "--disable-component-update", "--disable-sync",
+        f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=2000", "--dump-dom", path.as_uri(),
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-500:]
+    return done.stdout
+
+
+def record(margin, gap=0):
+    return {
+        "prompt_id": TRAP, "margin": margin, "reward_chosen": margin / 2, "reward_rejected": -margin / 2,
+        "chosen_tokens": 50 + gap, "rejected_tokens": 50, "policy_chosen": -40.0, "reference_chosen": -42.0,
+        "policy_rejected": -50.0, "reference_rejected": -48.0,
+        "chosen_token_rewards": [margin / 2], "rejected_token_rewards": [-margin / 2],
+    }  # fmt: skip
+
+
+RECORDS = [record(m, gap) for m, gap in ((1.0, -3), (2.0, 0), (-0.5, 4), (0.1, 1))]
+
+
+@pytest.fixture
+def comparison():
+    """A comparison in which every text that a model or a dataset could have written is a trap."""
+    answer, prompt = {"text": TRAP, "tokens": 5, "finished": True}, [{"role": "user", "content": TRAP}]
+    two = [answer, answer | {"finished": False}]
+    kl = {"per_answer": statistics.mean([1.0, 2.0]), "per_token": statistics.mean([0.1, 0.2]), "tokens": 30}
+    shown = {
+        "prompt": prompt, "reward_chosen": 0.5, "reward_rejected": -0.5,
+        "chosen": [(TRAP, 0.4), ("fine\n", 0.1)], "rejected": [(TRAP, -0.5)],
+    }  # fmt: skip
+    return evaluate.derive(
+        RECORDS, [prompt] * 2, two, two, noise={"spread": 0.1, "floor": 0.2, "within": 1, "pairs": 4, "dtype": "bf16"},
+        kl=kl, words=[1.0, 0.0, 1.0, 1.0], shown=[shown],
+        outside={"prompts": [prompt], "before": [answer], "after": [answer],
+                 "kept": {"before": [True], "after": [False]}, "kl": kl},
+    )  # fmt: skip
+
+
+@pytest.fixture
+def training(cfg):
+    return {
+        "base": {"name": TRAP, "revision": None}, "config": cfg.identity() | {"data": TRAP}, "seconds": 1.0,
+        "versions": {}, "hardware": {},
+    }  # fmt: skip
+
+
+def test_in_a_browser_a_hostile_report_is_only_text(cfg, comparison, training, tmp_path):
+    report.save(artifacts.Run(cfg, tmp_path / "out"), training, RECORDS, comparison)
+    dom = rendered(tmp_path / "out" / "report.html", tmp_path)
+    assert "<title>Before and after DPO: " in dom, "the title is still ours: nothing ran"
+    assert not re.search(r"<script|<a |onerror=[^&]*>(?!.*&gt;)", re.sub(r"<title>.*?</title>", "", dom, flags=re.DOTALL))
+    assert len(re.findall("<img", dom)) == 5 == len(re.findall('<img alt="[^"]+" src="data:image/png', dom))
+    assert dom.count("&lt;script&gt;document.title") >= 10
+
+
+def test_the_browser_check_can_fail(tmp_path):
+    page = tmp_path / "unsafe.html"
+    page.write_text(f"<!doctype html><title>ours</title><p>{RUNS}</p>")
+    assert "<title>ran</title>" in rendered(page, tmp_path)
+
+
+@pytest.mark.parametrize("view", ["table", "conversation", "answers", "heat_map", "tokens", "vote"])
+def test_in_a_browser_every_single_view_shows_a_hostile_answer_as_text(view, comparison, tokenizer, tmp_path):
+    prompt, answer = [{"role": "user", "content": TRAP}], {"text": TRAP, "tokens": 3, "finished": True}
+    made = {
+        "table": lambda: show.table([{TRAP: TRAP}], TRAP).data,
+        "conversation": lambda: show.conversation(prompt).data,
+        "answers": lambda: show.answers([prompt], [answer], [answer]).data,
+        "heat_map": lambda: show.heat_map(comparison["token_rewards"][0]).data,
+        "tokens": lambda: show.tokens(tokenizer, [5], tokenizer(TRAP, add_special_tokens=False)["input_ids"]).data,
+        "vote": lambda: "".join(
+            widget.value for widget in widgets_of(judge.BlindVote([prompt], [answer], [answer | {"text": "b"}], 1).widget)
+        ),
+    }  # fmt: skip
+    page = tmp_path / f"{view}.html"
+    page.write_text(f"<!doctype html><meta charset=utf-8><title>ours</title>{made[view]()}", encoding="utf-8")
+    dom = rendered(page, tmp_path)
+    assert "<title>ours</title>" in dom and not re.search("<script|<img|<a ", dom)
+    assert "&lt;" in dom
+
+
+def widgets_of(box):
+    for child in getattr(box, "children", ()):
+        yield from widgets_of(child)
+    if hasattr(box, "value") and isinstance(box.value, str):
+        yield box
+
+
+def test_the_saved_comparison_has_the_settings_versions_and_hardware_beside_it(cfg, comparison, training, tmp_path):
+    paths = report.save(artifacts.Run(cfg, tmp_path / "out"), training, RECORDS, comparison)
+    assert [p.name for p in paths] == ["records.json", "comparison.json", "report.html"]
+    saved = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    assert saved["adapter"]["config"]["beta"] == cfg.beta and saved["versions"]["torch"] == torch.__version__
+    assert "cores" in saved["hardware"]
+    assert json.loads((tmp_path / "out" / "records.json").read_text()) == RECORDS
+
+
+def test_the_page_says_the_numbers_of_the_comparison(cfg, comparison, training, tmp_path):
+    training["base"]["name"] = "base-of-test"
+    report.save(artifacts.Run(cfg, tmp_path / "out"), training, RECORDS, comparison)
+    html = (tmp_path / "out" / "report.html").read_text()
+    assert "<h1>Before and after DPO: base-of-test</h1>" in html and 'lang="en"' in html
+    text = Page(type("View", (), {"data": html})).text
+    held_out = comparison["held_out"]["after"]
+    for words in (
+        show.share(held_out["accuracy"]), show.average(held_out["margin"]), "chosen: reward +0.50 over 2 tokens",
+        "Word counting alone finds the chosen answer in 0.75", "1 of 4 margins", *comparison["verdict"],
+    ):  # fmt: skip
+        assert words in text, words

@@ -1,0 +1,241 @@
+"""Each statistic against a value worked by hand or given by scipy, statsmodels or scikit-learn."""
+
+import math
+
+import numpy as np
+import pytest
+import scipy.stats
+from conftest import TEXTS, pair
+from datasets import Dataset
+from sklearn.metrics import brier_score_loss, log_loss
+from statsmodels.stats.proportion import proportion_confint
+
+from dpo_tutorial import data, statistics
+
+
+def record(margin, gap=0, **more):
+    """A row-level record with this margin, all of it earned by the chosen answer."""
+    return {
+        "prompt_id": f"{gap}", "margin": margin, "reward_chosen": margin, "reward_rejected": 0.0,
+        "chosen_tokens": 50 + gap, "rejected_tokens": 50,
+    } | more  # fmt: skip
+
+
+# --- one number and its interval ----
+
+
+def test_wilson_interval_is_the_textbook_one():
+    # 8 of 10: (p + z²/2n ± z √(p(1-p)/n + z²/4n²)) / (1 + z²/n) with z = 1.96
+    found = statistics.rate(8, 10)
+    assert (found["rate"], found["n"]) == (0.8, 10)
+    assert found["low"] == pytest.approx(0.4902, abs=1e-3) and found["high"] == pytest.approx(0.9433, abs=1e-3)
+    assert (found["low"], found["high"]) == proportion_confint(8, 10, method="wilson")
+
+
+def test_a_mean_has_the_standard_error_and_t_interval_of_scipy():
+    values = [1.0, 2.0, 4.0, 9.0]
+    found = statistics.mean(values)
+    low, high = scipy.stats.t.interval(0.95, 3, loc=4.0, scale=scipy.stats.sem(values))
+    assert found["mean"] == 4.0 and found["n"] == 4
+    assert found["standard_error"] == pytest.approx(scipy.stats.sem(values))
+    assert (found["low"], found["high"]) == pytest.approx((low, high))
+
+
+def test_one_value_has_a_mean_and_no_error():
+    found = statistics.mean([3.0])
+    assert found["mean"] == 3.0 and math.isnan(found["standard_error"]) and math.isnan(found["low"])
+    assert math.isnan(statistics.paired_difference([1.0], [2.0])["low"])
+
+
+def test_a_ratio_is_of_the_sums_and_its_error_that_of_the_delta_method():
+    # log-ratios 2 and 8 over 10 and 30 tokens: 10/40; residuals (2 - 2.5)/20 and (8 - 7.5)/20
+    found = statistics.ratio([2.0, 8.0], [10, 30])
+    assert found["mean"] == 0.25 and found["standard_error"] == pytest.approx(0.025)
+    assert found["high"] - found["mean"] == pytest.approx(0.025 * scipy.stats.t.ppf(0.975, 1))
+
+
+def test_the_error_of_a_ratio_is_the_spread_that_repeated_samples_have():
+    generator = np.random.default_rng(1)
+    lengths = generator.integers(10, 60, (3000, 40))
+    nats = lengths * 0.2 + generator.normal(0, 1, lengths.shape)
+    found = [statistics.ratio(n, k) for n, k in zip(nats, lengths, strict=True)]
+    spread = np.std([f["mean"] for f in found])
+    assert np.mean([f["standard_error"] for f in found]) == pytest.approx(spread, rel=0.1)
+
+
+def test_a_paired_difference_has_the_interval_of_scipys_paired_bootstrap():
+    before, after = [0.0, 1.0, 2.0, 3.0, 2.0, 1.0], [1.0, 1.0, 4.0, 3.0, 3.0, 0.0]
+    found = statistics.paired_difference(before, after)
+    theirs = scipy.stats.bootstrap(
+        (np.array(after), np.array(before)), lambda a, b, axis: np.mean(a - b, axis=axis), paired=True,
+        vectorized=True, method="percentile", rng=np.random.default_rng(0),
+    ).confidence_interval  # fmt: skip
+    assert found["difference"] == pytest.approx(0.5) and found["n"] == 6
+    assert (found["low"], found["high"]) == pytest.approx((theirs.low, theirs.high), abs=0.02)
+    assert found == statistics.paired_difference(before, after), "the same records give the same interval"
+
+
+def test_pairing_tells_a_change_that_two_separate_intervals_hide():
+    before = list(np.linspace(0, 10, 30))
+    found = statistics.paired_difference(before, [value + 0.5 for value in before])
+    assert found["low"] == pytest.approx(0.5) == found["high"]
+    assert statistics.mean(before)["high"] > statistics.mean([v + 0.5 for v in before])["low"]
+
+
+def test_the_sign_test_is_the_binomial_one_over_the_items_that_changed():
+    before, after = [0, 0, 0, 0, 0, 1, 1, 0], [1, 1, 1, 1, 1, 1, 0, 0]
+    assert statistics.sign_test(before, after) == pytest.approx(scipy.stats.binomtest(1, 6).pvalue)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "p", "expected"),
+    [(0.1, 0.4, 0.01, True), (-0.4, -0.1, 0.01, True), (-0.1, 0.4, 0.01, False), (0.1, 0.4, 0.25, False)],
+)
+def test_moved_needs_an_interval_on_one_side_of_0_and_a_small_p(low, high, p, expected):
+    assert statistics.moved({"low": low, "high": high, "p": p}) is expected
+
+
+# --- held-out pairs ----
+
+
+def test_a_tie_counts_half():
+    summary = statistics.summarise([record(1.0), record(0.0), record(-1.0), record(0.0)])
+    assert summary["accuracy"]["rate"] == 0.5 and summary["ties"] == 2
+    assert summary["pick_the_longer"]["rate"] == 0.5
+    assert statistics.right([2.0, 0.0, -3.0]).tolist() == [1.0, 0.5, 0.0]
+
+
+def test_length_rules_count_the_longer_and_the_shorter_chosen_answer():
+    summary = statistics.summarise([record(1.0, gap) for gap in (5, 3, -2, 0)])
+    assert summary["pick_the_longer"]["rate"] == 2.5 / 4 and summary["pick_the_shorter"]["rate"] == 1.5 / 4
+
+
+def test_an_untrained_policy_ties_on_every_pair():
+    summary = statistics.summarise(statistics.untrained([record(1.0), record(-2.0), record(3.0)]))
+    assert summary["accuracy"]["rate"] == 0.5 and summary["ties"] == 3 and summary["margin"]["mean"] == 0
+    assert summary["calibration"]["log_loss"] == pytest.approx(math.log(2))
+
+
+def test_thirds_by_length_gap_show_a_policy_that_goes_by_length():
+    records = [record(float(gap), gap) for gap in (-9, -7, -5, -1, 0, 1, 5, 7, 9)]  # rewards the longer answer
+    parts = statistics.by_length_gap(records)
+    assert [(p["shortest"], p["longest"]) for p in parts] == [(-9, -5), (-1, 1), (5, 9)]
+    assert [p["accuracy"]["rate"] for p in parts] == [0.0, 0.5, 1.0]
+    assert [p["accuracy"]["n"] for p in parts] == [3, 3, 3]
+
+
+def test_fewer_pairs_than_parts_give_fewer_parts():
+    assert len(statistics.by_length_gap([record(1.0), record(2.0)])) == 2
+    assert len(statistics.calibration([0.3])["bins"]) == 1
+
+
+def test_calibration_worked_by_hand():
+    # σ(0) = 0.5 twice (ties, half right); σ(ln 3) = 0.75 twice, one right and one wrong
+    found = statistics.calibration([0.0, 0.0, math.log(3), -math.log(3)])
+    confidence = [b["confidence"] for b in found["bins"]]
+    assert confidence == pytest.approx([0.5, 0.5, 0.75, 0.75])
+    assert [b["accuracy"]["rate"] for b in found["bins"]] == [0.5, 0.5, 1.0, 0.0]
+    assert found["expected_error"] == pytest.approx((0 + 0 + 0.25 + 0.75) / 4)
+
+
+def test_brier_and_log_loss_are_those_of_scikit_learn_with_either_answer_first():
+    margins = np.array([2.0, -1.0, 0.3, 4.0, -0.2])
+    p = 1 / (1 + np.exp(-margins))
+    labels, said = [1] * 5 + [0] * 5, [*p, *(1 - p)]
+    found = statistics.calibration(margins)
+    assert found["brier"] == pytest.approx(brier_score_loss(labels, said))
+    assert found["log_loss"] == pytest.approx(log_loss(labels, said))
+
+
+def test_rewards_by_position_add_up_to_the_reward_and_lie_where_they_were_earned():
+    rows = [
+        {"chosen_token_rewards": [1.0] + [0.0] * 19, "rejected_token_rewards": [0.0] * 9 + [-2.0]},
+        {"chosen_token_rewards": [3.0, 0.0, 0.0, 0.0], "rejected_token_rewards": [-1.0]},
+    ]
+    found = statistics.reward_by_position(rows)
+    chosen, rejected = ([part["mean"] for part in found[side]] for side in ("chosen", "rejected"))
+    assert chosen[0] == 0.5 and chosen[1] == 1.5 and sum(chosen) == pytest.approx(2.0)
+    assert rejected[9] == -1.0 and rejected[5] == -0.5 and sum(rejected) == pytest.approx(-1.5)
+
+
+def test_bag_of_words_finds_a_surface_preference_and_nothing_where_there_is_none():
+    good = [data.extract(pair(f"Question {i}?", f"Plain answer {i}.", f"Great question! Item {i}.")) for i in range(30)]
+    noise = [
+        data.extract(pair(*(t[:2] if i % 2 else (t[0], t[2])), t[2] if i % 2 else t[1]))
+        for i in range(6)
+        for t in TEXTS
+    ]
+    assert statistics.bag_of_words(Dataset.from_list(good[:20]), Dataset.from_list(good[20:])) == [1.0] * 10
+    assert np.mean(statistics.bag_of_words(Dataset.from_list(noise), Dataset.from_list(noise))) == pytest.approx(
+        0.5, abs=0.1
+    )
+
+
+# --- answers ----
+
+
+def test_distinct_falls_with_repetition():
+    assert statistics.distinct("one two three four") == 1.0
+    assert statistics.distinct("ha ha ha ha ha") == 0.25
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("one two three", 0),
+        ("one two one three", 1),
+        ("take it and go and take it and stop", 3),
+        ("ha ha ha ha", 3),
+        ("", 0),
+        ("word", 0),
+    ],
+)
+def test_the_longest_repeat_is_the_longest_run_that_comes_twice(text, words):
+    assert statistics.longest_repeat(text) == words
+
+
+def answer(text, tokens=5, finished=True):
+    return {"text": text, "tokens": tokens, "finished": finished}
+
+
+def test_form_compares_the_same_prompts_before_and_after():
+    before = [answer("a b a b", 10, False), answer("c d e", 20, False), answer("f", 30, True)]
+    after = [answer("a b", 8), answer("c d", 16), answer("f", 30)]
+    found = statistics.form(before, after)
+    assert found["before"]["tokens"]["mean"] == 20 and found["after"]["tokens"]["mean"] == 18
+    assert found["change"]["tokens"]["difference"] == pytest.approx(-2)
+    assert found["before"]["finished"] == statistics.rate(1, 3) and found["after"]["finished"] == statistics.rate(3, 3)
+    assert found["before"]["longest repeat (words)"]["mean"] == pytest.approx(2 / 3)
+    assert found["change"]["finished"]["p"] == pytest.approx(scipy.stats.binomtest(0, 2).pvalue)
+
+
+def test_rules_hold_the_rates_and_the_paired_change():
+    checks = {"short": lambda a: a["tokens"] < 10}
+    found = statistics.rules([answer("x", 20)] * 8, [answer("x", 5)] * 7 + [answer("x", 20)], checks)
+    assert found["before"]["short"]["rate"] == 0 and found["after"]["short"]["rate"] == 7 / 8
+    change = found["change"]["short"]
+    assert change["difference"] == 7 / 8 and change["p"] == pytest.approx(scipy.stats.binomtest(0, 7).pvalue)
+    assert statistics.moved(change)
+
+
+# --- in words ----
+
+
+@pytest.mark.parametrize(
+    ("hits", "words"), [(58, "tells chosen from rejected"), (30, "No effect"), (5, "swapped labels")]
+)
+def test_the_verdict_follows_the_numbers(hits, words):
+    held_out = {
+        "accuracy": statistics.rate(hits, 60), "reward_chosen": {"mean": -0.5}, "reward_rejected": {"mean": -1.0},
+    }  # fmt: skip
+    rules = {
+        "before": {"no opener": statistics.rate(2, 24), "plain words": statistics.rate(12, 24)},
+        "after": {"no opener": statistics.rate(23, 24), "plain words": statistics.rate(13, 24)},
+        "change": {
+            "no opener": {"low": 0.7, "high": 1.0, "p": 1e-6}, "plain words": {"low": -0.1, "high": 0.2, "p": 1.0},
+        },
+    }  # fmt: skip
+    said = statistics.verdict(held_out, rules, {"floor": 0.05, "within": 3})
+    assert words in said[0] and "3 of 60 margins" in said[1] and "Both sides became less likely" in said[2]
+    assert "no opener 8% → 96%" in said[3] and "plain words" not in said[3] and "plain words" in said[4]
+    assert len(statistics.verdict(held_out, rules)) == 4, "nothing is said of noise that was not measured"
