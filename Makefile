@@ -25,7 +25,7 @@ run: $(STAMP)  ## all six notebooks, headless: PROFILE= MODEL= DATA= SEED= ARTIF
 test: $(STAMP) lint  ## style, unit tests, notebook checks, all six notebooks in the smoke profile
 	$(PY) -m pytest tests
 	rm -rf artifacts/smoke
-	DPO_TUTORIAL_PROFILE=smoke $(PY) -m pytest --nbval-lax notebooks -p no:cacheprovider --durations=6
+	DPO_TUTORIAL_PROFILE=smoke DPO_TUTORIAL_HEADLESS=1 $(PY) -m pytest --nbval-lax notebooks -p no:cacheprovider --durations=6
 
 lint: $(STAMP)  ## ruff, for .py and .ipynb
 	$(PY) -m ruff check .

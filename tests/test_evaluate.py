@@ -23,8 +23,6 @@ def policy(cfg):
     return model
 
 
-
-
 def test_a_policy_equal_to_its_reference_ties_on_every_pair(cfg, tokenizer, pairs):
     model = get_peft_model(models.load_base(cfg), models.lora_config(cfg))
     records = evaluate.score_pairs(cfg, model, tokenizer, pairs)
@@ -105,8 +103,6 @@ def test_the_draw_for_the_kl_follows_the_seed_and_leaves_the_generator_alone(cfg
     assert torch.equal(state, torch.get_rng_state())
 
 
-
-
 @pytest.mark.parametrize(
     ("text", "broken"),
     [
@@ -156,7 +152,9 @@ def test_a_policy_equal_to_its_reference_has_zero_everywhere(cfg, tokenizer, pai
     records, comparison = evaluate.compare(cfg, model, tokenizer, {"train": pairs, "test": pairs}, 0.1)
     assert comparison["held_out"]["after"]["accuracy"]["rate"] == 0.5
     assert comparison["kl"]["inside"]["per_answer"]["mean"] == 0
-    assert all(reward == 0 for shown in comparison["token_rewards"] for _, reward in shown["chosen"] + shown["rejected"])
+    assert all(
+        reward == 0 for shown in comparison["token_rewards"] for _, reward in shown["chosen"] + shown["rejected"]
+    )
     assert all(part["mean"] == 0 for side in comparison["by_position"].values() for part in side)
     assert comparison["noise"]["spread"] == 0 and all(a["before"] == a["after"] for a in comparison["answers"])
     assert all(c["difference"] == 0 for c in comparison["rules"]["change"].values())

@@ -79,7 +79,9 @@ def test_in_a_browser_a_hostile_report_is_only_text(cfg, comparison, training, t
     report.save(artifacts.Run(cfg, tmp_path / "out"), training, RECORDS, comparison)
     dom = rendered(tmp_path / "out" / "report.html", tmp_path)
     assert "<title>Before and after DPO: " in dom, "the title is still ours: nothing ran"
-    assert not re.search(r"<script|<a |onerror=[^&]*>(?!.*&gt;)", re.sub(r"<title>.*?</title>", "", dom, flags=re.DOTALL))
+    assert not re.search(
+        r"<script|<a |onerror=[^&]*>(?!.*&gt;)", re.sub(r"<title>.*?</title>", "", dom, flags=re.DOTALL)
+    )
     assert len(re.findall("<img", dom)) == 5 == len(re.findall('<img alt="[^"]+" src="data:image/png', dom))
     assert dom.count("&lt;script&gt;document.title") >= 10
 
@@ -100,7 +102,7 @@ def test_in_a_browser_every_single_view_shows_a_hostile_answer_as_text(view, com
         "heat_map": lambda: show.heat_map(comparison["token_rewards"][0]).data,
         "tokens": lambda: show.tokens(tokenizer, [5], tokenizer(TRAP, add_special_tokens=False)["input_ids"]).data,
         "vote": lambda: "".join(
-            widget.value for widget in widgets_of(judge.BlindVote([prompt], [answer], [answer | {"text": "b"}], 1).widget)
+            shown.value for shown in widgets_of(judge.BlindVote([prompt], [answer], [answer | {"text": "b"}], 1).widget)
         ),
     }  # fmt: skip
     page = tmp_path / f"{view}.html"

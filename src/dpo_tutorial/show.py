@@ -358,11 +358,13 @@ def loss_curve(beta: float, margins: Sequence[float] = ()) -> Figure:
     return figure
 
 
-def distance_by_beta(betas: Sequence[float], exact: Sequence[float], trained: Sequence[float]) -> Figure:
+def distance_by_beta(
+    line: Sequence[float], exact: Sequence[float], betas: Sequence[float], trained: Sequence[float]
+) -> Figure:
     """KL from the reference over beta: of the objective's known optimum (line) and of what the loss reached (dots)."""
     pairs = "; ".join(f"beta {b:g}: {t:.3f} nats" for b, t in zip(betas, trained, strict=True))
-    figure, (axis,) = _figure(alt=f"KL from the reference falls as beta rises. {pairs}")
-    axis.plot(betas, exact, color=BLUE, label="optimum of the objective (eq. 4)")
+    figure, (axis,) = _figure(alt=f"KL from the reference over beta, trained with the DPO loss: {pairs}")
+    axis.plot(line, exact, color=BLUE, label="optimum of the objective (eq. 4)")
     axis.plot(betas, trained, "o", color=ORANGE, label="trained with the DPO loss")
     axis.set(xscale="log", xlabel="β", ylabel="KL (nats)", title="A higher β stays closer to the reference")
     axis.legend()
