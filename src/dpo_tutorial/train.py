@@ -13,7 +13,7 @@ import torch
 import trl.trainer.utils
 from accelerate import PartialState
 from datasets import Dataset
-from transformers import TrainerCallback
+from transformers import PrinterCallback, TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
 from . import artifacts, data, environment, evaluate, models
@@ -164,6 +164,7 @@ def try_variant(config: Config, base, tokenizer, pairs: Dataset, output_dir: str
     )
     environment.seed_everything(changed.seed)
     trainer = build_trainer(changed, base, tokenizer, pairs, None, output_dir, disable_tqdm=True)
+    trainer.remove_callback(PrinterCallback)  # one table at the end says more than twenty log lines
     trainer.train()
     records = evaluate.score_pairs(changed, trainer.model, tokenizer, pairs, beta=1.0)  # beta 1: rewards in nats
     trainer.model.unload()
