@@ -64,8 +64,12 @@ def test_an_unknown_parameter_lists_the_known_ones():
 
 
 @pytest.mark.parametrize(
-    "bad", [{"beta": 0}, {"beta": "high"}, {"max_train": 0}, {"max_train": 1.5}, {"dtype": "fp8"}, {"max_tokens": 3}]
-)
+    "bad",
+    [
+        {"beta": 0}, {"beta": "high"}, {"max_train": 0}, {"max_train": 1.5}, {"dtype": "fp8"}, {"max_tokens": 3},
+        {"loss_type": "sigmoyd"}, {"ld_alpha": 1.5}, {"label_smoothing": 0.5},
+    ],
+)  # fmt: skip
 def test_a_value_out_of_range_names_the_parameter_and_the_range(bad):
     with pytest.raises(ConfigError, match=next(iter(bad)).upper()):
         config.resolve(**bad)

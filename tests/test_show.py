@@ -1,8 +1,10 @@
 """Views and figures: what a model wrote stays text, and every figure says in words what it shows."""
 
+import ast
 import copy
 import dataclasses
 import math
+import re
 from html.parser import HTMLParser
 
 import matplotlib
@@ -12,10 +14,12 @@ from IPython.core.formatters import DisplayFormatter
 from IPython.display import Image
 from matplotlib.figure import Figure
 
-from dpo_tutorial import config, show
+from dpo_tutorial import config, dpo, show
 
 HOSTILE = """<script>alert(1)</script><img src=x onerror=alert(2)>"'&amp;</td></table><a href="javascript:alert(3)">"""
-OURS = {"style", "table", "caption", "thead", "tbody", "tr", "th", "td", "div", "p", "span"}
+OURS = {
+    "style", "table", "caption", "thead", "tbody", "tr", "th", "td", "div", "p", "span", "details", "summary",
+}  # fmt: skip
 
 
 class Page(HTMLParser):
@@ -47,7 +51,7 @@ class Page(HTMLParser):
 def assert_only_text(view):
     page = Page(view)
     assert page.tags <= OURS, page.tags - OURS
-    assert page.attributes <= {"class", "scope", "title", "role", "aria-label"}, page.attributes
+    assert page.attributes <= {"class", "scope", "title", "role", "aria-label", "style"}, page.attributes
     assert "<script" not in view.data and "<img" not in view.data
     return page
 
@@ -128,6 +132,84 @@ def test_the_config_table_has_every_knob_with_its_value():
     assert {row[1]: row[2] for row in rows}["MODEL"] == HOSTILE
 
 
+SHOWN = {
+    "prompt": [{"role": "user", "content": "Why?"}],
+    "chosen": [("Air", 0.4), (" scatters", 0.25), (" blue.\n", -0.1)], "reward_chosen": 0.55,
+    "rejected": [("Great", -0.8), (" question", -0.05), ("!", 0.0)], "reward_rejected": -0.85,
+}  # fmt: skip
+
+
+def spans(view, text):
+    """Style attributes of the spans that hold exactly this text."""
+    return re.findall(rf"<span([^>]*)>{re.escape(text)}</span>", view.data)
+
+
+def test_the_heat_map_shows_both_answers_whole_with_their_rewards():
+    page = assert_only_text(show.heat_map(SHOWN))
+    for words in (
+        "chosen: reward +0.55 over 3 tokens", "rejected: reward -0.85 over 3 tokens", "full colour: ±0.80",
+        "Air scatters blue.⏎", "Great question!",
+        "Up most: “Air” +0.40, “scatters” +0.25. Down most: “blue.” -0.10.",
+        "Up most: none. Down most: “Great” -0.80, “question” -0.05.",
+    ):  # fmt: skip
+        assert words in page.text, words
+    assert page.cells[:4] == ["token", "reward", "Air", "+0.400"] and page.cells[-2:] == ["!", "+0.000"]
+
+
+def test_heat_map_colours_follow_sign_and_size_on_one_scale_for_both_answers():
+    view = show.heat_map(SHOWN)
+    (up,), (down,), (zero,) = spans(view, "Air"), spans(view, "Great"), spans(view, "!")
+    assert "rgba(0, 114, 178, 0.30)" in up and "dpo-down" not in up  # half of the largest value, in blue
+    assert "rgba(230, 159, 0, 0.60)" in down and "dpo-down" in down  # the largest, in orange, underlined as well
+    assert ", 0.00)" in zero and "title='+0.000'" in zero
+    assert "color:" not in re.sub("background-color|color-scheme", "", view.data.split("</style>")[1])
+
+
+def test_a_zero_heat_map_is_without_colour():
+    flat = SHOWN | {side: [(text, 0.0) for text, _ in SHOWN[side]] for side in ("chosen", "rejected")}
+    for (attributes,) in (spans(show.heat_map(flat), text) for text in ("Air", "Great", "!")):
+        assert ", 0.00)" in attributes
+
+
+def test_the_heat_map_shows_hostile_tokens_as_text():
+    hostile = SHOWN | {"chosen": [(HOSTILE, 0.5)], "rejected": [("$x_1$" + HOSTILE, -0.5)]}
+    page = assert_only_text(show.heat_map(hostile))
+    assert page.text.count(HOSTILE) >= 4, "in the line, in the words for screen readers, in the table"
+    assert show.heat_map_figure(hostile).axes[1].texts[0].get_text() == "$x_1$" + HOSTILE
+
+
+def test_the_held_out_table_has_both_columns_with_intervals():
+    one = {"rate": 0.9, "low": 0.8, "high": 0.95}
+    mean = {"mean": 1.25, "low": 1.0, "high": 1.5}
+    after = dict.fromkeys(("accuracy", "pick_the_longer", "pick_the_shorter"), one) | {"ties": 2}
+    after |= dict.fromkeys(("margin", "reward_chosen", "reward_rejected"), mean)
+    before = after | {"accuracy": {"rate": 0.5, "low": 0.4, "high": 0.6}, "ties": 98}
+    cells = Page(show.held_out_table(before, after)).cells
+    assert cells[3:6] == ["accuracy", "0.50 (0.40 to 0.60)", "0.90 (0.80 to 0.95)"]
+    assert cells[6:9] == ["ties", "98", "2"] and cells[9:12] == ["margin", "0", "1.25 (1.00 to 1.50)"]
+
+
+def test_the_change_table_writes_shares_means_and_signed_changes():
+    found = {
+        "before": {"kept": {"rate": 0.25, "low": 0.1, "high": 0.4}, "tokens": {"mean": 80.0, "low": 70.0, "high": 90.0}},
+        "after": {"kept": {"rate": 0.75, "low": 0.6, "high": 0.9}, "tokens": {"mean": 50.0, "low": 40.0, "high": 60.0}},
+        "change": {
+            "kept": {"difference": 0.5, "low": 0.3, "high": 0.7}, "tokens": {"difference": -30, "low": -40, "high": -20},
+        },
+    }  # fmt: skip
+    cells = Page(show.change_table(found, "form")).cells
+    assert cells[4:8] == ["kept", "0.25 (0.10 to 0.40)", "0.75 (0.60 to 0.90)", "+0.50 (+0.30 to +0.70)"]
+    assert cells[8:] == ["tokens", "80.00 (70.00 to 90.00)", "50.00 (40.00 to 60.00)", "-30.00 (-40.00 to -20.00)"]
+
+
+def test_source_leaves_the_docstring_out_and_the_code_whole():
+    shown = show.source(dpo.sequence_log_prob, dpo.dpo_loss)
+    assert '"""' not in shown and "Args:" not in shown
+    assert "completion_mask[:, 1:]).sum(dim=-1)" in shown and "-F.logsigmoid(margin).mean(), margin" in shown
+    functions = [node.name for node in ast.parse(shown).body]
+    assert functions == ["sequence_log_prob", "dpo_loss"]
+
+
 # --- figures ----
 
 STEPS = [
@@ -146,6 +228,17 @@ def rate(value):
     return {"rate": value, "low": value - 0.1, "high": value + 0.1}
 
 
+PARTS = [
+    {"shortest": -20, "longest": -3, "accuracy": rate(0.6)}, {"shortest": 4, "longest": 30, "accuracy": rate(0.9)},
+]  # fmt: skip
+
+
+def average(value):
+    return {"mean": value, "low": value - 0.1, "high": value + 0.2}
+
+
+TENTHS = {"chosen": [average(0.4), average(0.2)], "rejected": [average(-0.7), average(-0.2)]}
+
 FIGURES = {
     "bars": (
         lambda: show.bars({"fp32": 538.0, "NF4": 99.5}, "MB", "Weights"),
@@ -159,7 +252,21 @@ FIGURES = {
         ["4 held-out", "2 above 0", "0.62"],
     ),
     "rates": (lambda: show.rates({"rule": rate(0.25)}, {"rule": rate(0.75)}, "Kept"), ["Kept", "rule 0.25 to 0.75"]),
-    "loss_curve": (lambda: show.loss_curve(0.1), ["ln 2", "from 6 to 0", "from 1 to 0"]),
+    "loss_curve": (lambda: show.loss_curve(0.1, [0.5, 1.5]), ["ln 2", "from 6 to 0", "2 pairs, margins 0.50 to 1.50"]),
+    "distance_by_beta": (
+        lambda: show.distance_by_beta([0.1, 1.0, 10.0], [2.0, 0.5, 0.1], [1.0, 10.0], [0.51, 0.1]),
+        ["beta 1: 0.510 nats", "beta 10: 0.100 nats"],
+    ),
+    "by_length_gap": (
+        lambda: show.by_length_gap(PARTS, rate(0.8)), ["-20 to -3 tokens: 0.60", "+4 to +30 tokens: 0.90"],
+    ),
+    "calibration": (
+        lambda: show.calibration({"bins": [{"confidence": 0.6, "accuracy": rate(0.7)}]}), ["0.60 said, 0.70 right"],
+    ),
+    "by_position": (lambda: show.by_position(TENTHS), ["chosen: +0.40 in the first tenth, +0.60 in all", "-0.90"]),
+    "heat_map_figure": (
+        lambda: show.heat_map_figure(SHOWN), ["chosen: reward +0.55 over 3 tokens", "Down most: “Great” -0.80"],
+    ),
 }
 
 
@@ -196,7 +303,7 @@ def test_a_figure_is_shown_once_because_pyplot_has_let_go_of_it(name):
 @pytest.mark.parametrize("name", FIGURES)
 def test_every_axis_of_a_figure_has_a_title_and_an_x_label(name):
     for axis in FIGURES[name][0]().axes:
-        assert axis.get_title() and axis.get_xlabel()
+        assert (axis.get_title() or axis.get_title(loc="left")) and axis.get_xlabel()
 
 
 def test_bars_are_as_long_as_their_values_and_carry_them_as_labels():
@@ -268,6 +375,64 @@ def test_training_curves_draw_training_as_lines_and_validation_as_dots():
 def test_training_curves_do_without_validation():
     loss = show.training_curves({"train": STEPS, "eval": []}).axes[0]
     assert "loss (train)" in labels(loss) and "loss (val)" not in labels(loss)
+
+
+def segments(axis):
+    """(low, high) of each error bar on an axis, by the label of its series."""
+    found = {}
+    for container in axis.containers:
+        _, _, (bars,) = container.lines
+        found[container.get_label()] = [(s[:, 1].min(), s[:, 1].max()) for s in bars.get_segments()]
+    return found
+
+
+def test_accuracy_by_length_gap_is_drawn_with_intervals_chance_and_the_whole():
+    axis = show.by_length_gap(PARTS, rate(0.8)).axes[0]
+    assert [t.get_text() for t in axis.get_xticklabels()] == ["-20 to -3", "+4 to +30"]
+    assert np.allclose(segments(axis)["accuracy, 95% interval"], [(0.5, 0.7), (0.8, 1.0)])
+    drawn = {line.get_label(): line.get_ydata()[0] for line in axis.lines}
+    assert drawn["all pairs"] == 0.8 and drawn["chance"] == 0.5
+
+
+def test_calibration_draws_accuracy_over_confidence_and_the_diagonal():
+    bins = [{"confidence": c, "accuracy": rate(a)} for c, a in ((0.6, 0.5), (0.9, 0.95))]
+    axis = show.calibration({"bins": bins}).axes[0]
+    points = axis.containers[0].lines[0]
+    assert list(points.get_xdata()) == [0.6, 0.9] and list(points.get_ydata()) == [0.5, 0.95]
+    diagonal = {line.get_label(): line for line in axis.lines}["right as often as it says"]
+    assert list(diagonal.get_xdata()) == list(diagonal.get_ydata()) == [0.5, 1]
+
+
+def test_rewards_by_position_are_drawn_for_both_sides_with_their_intervals():
+    axis = show.by_position(TENTHS).axes[0]
+    drawn = {c.get_label(): list(c.lines[0].get_ydata()) for c in axis.containers}
+    assert drawn == {"chosen": [0.4, 0.2], "rejected": [-0.7, -0.2]}
+    assert np.allclose(segments(axis)["chosen"], [(0.3, 0.6), (0.1, 0.4)])
+
+
+def test_the_heat_map_figure_has_every_token_in_its_colour_and_wraps():
+    figure = show.heat_map_figure(SHOWN, columns=12)
+    chosen, rejected = figure.axes
+    assert [t.get_text() for t in chosen.texts] == ["Air", " scatters", "blue.⏎"]
+    assert [t.get_position()[1] for t in chosen.texts] == [0, 0, 1], "the third token goes to the next line"
+    colours = [patch.get_facecolor() for patch in rejected.patches]
+    assert colours[0][:3] == matplotlib.colors.to_rgb(show.ORANGE) and colours[0][3] == pytest.approx(0.6)
+    assert colours[2][3] == 0
+    assert chosen.get_title(loc="left") == "chosen: reward +0.55 over 3 tokens"
+
+
+def test_distance_by_beta_draws_the_optimum_and_what_was_reached():
+    axis = show.distance_by_beta([0.1, 1.0], [2.0, 0.5], [1.0], [0.51]).axes[0]
+    line, dots = axis.lines
+    assert list(line.get_ydata()) == [2.0, 0.5] and list(dots.get_ydata()) == [0.51]
+    assert axis.get_xscale() == "log"
+
+
+def test_the_loss_curve_marks_the_pairs_of_a_batch_at_their_gradient_weight():
+    axis = show.loss_curve(0.1, [0.0, 8.0]).axes[0]
+    dots = {line.get_label(): line for line in axis.lines}["pairs of this batch"]
+    assert list(dots.get_xdata()) == [0.0, 8.0] and list(dots.get_ydata()) == pytest.approx([0.5, 1 / (1 + np.exp(8))])
+    assert inside(axis, 8.0)
 
 
 def test_the_loss_curve_passes_ln_2_at_0_and_its_weight_one_half():

@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 import trl.trainer.utils
-from datasets import concatenate_datasets
+from conftest import pair
+from datasets import Dataset, concatenate_datasets
 
 from dpo_tutorial import artifacts, data, dpo, environment, evaluate, models, statistics, train
 
@@ -134,6 +135,30 @@ def test_the_adapter_is_saved_with_its_base_and_scores_the_same_after_reloading(
     assert any(r["margin"] != 0 for r in after)
 
 
+def test_a_policy_taught_swapped_labels_fails_on_pairs_it_has_not_seen(cfg, tokenizer):
+    """The same with held-out pairs: one style, other words."""
+
+    def rows(start, stop):
+        made = []
+        for i in range(start, stop):
+            row = data.extract(pair(f"Question {i}?", f"The answer is {i}.", f"Great question! It is {i}!"))
+            ids = {side: data.encode(tokenizer, row["prompt"], row[side]) for side in ("chosen", "rejected")}
+            counts = {f"{side}_tokens": len(answer) for side, (_, answer) in ids.items()}
+            made.append(row | counts | {"prompt_tokens": len(ids["chosen"][0])})
+        return Dataset.from_list(made)
+
+    longer, test = dataclasses.replace(cfg, max_steps=12), rows(40, 60)
+    swapped = rows(0, 24).rename_columns({"chosen": "rejected", "rejected": "chosen"})
+    swapped = swapped.rename_columns({"chosen_tokens": "rejected_tokens", "rejected_tokens": "chosen_tokens"})
+    trainer = train.build_trainer(longer, models.load_base(longer), tokenizer, swapped)
+    trainer.train()
+    found = statistics.summarise(evaluate.score_pairs(longer, trainer.model, tokenizer, test))
+    assert found["accuracy"]["high"] < 0.3
+    nothing = {when: {"rule": statistics.rate(1, 2)} for when in ("before", "after")}
+    said = statistics.verdict(found, nothing | {"change": {"rule": {"low": -1, "high": 1}}})
+    assert "swapped labels" in said[0]
+
+
 def test_training_on_swapped_labels_turns_the_margin_round(cfg, tokenizer, pairs, tmp_path):
     """The evaluation can fail: a policy taught the wrong way prefers the rejected answers."""
     longer = dataclasses.replace(cfg, max_steps=20)
@@ -145,6 +170,45 @@ def test_training_on_swapped_labels_turns_the_margin_round(cfg, tokenizer, pairs
         records = evaluate.score_pairs(longer, trainer.model, tokenizer, pairs)
         accuracy[name] = statistics.summarise(records)["accuracy"]["rate"]
     assert accuracy == {"right": 1.0, "swapped": 0.0}
+
+
+@pytest.mark.parametrize("name", train.VARIANTS)
+def test_every_variant_of_the_loss_trains_and_raises_the_difference(cfg, tokenizer, pairs, tmp_path, name):
+    base = models.load_base(cfg)
+    found = train.try_variant(cfg, base, tokenizer, pairs, tmp_path, steps=6, **train.VARIANTS[name])
+    assert found["difference"] == pytest.approx(found["chosen"] - found["rejected"])
+    assert found["difference"] > 1 and found["last loss"] < found["first loss"]
+    assert not any("lora" in n for n, _ in base.named_parameters()), "the base is plain again"
+
+
+def test_the_variants_start_from_the_losses_of_a_zero_margin(cfg, tokenizer, pairs, tmp_path):
+    base, first = models.load_base(cfg), {}
+    for name, knobs in train.VARIANTS.items():
+        first[name] = train.try_variant(cfg, base, tokenizer, pairs, tmp_path, steps=1, **knobs)["first loss"]
+    expected = {"sigmoid (DPO)": math.log(2), "ipo": (1 / (2 * cfg.beta)) ** 2, "hinge": 1.0,
+                "robust": math.log(2), "sigmoid, ld_alpha 0.5": math.log(2)}  # fmt: skip
+    assert first == pytest.approx(expected, abs=1e-3)
+
+
+def test_the_knobs_of_the_loss_reach_trl(cfg, tmp_path):
+    plain = train.dpo_config(cfg, tmp_path)
+    assert (plain.loss_type, plain.ld_alpha) == (["sigmoid"], None)
+    robust = train.dpo_config(dataclasses.replace(cfg, loss_type="robust", label_smoothing=0.2, ld_alpha=0.5), tmp_path)
+    assert (robust.loss_type, robust.label_smoothing, robust.ld_alpha) == (["robust"], 0.2, 0.5)
+
+
+def test_a_saved_adapter_given_to_an_fp32_trainer_scores_as_it_did(cfg, tokenizer, pairs, tmp_path):
+    """The loss lab of notebook 05: the adapter just trained, in a fresh trainer, against TRL for several betas."""
+    run = artifacts.Run(cfg)
+    done = train.train(cfg, run, models.load_base(cfg), tokenizer, pairs, pairs)
+    lab = trainer_for(cfg, tokenizer, pairs, tmp_path)
+    models.give_adapter(lab.model, run.adapter)
+    margins = [[r["margin"] for r in evaluate.score_pairs(cfg, t.model, tokenizer, pairs)] for t in (done, lab)]
+    assert margins[1] == pytest.approx(margins[0], abs=1e-5) and any(margins[0])
+    batch = next(iter(lab.get_train_dataloader()))
+    for lab.beta in (0.03, 0.3, 1.0):
+        with torch.no_grad():
+            assert abs(our_loss(lab, batch, lab.beta) - lab.compute_loss(lab.model, batch).item()) < 1e-4
 
 
 def test_progress_is_written_line_by_line(cfg, tokenizer, pairs):

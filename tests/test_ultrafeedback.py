@@ -55,3 +55,11 @@ def test_all_six_notebooks_run_on_real_rows(sample, tmp_path):
     assert len(summary["minutes"]) == 6 and summary["held_out"]["n"] == 8 and summary["peak_memory_gib"] > 0.5
     assert set(summary["rewards"]) == {"chosen", "rejected"} and isinstance(summary["kl_per_answer"], float)
     assert (tmp_path / "smoke" / "adapter" / "adapter_model.safetensors").is_file()
+    in_06 = json.loads((tmp_path / "smoke" / "comparison.json").read_text())
+    again = tmp_path / "again"
+    command = [sys.executable, "-m", "dpo_tutorial.evaluate", "--adapter", str(tmp_path / "smoke" / "adapter")]
+    subprocess.run([*command, "--out", str(again)], cwd=ROOT, capture_output=True, text=True, check=True)
+    outside = json.loads((again / "comparison.json").read_text())
+    assert set(outside) == set(in_06), "the command and notebook 06 report the same things"
+    for part in ("held_out", "rules", "form", "kl", "answers", "verdict"):
+        assert outside[part] == in_06[part], part
