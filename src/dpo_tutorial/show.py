@@ -34,15 +34,19 @@ _STYLE = """<style>
 
 def table(rows: Sequence[dict], caption: str = "") -> HTML:
     """An HTML table with one column per key of the first row; every cell is escaped text."""
+    return HTML(_STYLE + _table(rows, caption))
+
+
+def _table(rows: Sequence[dict], caption: str = "") -> str:
     if not rows:
-        return HTML("<p>(no rows)</p>")
+        return "<p>(no rows)</p>"
     head = "".join(f"<th scope='col'>{html.escape(str(k))}</th>" for k in rows[0])
     body = "".join(
         "<tr>" + "".join(f"<td>{html.escape(_cell(row.get(k, '')))}</td>" for k in rows[0]) + "</tr>" for row in rows
     )
     title = f"<caption>{html.escape(caption)}</caption>" if caption else ""
-    return HTML(
-        f"{_STYLE}<table class='dpo tex2jax_ignore mathjax_ignore'>{title}"
+    return (
+        f"<table class='dpo tex2jax_ignore mathjax_ignore'>{title}"
         f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
     )
 
@@ -167,7 +171,7 @@ def heat_map(shown: dict) -> HTML:
     for side in ("chosen", "rejected"):
         tokens = shown[side]
         title = _heat_title(shown, side)
-        rows = table([{"token": text, "reward": f"{reward:+.3f}"} for text, reward in tokens]).data
+        rows = _table([{"token": text, "reward": f"{reward:+.3f}"} for text, reward in tokens])
         parts.append(
             f"<div role='group' aria-label='{html.escape(title)}'><p>{html.escape(title)}</p>"
             f"<p class='dpo-hidden'>{html.escape(_strongest(tokens))}</p>"
