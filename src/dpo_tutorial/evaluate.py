@@ -56,11 +56,12 @@ def score_pairs(
 def _log_probs(config: Config, model, tokenizer, encoded, padding: int = 0) -> tuple[list[Tensor], list[Tensor]]:
     """Log-probabilities of the answer's tokens, `[answer length]` each, of (prompt ids, answer ids) in the given order.
 
-    Sorted by length so that little is padding; policy and reference see the same batches, so that their difference is
-    free of padding noise.
+    Sorted by length so that little is padding, the longest first: memory peaks at once, and later batches fit into
+    what earlier ones gave back. Policy and reference see the same batches, so that their difference is free of padding
+    noise.
     """
     model.eval()
-    order = sorted(range(len(encoded)), key=lambda i: len(encoded[i][0]) + len(encoded[i][1]))
+    order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i][0]) - len(encoded[i][1]))
     policy, reference = ([torch.empty(0)] * len(encoded) for _ in range(2))
     size = 4 * config.batch_size  # of similar length and without gradients: twice the training batch fits
     for start in tqdm(range(0, len(order), size), desc="scoring", leave=False):
@@ -173,7 +174,7 @@ def _answer_ids(config: Config, model, tokenizer, prompts, limit: int, sample: b
     """Token ids of one answer per prompt, the EOS included where there is one; greedy, or drawn from the model."""
     model.eval()
     texts = [tokenizer.apply_chat_template(p, tokenize=False, add_generation_prompt=True) for p in prompts]
-    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+    order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
     side, tokenizer.padding_side = tokenizer.padding_side, "left"  # every answer starts at the same column
     how = dict(do_sample=True, temperature=1.0, top_k=0, top_p=1.0) if sample else dict(do_sample=False)
     answers: list[list[int]] = [[]] * len(texts)
