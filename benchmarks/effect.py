@@ -4,6 +4,7 @@
     for s in 42 1 2; do make run PROFILE=cpu SEED=$s ARTIFACTS=artifacts/seed$s; done
     python benchmarks/effect.py seeds artifacts/seed*     # those runs, reported on the test pairs
     python benchmarks/effect.py ultrafeedback FOLDER artifacts/seed42   # its adapter on other people's preferences
+    python benchmarks/effect.py swapped                   # the same training with every label swapped: it must fail
 
 Each part adds its entry to `effect.json`, with versions and hardware, and writes `effect.md` from all of it.
 """
@@ -156,6 +157,21 @@ def ultrafeedback(rows: str, folder: str) -> None:
     keep("ultrafeedback", found | {"report": prepared.report["test"], "seed": trained["seed"]})
 
 
+def swapped() -> None:
+    """The cpu profile's own training with chosen and rejected exchanged, judged on the test pairs as they are."""
+    cfg = config.resolve(profile="cpu")
+    environment.seed_everything(cfg.seed)
+    tokenizer = models.load_tokenizer(cfg)
+    splits = data.prepare(cfg, tokenizer).splits
+    sides = {"chosen": "rejected", "rejected": "chosen"}
+    sides |= {f"{a}_tokens": f"{b}_tokens" for a, b in sides.items()}
+    trainer = train.build_trainer(cfg, models.load_base(cfg), tokenizer, splits["train"].rename_columns(sides))
+    environment.seed_everything(cfg.seed)
+    trainer.train()
+    found = statistics.summarise(evaluate.score_pairs(cfg, trainer.model, tokenizer, splits["test"]))
+    keep("swapped", found | {"seed": cfg.seed})
+
+
 # --- the page -----------------------------------------------------------------------------------------------------
 
 
@@ -258,11 +274,26 @@ def ultrafeedback_section(part: dict) -> list[str]:
     ]
 
 
+def swapped_section(part: dict) -> list[str]:
+    return [
+        "## Every label swapped",
+        "The same settings, trained to prefer the rejected answers, on the test pairs as they are labelled. An "
+        "evaluation that could not fail would still report success here.",
+        table({f"seed {part['results']['seed']}": part["results"]}, REWARDS),
+        made_on(part),
+    ]
+
+
+SECTIONS = {
+    "sweep": sweep_section, "seeds": seeds_section, "ultrafeedback": ultrafeedback_section, "swapped": swapped_section,
+}  # fmt: skip
+
+
 def page(record: dict) -> str:
     parts = ["# Does it work, and with which settings?", "Written by `benchmarks/effect.py`, which has the commands."]
-    for name, section in (("sweep", sweep_section), ("seeds", seeds_section), ("ultrafeedback", ultrafeedback_section)):
+    for name in SECTIONS:
         if name in record:
-            parts += section(record[name])
+            parts += SECTIONS[name](record[name])
     return "\n\n".join(parts) + "\n"
 
 
@@ -270,8 +301,8 @@ if __name__ == "__main__":
     part, *rest = sys.argv[1:] or ["help"]
     if part == "one":
         print(json.dumps(one(*rest)))
-    elif part == "sweep":
-        sweep()
+    elif part in ("sweep", "swapped"):
+        {"sweep": sweep, "swapped": swapped}[part]()
     elif part == "seeds" and rest:
         seeds(rest)
     elif part == "ultrafeedback" and len(rest) == 2:

@@ -59,6 +59,11 @@ def test_of_settings_that_keep_as_many_rules_the_smallest_kl_is_chosen(effect):
     assert effect.choose(results) is None
 
 
+def test_training_on_swapped_labels_fails_the_evaluation():
+    found = RECORD["swapped"]["results"]
+    assert found["accuracy"]["rate"] < 0.3 and found["accuracy"]["n"] == 98
+
+
 def test_three_seeds_reach_the_promised_effect_in_the_promised_time_and_memory(effect):
     results = RECORD["seeds"]["results"]
     assert len(results) == 3

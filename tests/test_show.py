@@ -259,14 +259,17 @@ FIGURES = {
         ["beta 1: 0.510 nats", "beta 10: 0.100 nats"],
     ),
     "by_length_gap": (
-        lambda: show.by_length_gap(PARTS, rate(0.8)), ["-20 to -3 tokens: 0.60", "+4 to +30 tokens: 0.90"],
+        lambda: show.by_length_gap(PARTS, rate(0.8)),
+        ["-20 to -3 tokens: 0.60", "+4 to +30 tokens: 0.90"],
     ),
     "calibration": (
-        lambda: show.calibration({"bins": [{"confidence": 0.6, "accuracy": rate(0.7)}]}), ["0.60 said, 0.70 right"],
+        lambda: show.calibration({"bins": [{"confidence": 0.6, "accuracy": rate(0.7)}]}),
+        ["0.60 said, 0.70 right"],
     ),
     "by_position": (lambda: show.by_position(TENTHS), ["chosen: +0.40 in the first tenth, +0.60 in all", "-0.90"]),
     "heat_map_figure": (
-        lambda: show.heat_map_figure(SHOWN), ["chosen: reward +0.55 over 3 tokens", "Down most: “Great” -0.80"],
+        lambda: show.heat_map_figure(SHOWN),
+        ["chosen: reward +0.55 over 3 tokens", "Down most: “Great” -0.80"],
     ),
 }
 
