@@ -192,10 +192,11 @@ def test_the_held_out_table_has_both_columns_with_intervals():
 
 def test_the_change_table_writes_shares_means_and_signed_changes():
     found = {
-        "before": {"kept": {"rate": 0.25, "low": 0.1, "high": 0.4}, "tokens": {"mean": 80.0, "low": 70.0, "high": 90.0}},
-        "after": {"kept": {"rate": 0.75, "low": 0.6, "high": 0.9}, "tokens": {"mean": 50.0, "low": 40.0, "high": 60.0}},
+        "before": {"kept": {"rate": 0.25, "low": 0.1, "high": 0.4}, "tokens": {"mean": 80, "low": 70, "high": 90}},
+        "after": {"kept": {"rate": 0.75, "low": 0.6, "high": 0.9}, "tokens": {"mean": 50, "low": 40, "high": 60}},
         "change": {
-            "kept": {"difference": 0.5, "low": 0.3, "high": 0.7}, "tokens": {"difference": -30, "low": -40, "high": -20},
+            "kept": {"difference": 0.5, "low": 0.3, "high": 0.7},
+            "tokens": {"difference": -30, "low": -40, "high": -20},
         },
     }  # fmt: skip
     cells = Page(show.change_table(found, "form")).cells
