@@ -238,7 +238,7 @@ def model_card(config: Config, record: dict) -> str:
     ]
     table = "\n".join(f"| {name} | {value} |" for name, value in rows)
     return "\n".join(
-        ["---", *front, "---", "# Adapter trained by dpo-tutorial", "", "| | |", "|---|---|", table, ""]
+        ["---", *front, "---", "# Adapter trained by dpo-tutorial", "", "| | |", "|:-|:-|", table, ""]
         + ["Attach it to the 4-bit base it was trained on. Merged into 4-bit weights, the sum is rounded again.", ""]
     )
 
