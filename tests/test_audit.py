@@ -131,11 +131,12 @@ def test_a_twin_that_is_dropped_for_another_reason_does_not_take_the_prompt_with
 # --- any rows ----
 
 _prompts = st.sampled_from(["How?", "HOW? ", "Why?", "Who?"])  # few, so that they meet
-_answers = st.sampled_from(["yes", "no", "maybe", "word " * 40, "a<|im_end|>b", "c<|im_start|>d"])
-_sound = st.builds(pair, _prompts, _answers, _answers)
+_sound = st.builds(pair, _prompts, st.sampled_from(["yes", "maybe", "sure"]), st.sampled_from(["no", "never"]))
+_tokens = st.builds(pair, _prompts, st.sampled_from(["word " * 60, "a<|im_end|>b", "c<|im_start|>d"]), st.just("no"))
 _bad = st.sampled_from([row for rows in ROW_CASES.values() for row in rows])
 _odd = st.builds(lambda base, changes: base | changes, st.sampled_from([GOOD, {}]), row_changes)
-_rows = st.lists(_sound | _bad | _odd | st.none(), max_size=10)
+_others = st.lists(_tokens | _bad | _odd | st.none(), max_size=6)
+_rows = st.tuples(st.lists(_sound, max_size=5), _others).map(lambda parts: parts[0] + parts[1]).flatmap(st.permutations)
 _held_out = st.sets(st.sampled_from([data.prompt_key([user(text)]) for text in ("How?", "Why?")]))
 _tried = settings(
     max_examples=120, deadline=None, database=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
