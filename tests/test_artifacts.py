@@ -13,7 +13,7 @@ from conftest import pair
 
 from dpo_tutorial import artifacts, data, environment
 from dpo_tutorial.artifacts import Run
-from dpo_tutorial.errors import ArtifactError
+from dpo_tutorial.errors import ArtifactError, DataError
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -273,6 +273,60 @@ def test_saved_data_comes_back_equal_without_being_prepared_again(cfg, tokenizer
     assert rows_of(again) == rows_of(prepared)
     assert list(again.splits) == list(prepared.splits)
     assert again.report == prepared.report and again.choices == prepared.choices
+
+
+@pytest.fixture
+def tied_source(source):
+    """`source` with two tied rows: enough sound ones for three splits, and something to report."""
+    path = source()
+    with open(path, "a") as stream:
+        for i in range(2):
+            stream.write(json.dumps(pair(f"tied {i}?", "Yes.", "No.", score_chosen=3.0)) + "\n")
+    return path
+
+
+def test_the_audit_lies_in_the_runs_folder_beside_the_prepared_data(cfg, tokenizer, tied_source):
+    run = Run(dataclasses.replace(cfg, data=tied_source))
+    prepared = data.prepare(run.config, tokenizer)
+    run.save_data(prepared)
+    report = run.read_json("data_report.json")
+    assert report["prepared"] == run.data_dir().name and report["source"] == tied_source
+    assert (report["rows"], report["kept"], report["dropped"]) == (32, 30, {"tied scores": 2})
+    assert report["splits"] == prepared.report and report["choices"] == prepared.choices
+    assert report["meaning"] == {"tied scores": data.REASONS["tied scores"]} and report["strict"] is False
+    ids = [name for split in report["splits"].values() for name in split["examples"].get("tied scores", [])]
+    assert sorted(ids) == ["tied 0?", "tied 1?"]
+
+
+def test_the_audit_is_that_of_the_data_read_last(cfg, tokenizer, source):
+    """A run's folder may hold the prepared data of several configs."""
+    one = Run(dataclasses.replace(cfg, data=source()))
+    other = Run(dataclasses.replace(one.config, seed=43))
+    one.ensure_data(tokenizer)
+    other.ensure_data(tokenizer)
+    assert one.read_json("data_report.json")["prepared"] == other.data_dir().name
+    one.ensure_data(tokenizer)
+    assert one.read_json("data_report.json")["prepared"] == one.data_dir().name
+
+
+def test_an_audit_that_cannot_be_written_leaves_the_old_one_whole(cfg, tokenizer, source, monkeypatch):
+    run = Run(dataclasses.replace(cfg, data=source()))
+    prepared = data.prepare(run.config, tokenizer)
+    run.save_data(prepared)
+    before = (run.dir / "data_report.json").read_bytes()
+    monkeypatch.setattr(artifacts.os, "fsync", disk_full)
+    with pytest.raises(ArtifactError, match="data_report.json could not be written"):
+        run.save_data(prepared)
+    assert (run.dir / "data_report.json").read_bytes() == before
+
+
+def test_strict_refuses_prepared_data_that_lost_rows_when_strict_was_off(cfg, tokenizer, tied_source):
+    run = Run(dataclasses.replace(cfg, data=tied_source))
+    run.ensure_data(tokenizer)
+    strict = Run(dataclasses.replace(run.config, strict=True))
+    assert strict.data_dir() == run.data_dir()
+    with pytest.raises(DataError, match="STRICT is on"):
+        strict.ensure_data(tokenizer)
 
 
 @pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\x85"], ids=["U+2028", "U+2029", "U+0085"])

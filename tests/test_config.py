@@ -67,7 +67,7 @@ def test_an_unknown_parameter_lists_the_known_ones():
     "bad",
     [
         {"beta": 0}, {"beta": "high"}, {"max_train": 0}, {"max_train": 1.5}, {"dtype": "fp8"}, {"max_tokens": 3},
-        {"loss_type": "sigmoyd"}, {"ld_alpha": 1.5}, {"label_smoothing": 0.5},
+        {"loss_type": "sigmoyd"}, {"ld_alpha": 1.5}, {"label_smoothing": 0.5}, {"strict": "perhaps"},
     ],
 )  # fmt: skip
 def test_a_value_out_of_range_names_the_parameter_and_the_range(bad):
@@ -79,6 +79,11 @@ def test_strings_from_papermill_become_the_right_types():
     resolved = config.resolve(beta="0.3", max_train="12", gradient_checkpointing="true", lora_targets="q_proj,v_proj")
     assert resolved.beta == 0.3 and resolved.max_train == 12 and resolved.gradient_checkpointing is True
     assert resolved.lora_targets == ("q_proj", "v_proj")
+
+
+@pytest.mark.parametrize(("given", "strict"), [(None, False), ("", False), ("true", True), (True, True), ("0", False)])
+def test_strict_is_a_switch_that_is_off_unless_turned_on(given, strict):
+    assert config.resolve(strict=given).strict is strict
 
 
 def test_a_revision_is_read_after_the_at_sign_and_never_carried_to_another_model():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import hashlib
 import importlib.util
 import itertools
 import json
@@ -15,7 +16,7 @@ import huggingface_hub
 import pytest
 from conftest import TEXTS, pair
 from datasets import Dataset, DatasetDict
-from hypothesis import example, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from dpo_tutorial import data, environment, house_style, statistics
@@ -106,6 +107,7 @@ ROW_CASES = {
         GOOD | {"chosen": [user("hi"), {"role": None, "content": "ho"}]},
         GOOD | {"chosen": [user(3), assistant("ho")]},
         GOOD | {"score_chosen": "8.0"},
+        GOOD | {"prompt": [user("hi")]},
         GOOD | {"score_rejected": True},
     ],
     "empty conversation": [GOOD | {"chosen": []}, GOOD | {"rejected": []}],
@@ -130,6 +132,10 @@ ROW_CASES = {
         conversation([system("lone surrogate \ud800"), user("hi")]),
         conversation([user("hi")], rejected="replacement \ufffd"),
         conversation([user("hi")], rejected="delete \x7f"),
+        conversation([user("hi")], rejected="a C1 control, as in text decoded as Latin-1: it\x92s"),
+        conversation([user("hi")], chosen="noncharacter \ufffe"),
+        conversation([user("hi")], chosen="noncharacter \U0010ffff"),
+        GOOD | {"prompt_id": "lone surrogate \ud800"},
     ],
     "prompts differ": [
         GOOD | {"rejected": [user("another question"), GOOD["rejected"][1]]},
@@ -151,8 +157,8 @@ SET_CASES = {
 
 
 def test_every_reason_has_a_row_made_for_it():
-    elsewhere = {"template border"}  # needs a tokenizer that merges: test_an_answer_that_merges_…
-    assert set(ROW_CASES) | set(SET_CASES) | elsewhere == set(data.REASONS)
+    in_test_audit = {"template refuses", "template border", "template eos", "template mask"}
+    assert set(ROW_CASES) | set(SET_CASES) | in_test_audit == set(data.REASONS)
 
 
 @pytest.mark.parametrize(
@@ -178,7 +184,7 @@ def test_a_row_that_clashes_with_the_set_gets_its_reason(prepared, reason):
         GOOD | {"score_chosen": 8, "score_rejected": 3},
         conversation([system("Be brief."), user("hi")]),
         conversation([user("a"), assistant("b"), user("c")]),
-        conversation([user("hi")], chosen="tab\tand line\nand é 漢 🙂", rejected="no"),
+        conversation([user("hi")], chosen="tab\tand line\nand é 漢 🙂\x85\u200d\u2028", rejected="no"),
         conversation([user("hi") | {"name": None}]),
         without(GOOD, "prompt_id"),
     ],
@@ -228,14 +234,14 @@ _side = (
     | _message
 )
 _score = st.floats() | st.integers() | st.none() | st.booleans() | st.text(max_size=3)
-_changes = st.fixed_dictionaries(
+row_changes = st.fixed_dictionaries(
     {},
     optional={"prompt": _text | st.none() | st.integers(), "prompt_id": _text | st.none() | st.integers()}
     | {"chosen": _side, "rejected": _side, "score_chosen": _score, "score_rejected": _score},
 )
 
 
-@given(base=st.sampled_from([GOOD, {}]), changes=_changes)
+@given(base=st.sampled_from([GOOD, {}]), changes=row_changes)
 @example(base=GOOD, changes={"score_chosen": 10**400})
 @example(base=GOOD, changes={"score_chosen": float("nan"), "score_rejected": float("nan")})
 @settings(max_examples=100, deadline=None, database=None)
@@ -456,6 +462,50 @@ def test_a_held_out_split_without_a_needed_column_is_an_error_that_names_the_spl
         prepared(test=[without(row, "score_rejected") for row in numbered("test", 3)])
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "columns"),
+    [
+        ("pairs.csv", "prompt,chosen,score\na,b,1\n", "it has prompt, chosen, score."),
+        ("pairs.tsv", "prompt\tchosen\n", "it has prompt, chosen."),
+        ("empty.csv", "", "it has no column."),
+        ("latin.csv", "prompt,r\xe9jected\n", "it has prompt, r\ufffdjected."),
+    ],
+)
+def test_a_table_of_plain_cells_is_an_error_that_lists_the_columns_found_and_needed(cfg, tmp_path, name, text, columns):
+    (tmp_path / name).write_text(text, encoding="latin-1")
+    with pytest.raises(DataError) as caught:
+        load(cfg, tmp_path / name)
+    assert name in caught.value.cause and columns in caught.value.cause
+    assert ".jsonl" in caught.value.mend and all(column in caught.value.mend for column in data.COLUMNS)
+
+
+def test_a_folder_of_csv_files_is_an_error_that_lists_the_columns_found_and_needed(cfg, tmp_path, tokenizer):
+    """With a column missing at once; with all of them when no row is left."""
+    header, row = ",".join(data.COLUMNS[1:]), "b,c,2,1"
+    for columns, cells, cause in (
+        (header, row, "no column prompt; it has " + ", ".join(data.COLUMNS[1:])),
+        ("prompt," + header, "a," + row, "4 wrong type. It has the columns " + ", ".join(data.COLUMNS)),
+    ):
+        folder = tmp_path / str(len(columns))
+        folder.mkdir()
+        for name in ("train", "validation", "test"):
+            (folder / f"{name}.csv").write_text("\n".join([columns, *[cells] * 4]))
+        with pytest.raises(DataError) as caught:
+            data.prepare(dataclasses.replace(cfg, data=str(folder)), tokenizer)
+        assert cause in caught.value.cause and all(column in caught.value.mend for column in data.COLUMNS)
+
+
+def test_a_row_that_is_not_utf8_is_dropped_as_invalid_text_and_spares_the_others(cfg, tokenizer, tmp_path):
+    """pyarrow takes the bytes as they come and fails when the row is read."""
+    folder = source(tmp_path / "latin")
+    odd = json.dumps(pair("caf#?", "yes", "no")).encode().replace(b"#", b"\xe9")
+    with (tmp_path / "latin" / "train.jsonl").open("ab") as stream:
+        stream.write(odd + b"\n")
+    report = data.prepare(dataclasses.replace(cfg, data=folder), tokenizer).report["train"]
+    assert report["dropped"] == {"invalid text": 1} and report["examples"] == {"invalid text": ["row 4"]}
+    assert report["kept"] == 4
+
+
 def test_an_unknown_hub_id_without_a_network_is_an_error_that_names_it(cfg, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
@@ -629,6 +679,67 @@ def test_the_token_counts_are_those_of_the_encoded_row(prepared, tokenizer):
             assert (row["prompt_tokens"], row[f"{side}_tokens"]) == (len(before), len(after))
 
 
+@given(rows=st.lists(st.builds(lambda b, c: b | c, st.sampled_from([GOOD, {}]), row_changes), min_size=1, max_size=6))
+@settings(max_examples=25, deadline=None, database=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_file_is_accounted_for_or_an_error_with_cause_and_mend(cfg, tokenizer, tmp_path, rows):
+    folder = source(tmp_path / "any", train=rows)
+    try:
+        made = data.prepare(dataclasses.replace(cfg, data=folder), tokenizer)
+    except DataError as error:
+        assert error.cause and error.mend
+    else:
+        train = made.report["train"]
+        assert train["rows"] == len(rows) == train["kept"] + sum(train["dropped"].values())
+
+
+def test_the_order_of_a_source_changes_no_split_that_it_names(prepared):
+    rows = {
+        "train": [*numbered("train", 5), *numbered("test", 2), pair("TRAIN question 1?", "other", "answer"), {}],
+        "test": [*numbered("test", 4), pair("test question 1?", "other", "answer")],
+    }
+    forth, back = prepared(**rows), prepared(**{name: split[::-1] for name, split in rows.items()})
+    for name in ("train", "val", "test"):
+        assert forth.report[name]["dropped"] == back.report[name]["dropped"]
+        assert sorted(map(json.dumps, forth.splits[name])) == sorted(map(json.dumps, back.splits[name]))
+
+
+def test_strict_turns_a_dropped_row_into_an_error_with_counts_and_ids(prepared):
+    tied = [pair(f"tied {i}?", "a", "b", score_chosen=3.0) for i in range(4)]
+    with pytest.raises(DataError) as caught:
+        prepared(dict(strict=True), train=[*numbered("train", 4), *tied], val=[*numbered("val", 3), tied[0]])
+    assert "train: 4 tied scores (tied 0?, tied 1?, tied 2?)" in caught.value.cause
+    assert "val: 1 tied scores (tied 0?)" in caught.value.cause and "STRICT" in caught.value.mend
+    assert prepared(dict(strict=True)).report["train"]["kept"] == 4
+
+
+def test_an_empty_split_is_an_error_that_says_so(cfg, tokenizer, monkeypatch):
+    splits = splits_of(train=3, val=3, test=3)
+    splits["val"] = splits["val"].select([])
+    monkeypatch.setattr(data, "load_preferences", lambda config: (splits, []))
+    with pytest.raises(DataError, match=r"\(val\): it has no row"):
+        data.prepare(cfg, tokenizer)
+
+
+def test_a_template_that_spoils_every_row_is_an_error_that_shows_one_decoded(cfg, tokenizer):
+    other = copy.deepcopy(tokenizer)
+    other.chat_template = tokenizer.chat_template.replace("<|im_end|>", "<|im_end|><|im_end|>")
+    with pytest.raises(DataError, match="98 template eos") as caught:
+        data.prepare(dataclasses.replace(cfg, max_tokens=512), other)
+    assert "<|im_end|><|im_end|>" in caught.value.cause and "EOS" in caught.value.mend
+
+
+def test_the_account_has_a_row_per_reason_and_two_more_per_split(prepared):
+    tied = [pair(f"tied {i}?", "a", "b", score_chosen=3.0) for i in range(2)]
+    made = prepared(dict(max_train=3), train=[*numbered("train", 4), *tied])
+    rows = data.report_rows(made.report)
+    assert [(r["what"], r["rows"], r["examples"]) for r in rows if r["split"] == "train"] == [
+        ("dropped: tied scores", 2, ["tied 0?", "tied 1?"]),
+        ("kept", 4, []),
+        ("used, after shuffle and limit", 3, []),
+    ]
+    assert len(rows) == 7
+
+
 # --- the repository's own pairs -----------------------------------------------------------------------------------
 
 EMBEDDED = {
@@ -743,8 +854,44 @@ def test_every_chosen_answer_of_the_embedded_set_keeps_the_rules_a_program_can_c
 def test_each_dirty_row_gets_the_reason_it_was_made_for():
     rows = data.dirty_rows()
     assert [data.row_problem(row) for row in rows] == [row["expected"] for row in rows]
-    alone = set(data.REASONS) - {"prompt in test", "duplicate prompt", "template border", "too long"}
+    alone = set(data.REASONS) - {"prompt in test", "duplicate prompt", "too long"}
+    alone -= {reason for reason in data.REASONS if reason.startswith("template")}
     assert {row["expected"] for row in rows} == alone | {None}
+
+
+#: SHA-256 of each prepared split's rows, in order, with the tiny tokenizer. Recorded results depend on these rows: if
+#: one changes on purpose, raise `data.VERSION` and measure again.
+PREPARED = {
+    "by length": (
+        dict(max_tokens=256, max_train=400, max_val=60, max_test=120),
+        {
+            "train": (206, "1f08b391e1d17a42289d0c774f97ebc1a2b0581713b8545ce215749b082e9e82"),
+            "val": (37, "a7a95ead479ad1bd56bbbe7901d4958292ae38a35f35b3c9b4efc751c262b968"),
+            "test": (57, "9d73384b20bb08249366c46c88ffd9e48fa604899a349e3c91ddbd7c57908414"),
+        },
+    ),
+    "by number": (
+        dict(max_tokens=512, max_train=50, max_val=20, max_test=30),
+        {
+            "train": (50, "7faf855c1e4f77f7644dc98d19c77bab6feda53e8cb38c2544009ea6f7111234"),
+            "val": (20, "ac1abd9c86d07564dc1b7f92513729eb7ad451196313c6bbf737868c2ad65018"),
+            "test": (30, "14ae14e5f2ac30b6365cc42428e046bc1a202a84acac4017803288f80f2c5f33"),
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("cut", PREPARED)
+def test_the_prepared_embedded_splits_are_the_rows_that_results_were_recorded_on(cfg, tokenizer, cut):
+    changes, recorded = PREPARED[cut]
+    splits = data.prepare(dataclasses.replace(cfg, **changes), tokenizer).splits
+    assert {
+        name: (
+            len(split),
+            hashlib.sha256("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in split).encode()).hexdigest(),
+        )
+        for name, split in splits.items()
+    } == recorded
 
 
 def test_no_dirty_row_is_in_a_split():
@@ -813,17 +960,3 @@ def test_the_card_says_how_easy_the_set_is():
     found = statistics.rate(sum(right), len(right))
     span = f"{found['rate']:.2f} (95% interval {found['low']:.2f} to {found['high']:.2f}, {found['n']} pairs)"
     assert span in CARD
-
-
-def test_an_answer_that_merges_with_the_prompt_is_dropped_by_name(cfg, tokenizer, tmp_path, monkeypatch):
-    def refuse(tokenizer, prompt, answer):
-        if prompt[-1]["content"] == "Add 2 and 3.":
-            raise DataError("merged", "mend")
-        return [1], [2, tokenizer.eos_token_id]
-
-    monkeypatch.setattr(data, "encode", refuse)
-    path = tmp_path / "rows.jsonl"
-    rows = [pair(f"Question {i}?", "Yes.", "No.") for i in range(20)] + [pair("Add 2 and 3.", "5.", "6.")] * 3
-    path.write_text("\n".join(json.dumps(r) for r in rows))
-    report = data.prepare(dataclasses.replace(cfg, data=str(path)), tokenizer).report
-    assert sum(r["dropped"].get("template border", 0) for r in report.values()) >= 1

@@ -241,6 +241,11 @@ def average(value):
 
 TENTHS = {"chosen": [average(0.4), average(0.2)], "rejected": [average(-0.7), average(-0.2)]}
 
+AUDITED = {
+    "train": {"rows": 1200, "kept": 1090, "dropped": {"tied scores": 100, "too long": 10}},
+    "test": {"rows": 42, "kept": 40, "dropped": {"empty answer": 2}},
+}
+
 FIGURES = {
     "bars": (
         lambda: show.bars({"fp32": 538.0, "NF4": 99.5}, "MB", "Weights"),
@@ -271,6 +276,10 @@ FIGURES = {
     "heat_map_figure": (
         lambda: show.heat_map_figure(SHOWN),
         ["chosen: reward +0.55 over 3 tokens", "Down most: “Great” -0.80"],
+    ),
+    "dropped_rows": (
+        lambda: show.dropped_rows(AUDITED),
+        ["train: 1,090 of 1,200 rows kept, 100 tied scores, 10 too long;", "test: 40 of 42 rows kept, 2 empty answer."],
     ),
 }
 
@@ -317,6 +326,21 @@ def test_bars_are_as_long_as_their_values_and_carry_them_as_labels():
     assert [t.get_text() for t in axis.texts] == ["538 MB", "99.5 MB"]
     assert [t.get_text() for t in axis.get_yticklabels()] == ["fp32", "NF4"]
     assert axis.get_xlim()[0] == 0 and axis.get_xlim()[1] > 538
+
+
+def test_dropped_rows_draws_every_row_once_in_each_half_and_writes_the_sums():
+    whole, parts = show.dropped_rows(AUDITED).axes
+    assert sum(patch.get_width() for patch in whole.patches) == 1242
+    assert sum(patch.get_width() for patch in parts.patches) == 112
+    assert [t.get_text() for t in whole.texts] == ["1,090 of 1,200 kept", "40 of 42 kept"]
+    assert [t.get_text() for t in parts.get_yticklabels()] == ["tied scores", "too long", "empty answer"]
+    assert [t.get_text() for t in parts.texts] == ["100", "10", "2"]
+    assert labels(whole) == ["kept", "dropped"] and labels(parts) == ["train", "test"]
+
+
+def test_dropped_rows_says_when_no_row_was_dropped():
+    figure = show.dropped_rows({"train": {"rows": 3, "kept": 3, "dropped": {}}})
+    assert figure.axes[1].get_title() == "No row was dropped" and "train: 3 of 3 rows kept." in show.alt_text(figure)
 
 
 def test_bars_write_values_above_a_thousand_without_an_exponent():

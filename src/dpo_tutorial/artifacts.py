@@ -172,7 +172,7 @@ class Run:
         return self.dir / f"data-{hashlib.sha256(identity.encode()).hexdigest()[:10]}"
 
     def save_data(self, prepared: data.Prepared) -> Path:
-        """Save the splits as JSONL beside `report.json`."""
+        """Save the splits as JSONL beside `report.json`; the audit as `data_report.json` in the run's folder."""
         with self.replacing(self.data_dir()) as folder:
             for name, split in prepared.splits.items():
                 with (folder / f"{name}.jsonl").open("w", encoding="utf-8") as stream:
@@ -180,7 +180,12 @@ class Run:
                         stream.write(json.dumps(row, ensure_ascii=False) + "\n")
             report = {"report": prepared.report, "choices": prepared.choices}
             (folder / "report.json").write_text(json.dumps(report, indent=2), encoding="utf-8")
+        self._write_data_report(prepared)
         return self.data_dir()
+
+    def _write_data_report(self, prepared: data.Prepared) -> None:
+        folder = {"prepared": self.data_dir().name}  # a run's folder may hold the prepared data of several configs
+        self.write_json("data_report.json", folder | data.data_report(self.config, prepared))
 
     def ensure_data(self, tokenizer) -> data.Prepared:
         """The prepared data: read back, or made now by the same function, with a line saying so."""
@@ -200,7 +205,11 @@ class Run:
                 whole = False
             if not whole:
                 raise ArtifactError(f"{folder / name}.jsonl is missing or damaged.", f"Delete {folder} and run again.")
-        return data.Prepared(DatasetDict(splits), report["report"], report["choices"])
+        prepared = data.Prepared(DatasetDict(splits), report["report"], report["choices"])
+        self._write_data_report(prepared)
+        if self.config.strict:
+            data.refuse_dropped(prepared.report)
+        return prepared
 
     def require_adapter(self) -> dict:
         """The training record of the adapter that 05 saved.

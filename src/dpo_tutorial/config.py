@@ -46,6 +46,7 @@ class Config:
     max_train: int = _knob(1000, "data", "training pairs kept after the shuffle", "pairs")
     max_val: int = _knob(100, "data", "validation pairs, for choosing hyper-parameters", "pairs")
     max_test: int = _knob(200, "data", "test pairs, for the reported number only", "pairs")
+    strict: bool = _knob(False, "data", "stop if any row is dropped, instead of going on without it")
 
     beta: float = _knob(0.1, "dpo", "strength of the pull towards the reference; higher stays closer")
     loss_type: str = _knob("sigmoid", "dpo", "shape of the loss: sigmoid is DPO; or ipo, hinge, robust")

@@ -1,13 +1,13 @@
-"""Preference data: load a source, choose splits, keep whole pairs, give every dropped row a reason."""
+"""Preference data: load a source, choose splits, audit every row (`audit`), shuffle, subsample, account for it all."""
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import hashlib
 import json
-import math
-import re
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -16,10 +16,18 @@ from datasets import Dataset, DatasetDict, load_dataset
 from tqdm.auto import tqdm
 
 from . import config as configs
+from .audit import (  # noqa: F401  notebooks and modules find the parts of a row here
+    COLUMNS,
+    REASONS,
+    Audit,
+    audit_split,
+    encode,
+    extract,
+    prompt_key,
+    row_problem,
+)
 from .config import Config
 from .errors import DataError
-
-COLUMNS = ("prompt", "chosen", "rejected", "score_chosen", "score_rejected")
 
 VERSION = 1  # raise it when the same source would give other rows: prepared data of another version is not reused
 
@@ -32,28 +40,6 @@ SPLIT_NAMES = {
 
 EMBEDDED_SPLITS = ("train_prefs", "val_prefs", "test_prefs")
 
-#: Reasons a row is dropped, in the order they are checked. One row has one reason.
-REASONS = {
-    "missing column": "a needed column is absent or null",
-    "wrong type": "a conversation is not a list of {role, content} texts, or a score is not a number",
-    "empty conversation": "a side has no turn at all",
-    "bad role": "a role other than system, user, assistant",
-    "roles out of order": "user and assistant do not alternate, starting with the user",
-    "last turn not assistant": "there is no answer to prefer",
-    "empty answer": "the last turn is empty or white space",
-    "invalid text": "control characters or broken Unicode",
-    "prompts differ": "the two answers belong to different conversations",
-    "chosen equals rejected": "nothing to prefer",
-    "tied scores": "the annotator had no preference",
-    "inverted scores": "the rejected answer has the higher score",
-    "prompt in test": "the conversation is also in a held-out split",
-    "duplicate prompt": "the same conversation again in this split",
-    "template border": "the answer's first characters merge with the end of the prompt into other tokens",
-    "too long": "prompt and answer exceed max_tokens; never cut silently",
-}
-
-_INVALID = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff\ufffd]")
-
 
 # --- load ---------------------------------------------------------------------------------------------------------
 
@@ -61,7 +47,8 @@ _INVALID = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff\ufffd]")
 def load_preferences(config: Config) -> tuple[DatasetDict, list[str]]:
     """Read `config.data` and choose its train, val and test splits.
 
-    Accepts `embedded`, a hub id, a folder laid out as the hub serves it, a `.parquet` or a `.jsonl` file.
+    Accepts `embedded`, a hub id, a folder laid out as the hub serves it, a `.parquet` or a `.jsonl` file. Not CSV: a
+    cell of it holds no list of messages.
 
     Returns:
         (`DatasetDict` with exactly `train`, `val`, `test`; the choices made, one sentence each).
@@ -105,6 +92,13 @@ def _read(config: Config) -> DatasetDict:
                 )
             kind = "parquet" if path.suffix == ".parquet" else "json"
             return load_dataset(kind, data_files={"train": str(path)})
+        if path.suffix in (".csv", ".tsv") and path.is_file():
+            with path.open(encoding="utf-8-sig", errors="replace", newline="") as stream:
+                found = next(csv.reader(stream, delimiter="," if path.suffix == ".csv" else "\t"), [])
+            raise DataError(
+                f"DATA={spec} is a table of plain cells, which hold no conversation; it has {_listed(found)}.",
+                f"Write it as .jsonl or .parquet. {_SCHEMA}",
+            )
         return load_dataset(spec, revision=config.data_revision)
     except DataError:
         raise
@@ -126,18 +120,27 @@ def _cause(error: BaseException) -> str:
     return lines[0] if lines else type(error).__name__
 
 
+_SCHEMA = (
+    "Preference data needs prompt (text), chosen and rejected (lists of {role, content}), "
+    "score_chosen and score_rejected (numbers), as HuggingFaceH4/ultrafeedback_binarized has them."
+)
+
+
+def _listed(columns: list[str]) -> str:
+    return ", ".join(columns) or "no column"
+
+
 def _check_columns(split: Dataset, where: str) -> None:
     missing = [c for c in COLUMNS if c not in split.column_names]
     if missing:
-        raise DataError(
-            f"{where} has no column {', '.join(missing)}; it has {', '.join(split.column_names)}.",
-            "Preference data needs prompt (text), chosen and rejected (lists of {role, content}), "
-            "score_chosen and score_rejected (numbers), as HuggingFaceH4/ultrafeedback_binarized has them.",
-        )
+        raise DataError(f"{where} has no column {', '.join(missing)}; it has {_listed(split.column_names)}.", _SCHEMA)
 
 
 def choose_splits(raw: DatasetDict, seed: int) -> tuple[DatasetDict, list[str]]:
-    """Find train, val and test by their usual names; cut a missing one from train, by seed, and say so."""
+    """Find train, val and test by their usual names; cut a missing one from train, by seed, and say so.
+
+    What is cut follows the order of the source: another order of its rows is another cut.
+    """
     found, said = {}, []
     for ours, names in SPLIT_NAMES.items():
         name = next((n for n in names if n in raw), None)
@@ -161,93 +164,128 @@ def choose_splits(raw: DatasetDict, seed: int) -> tuple[DatasetDict, list[str]]:
     return DatasetDict({k: found[k] for k in ("train", "val", "test")}), said
 
 
-# --- one row ------------------------------------------------------------------------------------------------------
+# --- the whole set ------------------------------------------------------------------------------------------------
 
 
-def extract(row: dict) -> dict:
-    """Split a checked row into what TRL trains on.
+@dataclass(frozen=True)
+class Prepared:
+    """Training-ready splits (prompt_id, prompt, chosen, rejected, token counts) and the account of what was dropped."""
 
-    Returns:
-        `prompt`: every turn before the last answer; `chosen` and `rejected`: the last turn of each side, as a list of
-        one message; `prompt_id`: the row's own id, or "" where it has none.
+    splits: DatasetDict
+    report: dict
+    choices: list[str]
+
+
+def prepare(config: Config, tokenizer) -> Prepared:
+    """Load, audit, shuffle and subsample: notebook 04 in one call.
+
+    The report has for each split: `rows`, `dropped` by reason, `examples` (ids), `decoded` (excerpts), `kept`, `used`.
+
+    Raises:
+        DataError: as `load_preferences`; no row of a split is usable; or `config.strict` and a row was dropped.
     """
+    raw, choices = load_preferences(config)
+    splits, report, held_out = {}, {}, set()
+    limits = {"train": config.max_train, "val": config.max_val, "test": config.max_test}
+    for name in ("test", "val", "train"):  # held-out splits first: a shared prompt is dropped from the other side
+        rows = tqdm(_rows(raw[name]), desc=f"checking {name}", total=len(raw[name]), unit="row", leave=False)
+        found = audit_split(rows, tokenizer, config.max_tokens, held_out)
+        if not found.kept:
+            raise _nothing_left(f"{config.data} ({name})", found, raw[name].column_names)
+        held_out |= found.prompts
+        shuffled = Dataset.from_list(found.kept).shuffle(seed=config.seed)
+        splits[name] = shuffled.select(range(min(limits[name], len(shuffled))))
+        report[name] = {
+            "rows": found.rows,
+            "dropped": found.dropped,
+            "examples": found.examples,
+            "decoded": found.decoded,
+            "kept": len(found.kept),
+            "used": len(splits[name]),
+        }
+    order = ("train", "val", "test")
+    report = {k: report[k] for k in order}
+    if config.strict:
+        refuse_dropped(report)
+    return Prepared(DatasetDict({k: splits[k] for k in order}), report, choices)
+
+
+def _rows(split: Dataset) -> Iterator[dict | None]:
+    """Every row by its number, None where its bytes are not UTF-8: iterating a `Dataset` would stop there."""
+    for index in range(len(split)):
+        try:
+            yield split[index]
+        except UnicodeDecodeError:
+            yield None
+
+
+def _nothing_left(where: str, found: Audit, columns: list[str]) -> DataError:
+    dropped = ", ".join(f"{n} {reason}" for reason, n in Counter(found.dropped).most_common())
+    shown = [f"{reason}, for example {texts[0]!r}" for reason, texts in found.decoded.items()]
+    mend = (
+        "Take a model whose chat template ends an answer with the tokenizer's EOS and takes these turns. "
+        if shown
+        else "Mend the rows, or raise MAX_TOKENS if most are too long. "
+    )
+    return DataError(
+        f"No usable pair is left in {where}: {dropped or 'it has no row'}. It has the columns {_listed(columns)}."
+        + "".join(f" {text}." for text in shown),
+        mend + _SCHEMA,
+    )
+
+
+# --- the account --------------------------------------------------------------------------------------------------
+
+
+def report_rows(report: dict[str, dict]) -> list[dict]:
+    """`Prepared.report` as rows for `show.table`: what was dropped (with example ids), kept and used in each split."""
+    rows = []
+    for split, found in report.items():
+        what = {f"dropped: {reason}": (n, found["examples"][reason]) for reason, n in found["dropped"].items()}
+        what |= {"kept": (found["kept"], []), "used, after shuffle and limit": (found["used"], [])}
+        rows += [{"split": split, "what": w, "rows": n, "examples": ids} for w, (n, ids) in what.items()]
+    return rows
+
+
+def data_report(config: Config, prepared: Prepared) -> dict:
+    """The audit as one record, for `data_report.json`: source, limit, totals, and the report of each split."""
+    splits = prepared.report.values()
+    dropped = sum((Counter(s["dropped"]) for s in splits), Counter())
+    total, kept = sum(s["rows"] for s in splits), sum(s["kept"] for s in splits)
+    assert total == kept + dropped.total(), "every row is kept or dropped by one reason"
     return {
-        "prompt_id": str(row.get("prompt_id") or ""),
-        "prompt": [_message(m) for m in row["chosen"][:-1]],
-        "chosen": [_message(row["chosen"][-1])],
-        "rejected": [_message(row["rejected"][-1])],
+        "source": config.data,
+        "revision": config.data_revision,
+        "max_tokens": config.max_tokens,
+        "strict": config.strict,
+        "choices": prepared.choices,
+        "rows": total,
+        "kept": kept,
+        "dropped": {reason: dropped[reason] for reason in REASONS if dropped[reason]},
+        "meaning": {reason: REASONS[reason] for reason in REASONS if dropped[reason]},
+        "splits": prepared.report,
     }
 
 
-def _message(m: dict) -> dict:
-    return {"role": m["role"], "content": m["content"]}
-
-
-def row_problem(row: dict) -> str | None:
-    """The first of `REASONS` that applies to this row alone, or None."""
-    if any(row.get(c) is None for c in COLUMNS):
-        return "missing column"
-    sides = (row["chosen"], row["rejected"])
-    if not all(isinstance(s, list) and all(_is_message(m) for m in s) for s in sides) or not all(
-        isinstance(row[c], (int, float)) and not isinstance(row[c], bool) and -math.inf < row[c] < math.inf
-        for c in ("score_chosen", "score_rejected")
-    ):
-        return "wrong type"
-    if not all(sides):
-        return "empty conversation"
-    if any(m["role"] not in ("system", "user", "assistant") for s in sides for m in s):
-        return "bad role"
-    if any(not _alternates([m["role"] for m in s]) for s in sides):
-        return "roles out of order"
-    if any(s[-1]["role"] != "assistant" for s in sides):
-        return "last turn not assistant"
-    if any(not s[-1]["content"].strip() for s in sides):
-        return "empty answer"
-    if any(_INVALID.search(m["content"]) for s in sides for m in s):
-        return "invalid text"
-    if [_message(m) for m in sides[0][:-1]] != [_message(m) for m in sides[1][:-1]]:
-        return "prompts differ"
-    if sides[0][-1]["content"].strip() == sides[1][-1]["content"].strip():
-        return "chosen equals rejected"
-    if row["score_chosen"] == row["score_rejected"]:
-        return "tied scores"
-    if row["score_chosen"] < row["score_rejected"]:
-        return "inverted scores"
-    return None
-
-
-def _is_message(m: object) -> bool:
-    return isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
-
-
-def _alternates(roles: list[str]) -> bool:
-    turns = roles[1:] if roles[0] == "system" else roles
-    return bool(turns) and all(role == ("user", "assistant")[i % 2] for i, role in enumerate(turns))
-
-
-def prompt_key(prompt: list[dict]) -> str:
-    """Case- and space-blind text of a conversation: two prompts with one key are the same prompt."""
-    return "\n".join(f"{m['role']}: {' '.join(m['content'].lower().split())}" for m in prompt)
-
-
-def encode(tokenizer, prompt: list[dict], answer: list[dict]) -> tuple[list[int], list[int]]:
-    """Token ids of prompt and answer under the chat template, cut exactly as `DPOTrainer` cuts them.
-
-    The whole conversation is templated once and the prompt's ids are taken off its front, so no token can merge
-    across the border.
+def refuse_dropped(report: dict[str, dict]) -> None:
+    """What STRICT asks for.
 
     Raises:
-        DataError: the prompt's ids are not a prefix of the whole.
+        DataError: a row was dropped (counts by reason, with example ids).
     """
-    options = dict(tokenize=True, return_dict=False)
-    before = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, **options)
-    whole = tokenizer.apply_chat_template(prompt + answer, **options)
-    if whole[: len(before)] != before:
+    found = [
+        f"{split}: {n} {reason} ({', '.join(part['examples'][reason])})"
+        for split, part in report.items()
+        for reason, n in part["dropped"].items()
+    ]
+    if found:
         raise DataError(
-            "The chat template renders the prompt differently once an answer follows.",
-            "Use a template whose prompt is a prefix of the whole conversation.",
+            f"STRICT is on, and rows were dropped. {'; '.join(found)}.",
+            "Mend these rows in the source, or leave STRICT off to go on without them.",
         )
-    return before, whole[len(before) :]
+
+
+# --- prepared data ------------------------------------------------------------------------------------------------
 
 
 def pieces(tokenizer, ids: list[int]) -> list[tuple[str, int]]:
@@ -263,80 +301,6 @@ def pieces(tokenizer, ids: list[int]) -> list[tuple[str, int]]:
         found.append((text[len(shown) :], waiting))
         shown, waiting = text, 0
     return found
-
-
-# --- the whole set ------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """Training-ready splits (prompt_id, prompt, chosen, rejected, token counts) and the account of what was dropped."""
-
-    splits: DatasetDict
-    report: dict
-    choices: list[str]
-
-
-def prepare(config: Config, tokenizer) -> Prepared:
-    """Load, check, filter by tokens, shuffle and subsample: notebook 04 in one call.
-
-    Raises:
-        DataError: as `load_preferences`, or no row of a split is usable.
-    """
-    raw, choices = load_preferences(config)
-    splits, report, seen = {}, {}, set()
-    limits = {"train": config.max_train, "val": config.max_val, "test": config.max_test}
-    for name in ("test", "val", "train"):  # held-out splits first: a shared prompt is dropped from the other side
-        splits[name], report[name], keys = _prepare_split(raw[name], name, tokenizer, config, seen, limits[name])
-        seen |= keys
-    order = ("train", "val", "test")
-    return Prepared(DatasetDict({k: splits[k] for k in order}), {k: report[k] for k in order}, choices)
-
-
-def _prepare_split(raw, name, tokenizer, config, held_out, limit):
-    kept, keys, dropped, examples = [], set(), Counter(), {}
-    for index, row in enumerate(tqdm(raw, desc=f"checking {name}", unit="row", leave=False)):
-        problem = row_problem(row)
-        if problem is None:
-            example = extract(row)
-            key = prompt_key(example["prompt"])
-            problem = "prompt in test" if key in held_out else "duplicate prompt" if key in keys else None
-        if problem is None:
-            keys.add(key)
-            try:
-                before, chosen = encode(tokenizer, example["prompt"], example["chosen"])
-                _, rejected = encode(tokenizer, example["prompt"], example["rejected"])
-            except DataError:
-                problem = "template border"
-        if problem is None:
-            example |= {
-                "prompt_tokens": len(before), "chosen_tokens": len(chosen), "rejected_tokens": len(rejected),
-            }  # fmt: skip
-            if len(before) + max(len(chosen), len(rejected)) > config.max_tokens:
-                problem = "too long"
-        if problem is None:
-            kept.append(example)
-        else:
-            dropped[problem] += 1
-            examples.setdefault(problem, []).append(str(row.get("prompt_id") or index)[:16])
-    if not kept:
-        raise DataError(
-            f"No usable pair is left in {config.data} ({name}): "
-            + ", ".join(f"{n} {reason}" for reason, n in dropped.most_common())
-            + ".",
-            "Mend the rows, or raise MAX_TOKENS if most are too long.",
-        )
-    assert len(raw) == len(kept) + dropped.total(), "every row is kept or dropped by one reason"
-    dataset = Dataset.from_list(kept).shuffle(seed=config.seed)
-    chosen_rows = dataset.select(range(min(limit, len(dataset))))
-    report = {
-        "rows": len(raw),
-        "dropped": {reason: dropped[reason] for reason in REASONS if dropped[reason]},
-        "examples": {reason: ids[:3] for reason, ids in examples.items()},
-        "kept": len(kept),
-        "used": len(chosen_rows),
-    }
-    return chosen_rows, report, keys
 
 
 def token_lengths(split: Dataset) -> list[int]:

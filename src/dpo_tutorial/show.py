@@ -465,6 +465,43 @@ def _lay_out(tokens: Sequence[tuple[str, float]], columns: int) -> list[tuple[st
     return cells
 
 
+def dropped_rows(report: dict[str, dict]) -> Figure:
+    """What became of every row, by split: kept beside dropped (left), and the dropped ones by reason (right).
+
+    Args:
+        report: `data.Prepared.report`.
+    """
+    reasons = list(dict.fromkeys(reason for found in report.values() for reason in found["dropped"]))
+    rows, kept = ([found[what] for found in report.values()] for what in ("rows", "kept"))
+    said = [
+        f"{split}: {found['kept']:,} of {found['rows']:,} rows kept"
+        + "".join(f", {n:,} {reason}" for reason, n in found["dropped"].items())
+        for split, found in report.items()
+    ]
+    alt = f"Every row accounted for. {'; '.join(said)}."
+    figure, (whole, parts) = _figure(width=10, height=1.5 + 0.36 * max(3, len(reasons)), columns=2, alt=alt)
+    whole.barh(list(report), kept, color=BLUE, label="kept")
+    dropped = whole.barh(list(report), np.subtract(rows, kept), left=kept, color=ORANGE, label="dropped")
+    whole.bar_label(dropped, labels=[f"{k:,} of {n:,} kept" for k, n in zip(kept, rows, strict=True)], padding=3)
+    whole.set(xlabel="rows", title="Kept and dropped", xlim=(0, 1.4 * max(rows)))
+    whole.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2, frameon=False)
+    total = np.zeros(len(reasons))
+    for (split, found), color in zip(report.items(), (BLUE, GREEN, ORANGE), strict=False):  # train, val, test
+        counts = [found["dropped"].get(reason, 0) for reason in reasons]
+        last = parts.barh(reasons, counts, left=total, color=color, label=split)
+        total = total + counts
+    parts.set(xlabel="rows", title="Dropped, by reason" if reasons else "No row was dropped")
+    if reasons:
+        parts.bar_label(last, labels=[f"{n:,.0f}" for n in total], padding=3)
+        parts.set_xlim(0, 1.15 * total.max())
+        parts.legend()
+    else:
+        parts.set(xticks=[], yticks=[])
+    for axis in (whole, parts):
+        axis.invert_yaxis()
+    return figure
+
+
 def picture(figure: Figure) -> Image:
     """The figure as an image that carries its alt text into the notebook and every page made from it."""
     buffer = io.BytesIO()

@@ -1,0 +1,186 @@
+"""The validator: what the template makes of a row, and that any rows at all are kept or dropped once, in any order."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections import Counter
+
+import pytest
+from conftest import CHATML, TEXTS, pair
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+from test_data import GOOD, ROW_CASES, assistant, conversation, row_changes, system, user
+
+from dpo_tutorial import audit, data
+
+WIDE = 10_000  # tokens: nothing is too long
+TURN = "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + END }}{% endfor %}"
+OPENING = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+
+
+def with_template(tokenizer, template):
+    changed = copy.deepcopy(tokenizer)
+    changed.chat_template = template
+    return changed
+
+
+def ending(text):
+    return TURN.replace("END", repr(text)) + OPENING
+
+
+# --- template ----
+
+#: What a template does wrong, and the reason its rows get. The prompts below have a user turn only.
+BROKEN_TEMPLATES = {
+    "writes no EOS": (ending("\n"), "template eos"),
+    "writes two EOS": (ending("<|im_end|><|im_end|>\n"), "template eos"),
+    "writes a word after EOS": (ending("<|im_end|>\nover"), "template eos"),
+    "leaves the opening of the turn to the answer": (CHATML.partition("{% if add")[0], "template mask"),
+    "leaves an opening in plain text to the answer": (
+        "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '<|im_end|>\n' }}{% endfor %}",
+        "template mask",
+    ),
+    "puts another special token before EOS": (ending("<|endoftext|><|im_end|>\n"), "template mask"),
+    "changes the prompt once an answer follows": ("{{ messages | length }} turns: " + CHATML, "template border"),
+    "refuses": ("{{ raise_exception('only poems') }}", "template refuses"),
+}
+
+
+@pytest.mark.parametrize("what", BROKEN_TEMPLATES)
+def test_every_row_of_a_template_that_is_wrong_is_dropped_by_name_and_up_to_three_are_shown_decoded(tokenizer, what):
+    template, reason = BROKEN_TEMPLATES[what]
+    found = audit.audit_split([pair(*texts) for texts in TEXTS], with_template(tokenizer, template), WIDE)
+    assert found.dropped == {reason: 4} and not found.kept
+    assert len(found.decoded[reason]) == len(found.examples[reason]) == 3
+
+
+def test_an_excerpt_shows_the_border_of_prompt_and_answer_and_all_that_the_mask_covers(tokenizer):
+    wrong = with_template(tokenizer, ending("<|im_end|><|im_end|>\n"))
+    (shown,) = audit.audit_split([pair("Add 2 and 3.", "5.", "6.")], wrong, WIDE).decoded["template eos"]
+    before, _, after = shown.partition("¦")
+    assert before.endswith("<|im_start|>assistant\n") and after == "5.<|im_end|><|im_end|>\n"
+
+
+def test_the_excerpts_of_a_border_and_of_a_refusal_say_what_happened(tokenizer):
+    for what, words in (
+        ("changes the prompt once an answer follows", "'1 turns: <|im_start|>user\\nAdd 2 and 3.<|im_end|>"),
+        ("refuses", "only poems"),
+    ):
+        template, reason = BROKEN_TEMPLATES[what]
+        (shown,) = audit.audit_split(
+            [pair("Add 2 and 3.", "5.", "6.")], with_template(tokenizer, template), WIDE
+        ).decoded[reason]
+        assert words in shown
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        CHATML,
+        ending("<|im_end|>"),
+        "{% for m in messages %}{% if m['role'] == 'user' %}{{ '[INST] ' + m['content'] + ' [/INST]' }}"
+        "{% else %}{{ ' ' + m['content'] | trim + '<|im_end|>' }}{% endif %}{% endfor %}",
+        "{% for m in messages %}{% if m['role'] == 'user' %}{{ m['content'] + '\n' }}"
+        "{% else %}{{ 'A: <think>\n\n</think>\n' + m['content'] + '<|im_end|>\n' }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'A: ' }}{% endif %}",
+    ],
+    ids=["line break after EOS", "nothing after EOS", "no opening of the answer", "the template thinks first"],
+)
+def test_the_rows_of_a_template_that_is_right_are_kept(tokenizer, template):
+    rows = [pair(*texts) for texts in TEXTS] + [pair("Space?", "  yes \n", "no")]
+    assert len(audit.audit_split(rows, with_template(tokenizer, template), WIDE).kept) == 5
+
+
+@pytest.mark.parametrize("side", ["chosen", "rejected"])
+@pytest.mark.parametrize(("token", "reason"), [("<|im_end|>", "template eos"), ("<|im_start|>", "template mask")])
+def test_an_answer_that_spells_a_special_token_is_dropped_and_spares_the_others(tokenizer, side, token, reason):
+    odd = conversation([user("How?")], **{side: f"With {token} in it."})
+    found = audit.audit_split([GOOD, odd], tokenizer, WIDE)
+    assert found.dropped == {reason: 1} and len(found.kept) == 1 and token in found.decoded[reason][0]
+
+
+def test_a_conversation_that_the_template_refuses_spares_the_others(tokenizer):
+    strict = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system turn') }}{% endif %}" + CHATML
+    rows = [GOOD, conversation([system("Be brief."), user("How?")])]
+    found = audit.audit_split(rows, with_template(tokenizer, strict), WIDE)
+    assert found.dropped == {"template refuses": 1} and len(found.kept) == 1
+
+
+# --- duplicates ----
+
+
+def test_which_of_two_duplicates_stays_does_not_depend_on_their_order(tokenizer):
+    rows = [pair("Same?", f"yes {i}", "no", prompt_id=str(i)) for i in range(6)]
+    kept = [audit.audit_split(order, tokenizer, WIDE).kept for order in (rows, rows[::-1], rows[3:] + rows[:3])]
+    assert kept[0] == kept[1] == kept[2] and len(kept[0]) == 1
+
+
+def test_an_exact_copy_is_a_duplicate(tokenizer):
+    found = audit.audit_split([GOOD, GOOD, GOOD], tokenizer, WIDE)
+    assert len(found.kept) == 1 and found.dropped == {"duplicate prompt": 2}
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_twin_that_is_dropped_for_another_reason_does_not_take_the_prompt_with_it(tokenizer, order):
+    long = pair("Same?", "word " * 200, "no", prompt_id="long")
+    found = audit.audit_split([long, pair("same?", "yes", "no", prompt_id="short")][::order], tokenizer, 128)
+    assert [row["prompt_id"] for row in found.kept] == ["short"] and found.dropped == {"too long": 1}
+
+
+# --- any rows ----
+
+_prompts = st.sampled_from(["How?", "HOW? ", "Why?", "Who?"])  # few, so that they meet
+_sound = st.builds(pair, _prompts, st.sampled_from(["yes", "maybe", "sure"]), st.sampled_from(["no", "never"]))
+_tokens = st.builds(pair, _prompts, st.sampled_from(["word " * 60, "a<|im_end|>b", "c<|im_start|>d"]), st.just("no"))
+_bad = st.sampled_from([row for rows in ROW_CASES.values() for row in rows])
+_odd = st.builds(lambda base, changes: base | changes, st.sampled_from([GOOD, {}]), row_changes)
+_others = st.lists(_tokens | _bad | _odd | st.none(), max_size=6)
+_rows = st.tuples(st.lists(_sound, max_size=5), _others).map(lambda parts: parts[0] + parts[1]).flatmap(st.permutations)
+_held_out = st.sets(st.sampled_from([data.prompt_key([user(text)]) for text in ("How?", "Why?")]))
+_tried = settings(
+    max_examples=120, deadline=None, database=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+
+
+def as_text(rows):
+    return Counter(json.dumps(row) for row in rows)
+
+
+@given(rows=_rows, held_out=_held_out)
+@example(rows=[GOOD, None, {}, GOOD | {"prompt_id": "\ud800"}], held_out=set())
+@_tried
+def test_any_rows_are_kept_or_dropped_once_and_nothing_raises(tokenizer, rows, held_out):
+    found = audit.audit_split(rows, tokenizer, 96, held_out)
+    assert found.rows == len(rows) == len(found.kept) + sum(found.dropped.values())
+    assert list(found.dropped) == [reason for reason in audit.REASONS if found.dropped.get(reason)]
+    assert {r: len(ids) for r, ids in found.examples.items()} == {r: min(n, 3) for r, n in found.dropped.items()}
+    assert set(found.decoded) == {reason for reason in found.dropped if reason.startswith("template")}
+    json.dumps([found.examples, found.decoded], ensure_ascii=False).encode()  # can be written
+    keys = [data.prompt_key(row["prompt"]) for row in found.kept]
+    assert len(set(keys)) == len(keys) and not set(keys) & held_out and set(keys) <= found.prompts
+
+
+@given(rows=_rows, held_out=_held_out, shuffle=st.randoms(use_true_random=False))
+@_tried
+def test_the_order_of_the_rows_changes_neither_what_is_kept_nor_what_is_counted(tokenizer, rows, held_out, shuffle):
+    found, mixed = audit.audit_split(rows, tokenizer, 96, held_out), list(rows)
+    shuffle.shuffle(mixed)
+    other = audit.audit_split(mixed, tokenizer, 96, held_out)
+    assert as_text(other.kept) == as_text(found.kept)
+    assert other.dropped == found.dropped and other.prompts == found.prompts
+
+
+@given(rows=_rows)
+@_tried
+def test_each_prompt_that_has_a_sound_row_keeps_one(tokenizer, rows):
+    alone = [row for one in rows for row in audit.audit_split([one], tokenizer, 96).kept]
+    kept = audit.audit_split(rows, tokenizer, 96).kept
+    assert {data.prompt_key(row["prompt"]) for row in alone} == {data.prompt_key(row["prompt"]) for row in kept}
+    assert not as_text(kept) - as_text(alone), "a kept row is one that stands alone"
+
+
+def test_the_answer_that_is_kept_is_the_one_that_was_given(tokenizer):
+    (kept,) = audit.audit_split([conversation([user("a"), assistant("b"), user("c")])], tokenizer, WIDE).kept
+    assert [m["content"] for m in kept["prompt"]] == ["a", "b", "c"]
+    assert kept["chosen"] == [assistant("Good answer.")] and kept["rejected"] == [assistant("Bad answer.")]
