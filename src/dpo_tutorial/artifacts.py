@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from datasets import Dataset, DatasetDict
+from filelock import FileLock, Timeout
 
 from . import data, environment
 from .config import Config
@@ -20,10 +21,12 @@ from .errors import ArtifactError
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
+_locks: dict[Path, FileLock] = {}  # what this process has claimed
 
-def _unwritable(path: Path, error: OSError) -> ArtifactError:
+
+def unwritable(path: Path, error: OSError | str) -> ArtifactError:
     return ArtifactError(
-        f"{path} could not be written ({error.strerror or error}).",
+        f"{path} could not be written ({getattr(error, 'strerror', None) or error}).",
         "Free space there, or set ARTIFACTS to a folder you may write to.",
     )
 
@@ -71,7 +74,7 @@ class Run:
             with tempfile.TemporaryFile(dir=self.dir):
                 pass
         except OSError as error:
-            raise _unwritable(self.dir, error) from error
+            raise unwritable(self.dir, error) from error
 
     @property
     def figures(self) -> Path:
@@ -83,7 +86,7 @@ class Run:
 
     # --- small files ---
 
-    def write_text(self, name: str, text: str) -> Path:
+    def write_text(self, name: str | Path, text: str) -> Path:
         """Write a file beside its final place and rename it: a reader sees the old text or the new, never half."""
         path, temporary = self.dir / name, None
         try:
@@ -96,13 +99,13 @@ class Run:
             os.chmod(temporary, 0o644)
             os.replace(temporary, path)
         except OSError as error:
-            raise _unwritable(path, error) from error
+            raise unwritable(path, error) from error
         finally:
             if temporary:
                 Path(temporary).unlink(missing_ok=True)
         return path
 
-    def write_json(self, name: str, value: object) -> Path:
+    def write_json(self, name: str | Path, value: object) -> Path:
         return self.write_text(name, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
     def read_json(self, name: str) -> dict | list:
@@ -145,7 +148,7 @@ class Run:
         try:
             work = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=self.dir))
         except OSError as error:
-            raise _unwritable(folder, error) from error
+            raise unwritable(folder, error) from error
         old = work.with_name(work.name + "-old")
         try:
             yield work
@@ -156,10 +159,49 @@ class Run:
         except OSError as error:
             if old.exists() and not folder.exists():
                 os.replace(old, folder)
-            raise _unwritable(folder, error) from error
+            raise unwritable(folder, error) from error
         finally:
             shutil.rmtree(work, ignore_errors=True)
             shutil.rmtree(old, ignore_errors=True)
+
+    # --- one at a time ---
+
+    def lock(self, work: str = "training") -> None:
+        """Claim the folder for one kind of work until `unlock`, or until this process ends, however it ends.
+
+        Raises:
+            ArtifactError: another process is at the same work there.
+        """
+        path = (self.dir / f".{work}.lock").resolve()
+        if path in _locks:
+            return
+        lock = FileLock(path, timeout=0, thread_local=False)
+        try:
+            lock.acquire()
+        except Timeout:
+            raise ArtifactError(
+                f"Another process is using {self.dir} for {work}.",
+                "Wait until it is done, or stop it, or set ARTIFACTS to another folder.",
+            ) from None
+        except OSError:  # a file system without locks, as some network drives are
+            return
+        _locks[path] = lock
+
+    def unlock(self, work: str = "training") -> None:
+        lock = _locks.pop((self.dir / f".{work}.lock").resolve(), None)
+        if lock:
+            lock.release()
+
+    def mend_adapter(self) -> None:
+        """Undo what a kill inside `replacing` left: the old adapter moved away, or folders half filled.
+
+        Call it under the lock: another process may be saving.
+        """
+        for old in self.dir.glob(f".{self.adapter.name}-*-old"):
+            if not self.adapter.exists():
+                os.replace(old, self.adapter)
+        for left in self.dir.glob(f".{self.adapter.name}-*"):
+            shutil.rmtree(left, ignore_errors=True)
 
     # --- handoff between notebooks ---
 

@@ -66,6 +66,8 @@ class Config:
 
     seed: int = _knob(42, "run", "seed of python, numpy, torch, the shuffle and the sampler")
     artifacts: str = _knob("artifacts", "run", "folder that receives <profile>/…")
+    save_steps: int = _knob(10, "run", "a checkpoint to resume from after so many optimizer steps", "steps")
+    fresh: bool = _knob(False, "run", "train from the start, even where a stopped training could resume")
     reasons: tuple[str, ...] = field(default=(), compare=False, metadata={"group": "run", "help": "why"})
 
     def __post_init__(self) -> None:
@@ -76,7 +78,7 @@ class Config:
         _check_range(0 < self.label_smoothing < 0.5, "label_smoothing", self.label_smoothing, "between 0 and 0.5")
         _check_range(self.lora_r > 0, "lora_r", self.lora_r, "a whole number above 0")
         _check_range(self.max_tokens >= 32, "max_tokens", self.max_tokens, "32 or more")
-        for name in ("max_train", "max_val", "max_test", "batch_size", "grad_accum", "compare_prompts"):
+        for name in ("max_train", "max_val", "max_test", "batch_size", "grad_accum", "compare_prompts", "save_steps"):
             _check_range(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
 
     @property
@@ -85,11 +87,16 @@ class Config:
         return environment.project_root() / Path(self.artifacts).expanduser() / self.profile
 
     def identity(self) -> dict:
-        """The values that decide the result, as plain JSON types (not where it is stored, nor why)."""
+        """The values that decide the result, as plain JSON types (not where or how often it is stored, nor why)."""
         values = dataclasses.asdict(self)
-        for name in ("artifacts", "reasons"):
+        for name in ("artifacts", "save_steps", "fresh", "strict", "reasons"):
             values.pop(name)
         return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+
+    def training_identity(self) -> dict:
+        """Of these, the values that decide the adapter: not those of the comparison after it."""
+        later = {f.name for f in dataclasses.fields(self) if f.metadata["group"] == "compare"}
+        return {k: v for k, v in self.identity().items() if k not in later}
 
     def rows(self) -> list[dict]:
         """One row per knob: group, name, value, unit, meaning. The table of notebook 01."""
@@ -132,11 +139,13 @@ PROFILES: dict[str, dict] = {
     | dict(
         model=QWEN_LARGE[0], model_revision=QWEN_LARGE[1], max_tokens=768, max_train=4000, max_val=200,
         max_test=500, learning_rate=2e-5, batch_size=2, grad_accum=8, compare_prompts=48, max_new_tokens=200,
+        save_steps=25,
     ),
     "gpu80": _HUB
     | dict(
         model=QWEN_LARGE[0], model_revision=QWEN_LARGE[1], max_tokens=1024, max_train=16000, max_val=400,
         max_test=1000, learning_rate=2e-5, batch_size=8, grad_accum=4, compare_prompts=96, max_new_tokens=256,
+        save_steps=25,
     ),
 }  # fmt: skip
 

@@ -29,7 +29,7 @@ from .audit import (  # noqa: F401  notebooks and modules find the parts of a ro
 from .config import Config
 from .errors import DataError
 
-VERSION = 1  # raise it when the same source would give other rows: prepared data of another version is not reused
+VERSION = 2  # raise it when the same source would give other rows: prepared data of another version is not reused
 
 #: Where each split is looked for, first hit wins. What is missing is cut from the training split, by seed.
 SPLIT_NAMES = {

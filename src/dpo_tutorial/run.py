@@ -76,6 +76,7 @@ def run_all(parameters: dict[str, str], paths: list[Path] | None = None) -> dict
 
     Raises:
         ConfigError: unknown profile or parameter; nothing has run yet.
+        ArtifactError: another process runs the notebooks in the same folder; nothing has run here.
         NotebookError: a notebook failed; names the cell and the partial notebook. Later ones do not run.
     """
     paths = paths or notebooks()
@@ -86,6 +87,14 @@ def run_all(parameters: dict[str, str], paths: list[Path] | None = None) -> dict
     run = artifacts.Run(resolved)
     models.load_tokenizer(resolved)  # a missing model or data file is found now, not after minutes
     data.load_preferences(resolved)
+    run.lock("notebooks")
+    try:
+        return _run_all(run, given, paths)
+    finally:
+        run.unlock("notebooks")
+
+
+def _run_all(run: artifacts.Run, given: dict, paths: list[Path]) -> dict:
     executed = run.dir / "executed"
     shutil.rmtree(executed, ignore_errors=True)  # the record of an earlier run must not pass for this one's
     (run.dir / "summary.json").unlink(missing_ok=True)
@@ -97,7 +106,7 @@ def run_all(parameters: dict[str, str], paths: list[Path] | None = None) -> dict
         print(f"[{number}/{len(paths)}] {path.name}", flush=True)
         started = time.perf_counter()
         own = {k: v for k, v in given.items() if k in declared_parameters(path)}
-        own["PROFILE"] = resolved.profile
+        own["PROFILE"] = run.config.profile
         with training_lines(run.dir / "progress.jsonl"):
             _execute(path, executed / path.name, own)
         minutes[path.stem] = round((time.perf_counter() - started) / 60, 2)

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import math
-import time
 from pathlib import Path
 
 import torch
 import trl.trainer.utils
 from accelerate import PartialState
 from datasets import Dataset
-from transformers import PrinterCallback, TrainerCallback
+from transformers import PrinterCallback, TrainerCallback, TrainerState
+from transformers.trainer_utils import SaveStrategy
 from trl import DPOConfig, DPOTrainer
 
-from . import artifacts, data, environment, evaluate, models
+from . import artifacts, checkpoints, data, environment, evaluate, models
 from .config import Config, resolve
+from .errors import ArtifactError
 
 
 def dpo_config(config: Config, output_dir: str | Path, **changes) -> DPOConfig:
@@ -118,24 +120,87 @@ class Progress(TrainerCallback):
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        path.unlink(missing_ok=True)
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        if state.is_world_process_zero:  # a resumed run repeats the lines up to its checkpoint
+            self.path.write_text("".join(self.line(row, state) for row in state.log_history), encoding="utf-8")
 
     def on_log(self, args, state, control, logs=None, **kwargs) -> None:
-        if not state.is_world_process_zero:
-            return
-        with self.path.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps({"step": state.global_step, "of": state.max_steps, **(logs or {})}) + "\n")
+        if state.is_world_process_zero:
+            with self.path.open("a", encoding="utf-8") as stream:
+                stream.write(self.line(logs or {}, state))
+
+    @staticmethod
+    def line(logs: dict, state) -> str:
+        return json.dumps({"step": state.global_step, "of": state.max_steps, **logs}) + "\n"
+
+
+def resume_or_start(trainer: DPOTrainer, config: Config, run: artifacts.Run) -> float:
+    """Train, from the newest whole checkpoint where an earlier training of the same was stopped, else from the start.
+
+    The run's folder stays locked to this process until `save_adapter`.
+
+    Returns:
+        Seconds of training, those before the stop included.
+
+    Raises:
+        ArtifactError: config, pairs or base changed since the checkpoint; another process trains in this folder; or a
+            checkpoint cannot be written (the ones before it stay).
+    """
+    if trainer.is_world_process_zero():
+        run.lock()
+        run.mend_adapter()
+    try:
+        now = checkpoints.fingerprint(config, trainer)
+        with PartialState().main_process_first():
+            if config.fresh:
+                checkpoints.clear(run)
+            found = checkpoints.newest(run, now)
+        return _train_from(trainer, config, run, now, found)
+    except BaseException as error:
+        refused = checkpoints.disk_error(error)
+        if refused:
+            with contextlib.suppress(OSError):
+                checkpoints.remove_torn(run)  # it may be what fills the disk
+        run.unlock()
+        if refused:
+            raise artifacts.unwritable(checkpoints.folder(run), refused) from error
+        raise
+
+
+def _train_from(trainer: DPOTrainer, config: Config, run: artifacts.Run, now: dict, found: tuple | None) -> float:
+    checkpoint, seal = found or (None, None)
+    if found:
+        state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        print(f"Resuming after step {state.global_step} of {state.max_steps}, from {checkpoint.name}.", flush=True)
+        if state.global_step >= state.max_steps:  # stopped between the last step and saving; Trainer would add a step
+            models.give_adapter(trainer.model, checkpoint)
+            trainer.state = state
+            return seal["seconds"]
+    elif trainer.state.global_step:
+        raise ArtifactError(
+            f"This trainer has already trained {trainer.state.global_step} steps, and there is no checkpoint of them.",
+            "Restart the kernel and run the notebook from the top: a fresh adapter needs a fresh base.",
+        )
+    trainer.args.save_strategy, trainer.args.save_steps = SaveStrategy.STEPS, config.save_steps
+    trainer.args.save_total_limit = 2  # with a torn newest one, the other is whole
+    sealing = checkpoints.Seal(run, now, seal)
+    trainer.remove_callback(checkpoints.Seal)  # of a cell run before
+    trainer.add_callback(sealing)
+    environment.seed_everything(config.seed)  # the order of the batches follows the seed, whatever was drawn before
+    # The adapter in a checkpoint is safetensors; optimizer, scheduler and random numbers are files of torch.save, which
+    # transformers reads with weights_only. They are this run's own, sealed by it, and never come from a download.
+    trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+    return sealing.seconds()
 
 
 def train(config: Config, run: artifacts.Run, model, tokenizer, train: Dataset, val: Dataset) -> DPOTrainer:
     """Train the adapter and save it: what notebook 05 does around its explanations."""
-    trainer = build_trainer(config, model, tokenizer, train, val, run.dir / "trainer")
+    trainer = build_trainer(config, model, tokenizer, train, val, checkpoints.folder(run))
     trainer.add_callback(Progress(run.dir / "progress.jsonl"))
-    environment.seed_everything(config.seed)  # the order of the batches follows the seed, whatever was drawn before
-    started = time.perf_counter()
-    trainer.train()
+    seconds = resume_or_start(trainer, config, run)
     if trainer.is_world_process_zero():
-        save_adapter(config, run, trainer, tokenizer, seconds=time.perf_counter() - started)
+        save_adapter(config, run, trainer, tokenizer, seconds)
     return trainer
 
 
@@ -199,7 +264,11 @@ def check_first_loss(trainer: DPOTrainer, tolerance: float = 1e-3) -> float:
 
 
 def save_adapter(config: Config, run: artifacts.Run, trainer: DPOTrainer, tokenizer, seconds: float) -> Path:
-    """Save adapter (safetensors), tokenizer, training record and model card in one step: whole or not at all."""
+    """Save adapter (safetensors), tokenizer, training record and model card in one step: whole or not at all.
+
+    The checkpoints go once it is saved, so that the next training starts anew, and the folder is free for it.
+    """
+    run.lock()
     where = models.source(config)
     for peft_config in trainer.model.peft_config.values():
         peft_config.base_model_name_or_path, peft_config.revision = where.name, where.revision
@@ -217,6 +286,8 @@ def save_adapter(config: Config, run: artifacts.Run, trainer: DPOTrainer, tokeni
         tokenizer.save_pretrained(folder)
         (folder / "training.json").write_text(json.dumps(record, indent=2), encoding="utf-8")
         (folder / "README.md").write_text(model_card(config, record), encoding="utf-8")
+    checkpoints.clear(run)
+    run.unlock()
     return run.adapter
 
 

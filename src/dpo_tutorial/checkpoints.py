@@ -1,0 +1,168 @@
+"""Which checkpoints of an interrupted training are whole, and whether they belong to the run that asks.
+
+transformers writes checkpoints and resumes from them; this module adds a seal. A checkpoint is whole once it holds
+`whole.json`, written last and in one step, with the SHA-256 of every other file. What a kill tore has no valid seal.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import time
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from safetensors import SafetensorError
+from transformers import TrainerCallback
+
+from . import artifacts
+from .config import Config
+from .errors import ArtifactError
+
+SEAL = "whole.json"
+
+
+def folder(run: artifacts.Run) -> Path:
+    """Where the trainer of this run keeps its checkpoints."""
+    return run.dir / "trainer"
+
+
+def fingerprint(config: Config, trainer) -> dict:
+    """What decides the adapter: config, the pairs as the trainer reads them, and a sample of the base's weights.
+
+    The weights count and not their name alone: a model folder can be filled anew. 64 values of each tensor tell two
+    models apart, and cost no second pass over gigabytes.
+    """
+    pairs, base = hashlib.sha256(), hashlib.sha256()
+    for row in trainer.train_dataset:
+        pairs.update(json.dumps(row, sort_keys=True).encode())
+    for weight in (p.data.flatten() for p in trainer.model.parameters() if not p.requires_grad):
+        sample = weight[:: max(1, weight.numel() // 64)].contiguous().cpu()
+        base.update(sample.view(torch.uint8).numpy().tobytes())
+    return {"config": config.training_identity(), "pairs": pairs.hexdigest(), "base": base.hexdigest()}
+
+
+def changes(then: dict, now: dict) -> list[str]:
+    """Names of what differs between two fingerprints."""
+    old, new = then["config"], now["config"]
+    names = [f"{n.upper()} ({old.get(n)!r}, now {new.get(n)!r})" for n in new if old.get(n) != new[n]]
+    names += ["the training pairs"] * (then["pairs"] != now["pairs"])
+    return names + ["the weights of the base model"] * (then["base"] != now["base"])
+
+
+def _sums(checkpoint: Path) -> dict[str, str]:
+    sums = {}
+    for path in sorted(p for p in checkpoint.rglob("*") if p.is_file() and p.name != SEAL):
+        with path.open("rb") as stream:
+            sums[path.relative_to(checkpoint).as_posix()] = hashlib.file_digest(stream, "sha256").hexdigest()
+    return sums
+
+
+def read_seal(checkpoint: Path) -> dict | None:
+    """The seal of a whole checkpoint; `None` where it is torn: no seal, or a file that is not the one sealed."""
+    try:
+        seal = json.loads((checkpoint / SEAL).read_text(encoding="utf-8"))
+        return seal if seal["files"] == _sums(checkpoint) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def saved(run: artifacts.Run) -> list[Path]:
+    """Every checkpoint of the run, whole or torn, newest first."""
+    found = [p for p in folder(run).glob("checkpoint-*") if p.name.rpartition("-")[2].isdigit()]
+    return sorted(found, key=lambda p: int(p.name.rpartition("-")[2]), reverse=True)
+
+
+def remove_torn(run: artifacts.Run) -> list[Path]:
+    """Delete what a kill or a full disk left half-written: it must not count among the checkpoints that are kept."""
+    torn = [checkpoint for checkpoint in saved(run) if read_seal(checkpoint) is None]
+    for checkpoint in torn:
+        shutil.rmtree(checkpoint)
+    return torn
+
+
+def clear(run: artifacts.Run) -> None:
+    """Delete every checkpoint: nothing to resume from.
+
+    Raises:
+        ArtifactError: one cannot be deleted.
+    """
+    for checkpoint in reversed(saved(run)):  # oldest first, so that a kill in between leaves the newest
+        try:
+            shutil.rmtree(checkpoint)
+        except OSError as error:
+            raise artifacts.unwritable(checkpoint, error) from error
+
+
+def newest(run: artifacts.Run, now: dict) -> tuple[Path, dict] | None:
+    """The newest whole checkpoint and its seal, after torn ones are removed; `None` where there is none.
+
+    Raises:
+        ArtifactError: it belongs to another config, other pairs or another base (names what changed).
+    """
+    torn = remove_torn(run)
+    if torn:
+        print(f"Ignored, because it was torn by a stop: {', '.join(path.name for path in torn)}.")
+    for checkpoint in saved(run):
+        seal = read_seal(checkpoint)
+        changed = changes(seal["fingerprint"], now)
+        if changed:
+            raise ArtifactError(
+                f"{checkpoint} is of an unfinished training with other settings. Changed: {', '.join(changed)}.",
+                "To start over, set FRESH = True (-p FRESH True on the command line); "
+                "to keep it for later, set ARTIFACTS to another folder.",
+            )
+        return checkpoint, seal
+    return None
+
+
+class Seal(TrainerCallback):
+    """Seal each checkpoint once it is written, and give a resumed epoch its order of batches back.
+
+    transformers draws the order from torch's random numbers when an epoch begins, but keeps only their state at the
+    checkpoint. So in any epoch but the first, a resumed run would skip as many batches of another order.
+
+    Args:
+        seal: of the checkpoint that the training resumes from.
+    """
+
+    def __init__(self, run: artifacts.Run, fingerprint: dict, seal: dict | None) -> None:
+        self.run, self.fingerprint, self.seal = run, fingerprint, seal
+        self.order: torch.Tensor | None = None
+
+    def seconds(self) -> float:
+        """Seconds of training so far, those before the stop included."""
+        return time.perf_counter() - self.started + (self.seal["seconds"] if self.seal else 0)
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        self.started = time.perf_counter()
+
+    def on_epoch_begin(self, args, state, control, **kwargs) -> None:
+        if self.order is None and self.seal:
+            torch.set_rng_state(torch.frombuffer(bytearray.fromhex(self.seal["order"]), dtype=torch.uint8))
+        self.order = torch.get_rng_state()
+
+    def on_save(self, args, state, control, **kwargs) -> None:
+        PartialState().wait_for_everyone()  # each process writes the state of its own random numbers
+        if not state.is_world_process_zero:
+            return
+        order = torch.get_rng_state() if float(state.epoch).is_integer() else self.order  # at its end: the next epoch's
+        checkpoint = folder(self.run) / f"checkpoint-{state.global_step}"
+        seal = {
+            "fingerprint": self.fingerprint,
+            "seconds": self.seconds(),
+            "order": order.numpy().tobytes().hex(),
+            "files": _sums(checkpoint),
+        }
+        self.run.write_json(checkpoint.relative_to(self.run.dir) / SEAL, seal)
+
+
+def disk_error(error: Exception) -> str | None:
+    """What the disk refused, where that is why saving failed; torch and safetensors have errors of their own for it."""
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    if isinstance(error, SafetensorError) or "inline_container" in str(error):  # the latter is torch.save's writer
+        return str(error).splitlines()[0]
+    return None
