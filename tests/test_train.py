@@ -10,7 +10,7 @@ import trl.trainer.utils
 from conftest import pair
 from datasets import Dataset, concatenate_datasets
 
-from dpo_tutorial import artifacts, data, dpo, environment, evaluate, models, statistics, train
+from dpo_tutorial import artifacts, config, data, dpo, environment, evaluate, models, statistics, train
 
 
 def trainer_for(cfg, tokenizer, pairs, tmp_path, **changes):
@@ -108,13 +108,38 @@ def test_a_wrong_reference_fails_the_first_loss_check(cfg, tokenizer, pairs, tmp
         train.check_first_loss(trainer)
 
 
-@pytest.mark.parametrize("dtype", ["fp16", "bf16", "fp32"])
-def test_trainable_weights_are_fp32_after_the_trainer_is_built(cfg, tokenizer, pairs, tmp_path, dtype):
+@pytest.fixture
+def t4(monkeypatch):
+    """`resolve()` sees a card of compute capability 7.5, as on a T4; everything else still runs on the CPU."""
+    card = environment.hardware() | {"cuda": True, "capability": [7, 5], "gpu": "Tesla T4", "gpu_memory_gib": 15.0}
+    monkeypatch.setattr(environment, "hardware", lambda: card)
+
+
+def trainable_types(trainer):
+    return {p.dtype for p in trainer.model.parameters() if p.requires_grad}
+
+
+def test_a_t4_trains_in_fp16_with_trainable_weights_in_fp32(t4, cfg, tokenizer, pairs, tmp_path, capsys):
     """trl#4901: TRL casts the adapter of a 4-bit model to bfloat16, which an fp16 GradScaler rejects."""
+    found = config.resolve(model=cfg.model, lora_r=4, max_steps=2)
+    assert (found.profile, found.dtype) == ("t4", "fp16")
+    assert "fp16: compute capability 7.5 has no native bfloat16" in capsys.readouterr().out
+    trainer = trainer_for(found, tokenizer, pairs, tmp_path)
+    assert trainer.args.fp16 and not trainer.args.bf16
+    assert trainable_types(trainer) == {torch.float32}
+
+
+def test_without_our_cast_trl_would_leave_bf16(t4, cfg, tokenizer, pairs, tmp_path, monkeypatch):
+    """Once this fails, TRL has mended trl#4901 and `cast_trainable_to_fp32` can go."""
+    monkeypatch.setattr(train, "cast_trainable_to_fp32", lambda model: None)
+    found = config.resolve(model=cfg.model, lora_r=4, max_steps=2)
+    assert trainable_types(trainer_for(found, tokenizer, pairs, tmp_path)) == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_trainable_weights_are_fp32_in_the_other_types_too(cfg, tokenizer, pairs, tmp_path, dtype):
     trainer = trainer_for(dataclasses.replace(cfg, dtype=dtype), tokenizer, pairs, tmp_path)
-    kinds = {p.dtype for p in trainer.model.parameters() if p.requires_grad}
-    assert kinds == {torch.float32}
-    assert trainer.args.fp16 == (dtype == "fp16")
+    assert trainable_types(trainer) == {torch.float32} and not trainer.args.fp16
 
 
 def test_the_adapter_is_saved_with_its_base_and_scores_the_same_after_reloading(cfg, tokenizer, pairs):
@@ -222,11 +247,26 @@ def test_the_dtype_is_the_torch_dtype():
     assert environment.torch_dtype("bf16") is torch.bfloat16
 
 
+def on_cuda(cfg, dtype):
+    if dtype == "bf16" and torch.cuda.get_device_capability()[0] < 8:
+        pytest.skip("this card has no native bfloat16")
+    return dataclasses.replace(cfg, dtype=dtype, max_steps=5, gradient_checkpointing=True)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
-def test_two_steps_with_checkpointing_on_cuda(cfg, tokenizer, pairs, dtype):
-    if dtype == "bf16" and torch.cuda.get_device_capability()[0] < 8:
-        pytest.skip("this card has no bfloat16")
-    on = dataclasses.replace(cfg, dtype=dtype, gradient_checkpointing=True)
+def test_five_steps_on_cuda(cfg, tokenizer, pairs, dtype):
+    on = on_cuda(cfg, dtype)
     trainer = train.train(on, artifacts.Run(on), models.load_base(on), tokenizer, pairs, pairs)
     assert train.check_first_loss(trainer) == pytest.approx(math.log(2), abs=1e-3)
+    assert trainer.state.global_step == 5
+    up = [p for name, p in trainer.model.named_parameters() if "lora_B" in name]  # zero before the first update
+    assert all(torch.isfinite(p).all() for p in up) and any(p.any() for p in up)
+
+
+@pytest.mark.gpu
+def test_without_our_cast_fp16_fails_on_cuda(cfg, tokenizer, pairs, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "cast_trainable_to_fp32", lambda model: None)
+    trainer = trainer_for(on_cuda(cfg, "fp16"), tokenizer, pairs, tmp_path)
+    with pytest.raises((RuntimeError, NotImplementedError), match="BFloat16"):
+        trainer.train()
