@@ -432,7 +432,7 @@ def test_a_training_killed_again_and_again_ends_with_the_adapter_of_an_undisturb
     done = subprocess.run(script + arguments, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
-    print(found)
+    print(json.dumps(found))
     assert len(found["kills"]) == kills and {k["hit"] for k in found["kills"]} == {"write", "step"}
     assert found["steps"] >= 30
     assert found["same adapter"] and found["same history"]

@@ -300,7 +300,7 @@ def derive(records, prompts, before, after, *, noise, kl, outside, words, shown)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Judge a trained adapter: `report.json`, `records.json` and one self-contained `report.html`."""
+    """Judge a trained adapter: `comparison.json`, `records.json` and one self-contained `report.html`."""
     parser = argparse.ArgumentParser(prog="python -m dpo_tutorial.evaluate", description=main.__doc__)
     parser.add_argument("--adapter", required=True, metavar="DIR", help="folder that training saved")
     parser.add_argument("--data", default="", help="hub id[@revision], folder or file; default: what it was trained on")

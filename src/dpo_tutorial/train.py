@@ -19,7 +19,7 @@ from trl import DPOConfig, DPOTrainer
 
 from . import artifacts, checkpoints, data, environment, evaluate, models
 from .config import Config, resolve
-from .errors import ArtifactError
+from .errors import ArtifactError, exit_code
 
 
 def dpo_config(config: Config, output_dir: str | Path, **changes) -> DPOConfig:
@@ -314,11 +314,15 @@ def model_card(config: Config, record: dict) -> str:
     )
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> int:
     """Train without a notebook, for example under `accelerate launch`."""
     parser = argparse.ArgumentParser(prog="python -m dpo_tutorial.train", description=main.__doc__)
-    parser.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
-    config = resolve(**dict(parser.parse_args(argv).p))
+    parser.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="set a parameter")
+    return exit_code(_train, dict(parser.parse_args(argv).p))
+
+
+def _train(parameters: dict[str, str]) -> None:
+    config = resolve(**parameters)
     environment.seed_everything(config.seed)
     run = artifacts.Run(config)
     with PartialState(cpu=environment.device() == "cpu").main_process_first():
@@ -330,4 +334,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())
