@@ -10,9 +10,8 @@ WORDS = {"doctor": doctor.main}
 
 
 def main(argv: list[str] | None = None) -> int:
-    words = "; ".join(f"{word}: {run.__doc__.partition('.')[0]}" for word, run in WORDS.items())
     parser = argparse.ArgumentParser(prog="dpo-tutorial")
-    parser.add_argument("word", choices=WORDS, help=words)
+    parser.add_argument("word", choices=WORDS, help="doctor: is this machine ready for a profile?")
     parser.add_argument("rest", nargs=argparse.REMAINDER, help="what the word takes: see `dpo-tutorial WORD --help`")
     options = parser.parse_args(argv)
     return WORDS[options.word](options.rest)

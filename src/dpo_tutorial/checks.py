@@ -81,7 +81,7 @@ def four_bit_error(config: Config) -> float:
         dtype, device = environment.torch_dtype(config.dtype), environment.device()
         packed = bnb.nn.Linear4bit(256, 128, bias=False, quant_type="nf4", compute_dtype=dtype)
         packed.load_state_dict(layer.state_dict())
-        exact, near = layer(x), packed.train().to(device)(x.to(device, dtype)).float().cpu()
+        exact, near = layer(x), packed.to(device)(x.to(device, dtype)).float().cpu()
         return ((near - exact).norm() / exact.norm()).item()
 
 
@@ -120,8 +120,8 @@ def memory(config: Config) -> Finding:
 def _space(name: str, folder: Path, need_gb: float, variable: str) -> Finding:
     """Whether a file can be written where `folder` is or will be, and what is free there."""
     mend = f"Free space, or set {variable} to a folder you may write to."
-    there = next(f for f in (folder, *folder.parents) if f.exists())
     try:
+        there = next(f for f in (folder, *folder.parents) if f.exists())
         with tempfile.TemporaryFile(dir=there):
             pass
     except OSError as error:
@@ -179,12 +179,12 @@ def model(config: Config) -> Finding:
         return _index() if config.model == configs.EMBEDDED else _hub("model", config.model, config.model_revision)
     if config.model == configs.EMBEDDED:
         embedded.ensure_embedded_model()  # compares the files with their sums, and raises
-    return Finding("model", "ok", f"{config.model} is here, no network needed")
+    return Finding("model", "ok", f"MODEL={config.model} is here, no network needed")
 
 
 def data(config: Config) -> Finding:
     if data_here(config):
-        return Finding("data", "ok", f"{config.data} is here, no network needed")
+        return Finding("data", "ok", f"DATA={config.data} is here, no network needed")
     if Path(config.data).suffix in (".parquet", ".jsonl", ".json"):
         return Finding("data", "fail", f"DATA={config.data} does not exist", "Give the path of an existing file.")
     return _hub("data", config.data, config.data_revision)

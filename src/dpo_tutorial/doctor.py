@@ -38,13 +38,15 @@ def _run(functions: Sequence[Callable], *arguments) -> list[Finding]:
 
 
 def plain(text: str) -> str:
-    """The text with ~ for the home folder, and without secrets: what a doctor says gets pasted into issues."""
+    """The text without secrets and the paths of project and home: what a doctor says is pasted into issues."""
     for name, value in os.environ.items():
         if len(value) >= 8 and re.search("TOKEN|KEY|SECRET|PASSWORD", name, re.IGNORECASE):  # a shorter one: a switch
             text = text.replace(value, "…")
     text = re.sub(r"\bhf_\w{8,}", "…", re.sub(r"://[^/\s]*@", "://", text))
-    home = Path.home()
-    return re.sub(rf"{re.escape(str(home))}(?![\w.-])", "~", text) if len(home.parts) > 1 else text
+    for folder, sign in ((environment.project_root(), "."), (Path.home(), "~")):
+        if len(folder.parts) > 1:  # the root of the file system is nobody's home
+            text = re.sub(rf"(?<![\w.-]){re.escape(str(folder))}(?![\w.-])", sign, text)
+    return text
 
 
 def text(findings: Sequence[Finding]) -> str:

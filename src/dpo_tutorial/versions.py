@@ -69,9 +69,8 @@ def packages() -> list[Finding]:
             fine += 1
     if others:
         mend = "Usually fine: they are in range. If a line below fails, install the tested versions."
-        findings.append(
-            Finding("packages", "warn", f"{fine} as tested; in range, but not as tested: {', '.join(others)}", mend)
-        )
+        found = f"{fine} as tested; in range, but not as tested: {', '.join(others)}"
+        findings.append(Finding("packages", "warn", found, mend))
     else:
         findings.append(Finding("packages", "ok", f"{fine} as tested"))
     return findings
