@@ -29,6 +29,11 @@ NAME = "SmolLM2-135M-Instruct"
 _SUMS = "SHA256SUMS.json"
 
 
+def model_folder() -> Path:
+    """Where the converted model is kept; asking does not make it."""
+    return environment.cache_dir() / f"{NAME}-{GGUF_SHA256[:12]}"
+
+
 def ensure_embedded_model() -> Path:
     """Return the folder with the converted model, making it on the first call.
 
@@ -40,7 +45,7 @@ def ensure_embedded_model() -> Path:
         ModelCorruptError: the wheel, or the cached copy, is not what it should be.
         ArtifactError: the cache folder cannot be written.
     """
-    target = environment.cache_dir() / f"{NAME}-{GGUF_SHA256[:12]}"
+    target = model_folder()
     if target.exists():
         _check_sums(target)
         return target

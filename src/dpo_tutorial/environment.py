@@ -12,6 +12,7 @@ import platform
 import random
 import threading
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 DTYPES = ("bf16", "fp16", "fp32")
@@ -145,10 +146,10 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def versions() -> dict[str, str]:
-    """Python and package versions: the record kept beside every result."""
+def versions(packages: Iterable[str] = PACKAGES) -> dict[str, str]:
+    """Python and package versions, "missing" where there is none: the record kept beside every result."""
     found = {"python": platform.python_version()}
-    for name in PACKAGES:
+    for name in packages:
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

@@ -1,9 +1,10 @@
-"""The errors a user can meet. Each names the cause and the mend in one message."""
+"""What can be wrong, as an error or as a finding of the doctor: each names the cause and the mend."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 
 
 class TutorialError(Exception):
@@ -50,6 +51,22 @@ class JudgeError(TutorialError):
 
 class NotebookError(TutorialError):
     """A notebook stopped; names the cell and the partial notebook."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What one check found: `status` is "ok", "warn" or "fail"; `mend` is empty where there is nothing to do."""
+
+    name: str
+    status: str
+    found: str
+    mend: str = ""
+
+
+def first_line(error: BaseException) -> str:
+    """An error of a library in one line: its type, and what it says first."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 def exit_code(action: Callable, *arguments) -> int:
