@@ -13,6 +13,7 @@ import json
 import os
 import resource
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -43,20 +44,19 @@ def checkpoint() -> dict:
     from dpo_tutorial import artifacts, checkpoints, config, data, models, train
 
     class Clock(TrainerCallback):
-        """Notes when a step ends, and when its checkpoint is sealed."""
+        """Seconds of each step, and from its end to the next one's beginning: logging, batch, and its checkpoint."""
 
         def __init__(self) -> None:
-            self.steps, self.saves = [], []
+            self.steps, self.between, self.ended = [], [], None
 
         def on_step_begin(self, args, state, control, **kwargs) -> None:
             self.began = time.perf_counter()
+            if self.ended:
+                self.between.append(self.began - self.ended)
 
         def on_step_end(self, args, state, control, **kwargs) -> None:
             self.ended = time.perf_counter()
             self.steps.append(self.ended - self.began)
-
-        def on_save(self, args, state, control, **kwargs) -> None:
-            self.saves.append(time.perf_counter() - self.ended)
 
     with tempfile.TemporaryDirectory() as folder:
         cfg = config.resolve(profile="cpu", max_steps=4, save_steps=1, artifacts=folder)
@@ -67,21 +67,13 @@ def checkpoint() -> dict:
         began = time.perf_counter()
         checkpoints.fingerprint(cfg, trainer)
         fingerprint = time.perf_counter() - began
-        sealing = checkpoints.Seal.on_save
-
-        def sealed_then_timed(self, *arguments, **named):
-            sealing(self, *arguments, **named)
-            clock.on_save(*arguments, **named)
-
-        checkpoints.Seal.on_save = sealed_then_timed
         trainer.add_callback(clock)
-        clock.saves.clear()
         train.resume_or_start(trainer, cfg, run)
         size = sum(p.stat().st_size for p in checkpoints.saved(run)[0].rglob("*") if p.is_file())
         run.unlock()
     return {
         "step seconds": [round(s, 2) for s in clock.steps],
-        "checkpoint seconds": [round(s, 2) for s in clock.saves],
+        "seconds between steps, a checkpoint in each": [round(s, 2) for s in clock.between],
         "fingerprint seconds, once": round(fingerprint, 2),
         "checkpoint MB": round(size / 1e6, 1),
         "save_steps of the profile": config.PROFILES["cpu"].get("save_steps", config.Config().save_steps),
@@ -143,13 +135,12 @@ def faults() -> list[dict]:
             assert done.returncode == code, f"{what}: exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
             if code:
                 assert "Traceback" not in done.stderr and "Mend:" in done.stderr, f"{what}:\n{done.stderr}"
-                said = done.stderr[done.stderr.rindex("Error: ") + 7 :]
+                said = done.stderr[done.stderr.rindex("Error: ") + 7 :].partition("\n\n")[0]  # a bar may follow
             else:
                 (said,) = [line for line in done.stdout.splitlines() if line.startswith("Resuming")]
-            shown = " ".join(f"-p {n} {v}" for n, v in parameters.items())
-            found.append(
-                {"fault": what, "command": f"{module} {shown}".strip(), "exit code": done.returncode, "says": said}
-            )
+            shown = " ".join([module, *(f"-p {n} {v}" for n, v in parameters.items())])
+            shown, said = (v.replace(f"{name}/", "").replace(str(HERE.parent), ".").strip() for v in (shown, said))
+            found.append({"fault": what, "command": shown, "exit code": done.returncode, "says": said})
 
         fault("a CSV file", "run", {"DATA": folder / "pairs.csv"})
         fault("columns of another schema", "run", {"DATA": folder / "other.jsonl"})
@@ -172,7 +163,7 @@ def faults() -> list[dict]:
         stop_after_first_checkpoint(folder)
         fault("killed, then another beta", "train", {"BETA": "0.3"})
         fault("killed, then run again", "train", {}, code=0)
-    return [{k: v.replace(f"{name}/", "").strip() if isinstance(v, str) else v for k, v in f.items()} for f in found]
+    return found
 
 
 # --- the page -----------------------------------------------------------------------------------------------------
@@ -203,7 +194,8 @@ def page(record: dict) -> str:
         "",
     ]
     cost = record["checkpoint"]
-    step, save = (sum(cost[k][1:]) / len(cost[k][1:]) for k in ("step seconds", "checkpoint seconds"))
+    step = statistics.mean(cost["step seconds"][1:])
+    save = statistics.mean(cost["seconds between steps, a checkpoint in each"])
     every = cost["save_steps of the profile"]
     lines += [
         f"`cpu` profile, steps 2 to {len(cost['step seconds'])}: {step:.1f} s a step, {save:.2f} s and "
