@@ -16,7 +16,7 @@ from datasets import Dataset
 from transformers import PrinterCallback, TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
-from . import artifacts, data, environment, evaluate, models
+from . import artifacts, data, environment, errors, evaluate, models
 from .config import Config, resolve
 
 
@@ -243,11 +243,15 @@ def model_card(config: Config, record: dict) -> str:
     )
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> int:
     """Train without a notebook, for example under `accelerate launch`."""
     parser = argparse.ArgumentParser(prog="python -m dpo_tutorial.train", description=main.__doc__)
     parser.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
-    config = resolve(**dict(parser.parse_args(argv).p))
+    return errors.exit_code(_main, parser.parse_args(argv))
+
+
+def _main(options: argparse.Namespace) -> None:
+    config = resolve(**dict(options.p))
     environment.seed_everything(config.seed)
     run = artifacts.Run(config)
     with PartialState(cpu=environment.device() == "cpu").main_process_first():
@@ -259,4 +263,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())
