@@ -435,9 +435,7 @@ def test_the_search_for_private_things_finds_them(text):
     assert private(text)
 
 
-@pytest.mark.parametrize(
-    "text", ["and/or", "</td>", "./artifacts/cpu", "~/x", "<cache>/model", "https://hf.co/root/x"]
-)
+@pytest.mark.parametrize("text", ["and/or", "</td>", "./artifacts/cpu", "~/x", "<cache>/model", "https://hf.co/root/x"])
 def test_the_search_for_private_things_leaves_ordinary_text_alone(text):
     assert private(text) == []
 

@@ -173,7 +173,17 @@ def lora_config(config: Config) -> LoraConfig:
 
 
 def check_lora_targets(model, config: Config) -> None:
-    """Fail early, and with names, where `lora_targets` do not exist in this architecture."""
+    """Fail early, and with names, where `lora_targets` do not exist, or carry an adapter already.
+
+    Raises:
+        ModelUnsuitableError: an adapter is there, as when the cell that attaches one is run twice.
+        ConfigError: no such layers in this architecture.
+    """
+    if any("lora_" in name for name, _ in model.named_parameters()):
+        raise ModelUnsuitableError(
+            "This model already carries an adapter, and a second one would be stacked on it.",
+            "Give it the plain base: models.load_base(cfg) again, or policy.unload().",
+        )
     linear = {n.rsplit(".", 1)[-1] for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
     missing = sorted(set(config.lora_targets) - linear)
     if missing:
