@@ -378,6 +378,10 @@ def reads_of_the_environment(text):
         for n in ast.walk(tree)
         if isinstance(n, ast.Subscript) or isinstance(n, ast.Attribute) and n.attr in ("get", "update", "setdefault")
     }
+    loops = [n.iter for n in ast.walk(tree) if isinstance(n, ast.For) and isinstance(n.iter, ast.Call)]
+    named |= {
+        id(n.func.value) for n in loops if ast.unparse(n) == "os.environ.items()"
+    }  # to take a value out of a text
     return [
         n.lineno
         for n in ast.walk(tree)
@@ -385,7 +389,10 @@ def reads_of_the_environment(text):
     ]
 
 
-@pytest.mark.parametrize("text", ["dict(os.environ)", "os.environ.copy()", "{**os.environ}", "json.dumps(os.environ)"])
+@pytest.mark.parametrize(
+    "text",
+    ["dict(os.environ)", "os.environ.copy()", "{**os.environ}", "json.dumps(os.environ)", "dict(os.environ.items())"],
+)
 def test_the_search_for_a_copied_environment_finds_it(text):
     assert reads_of_the_environment(text)
 
@@ -475,3 +482,56 @@ def test_a_notebook_executed_now_and_cleaned_shows_no_private_thing(pipeline):
     assert [x for x in private(text) if "pytest" not in x[1]] == [], "the test's own MODEL and DATA are shown"
     for token in (*TOKENS.values(), STORED):
         assert token not in text
+
+
+# --- the fault table ----
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+#: What DESIGN calls the traps of the field, by a word of its row.
+TRAPS = [
+    "GradScaler", "EOS appended again", "merge at the border", "`ref_model`", "another base", "stacked", "higher* beta",
+    "chosen reward falls", "pick the longer", "keyword argument", "torch or numpy", "progress bars", "merging into 4-bit",
+    "training was killed", "No space left", "its lock", "`STRICT`", "hub is down", "doctor",
+]  # fmt: skip
+
+
+def fault_rows():
+    table = README.partition("## Troubleshooting")[2].partition("\n## ")[0]
+    return [line for line in table.splitlines() if line.startswith("| ") and not line.startswith("| you see")]
+
+
+def defined(path, name):
+    """Whether a Python file defines this function, class or constant, or a notebook has this heading."""
+    if path.suffix == ".ipynb":
+        cells = [c.source for c in nbformat.read(path, as_version=4).cells if c.cell_type == "markdown"]
+        return any(re.match(rf"#+ {re.escape(name)}$", line) for text in cells for line in text.splitlines())
+    tree = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+    name = name.strip("`")
+    return any(
+        getattr(n, "name", None) == name or isinstance(n, ast.AnnAssign) and ast.unparse(n.target) == name for n in tree
+    )
+
+
+@pytest.mark.parametrize("words", TRAPS)
+def test_each_trap_has_one_row_in_the_fault_table(words):
+    assert len([row for row in fault_rows() if words in row]) == 1
+
+
+@pytest.mark.parametrize("row", fault_rows(), ids=lambda row: row[2:40].strip())
+def test_a_fault_has_symptom_cause_and_mend_and_leads_to_what_handles_it(row):
+    cells = [cell.strip() for cell in re.split(r"(?<!\\)\|", row)[1:-1]]
+    assert len(cells) == 4 and all(cells[:3])
+    links = re.findall(r"\[([^\]]+)\]\(([^)\s]+)\)", cells[3])
+    assert links or "doctor" in row
+    for name, target in links:
+        assert (ROOT / target).is_file() and defined(ROOT / target, name), f"{name} in {target}"
+
+
+def test_the_search_for_a_definition_can_fail():
+    assert not defined(ROOT / "src/dpo_tutorial/models.py", "`no_such_function`")
+    assert not defined(ROOT / "notebooks/05_train_dpo.ipynb", "No such heading")
+
+
+@every_shipped_file
+def test_nothing_merges_an_adapter_into_its_base(path):
+    assert not {name.rpartition(".")[2] for name, _ in calls(source(path))} & {"merge_and_unload", "merge_adapter"}

@@ -16,8 +16,9 @@ from datasets import Dataset
 from transformers import PrinterCallback, TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
-from . import artifacts, data, environment, errors, evaluate, models
+from . import artifacts, data, environment, evaluate, models
 from .config import Config, resolve
+from .errors import exit_code
 
 
 def dpo_config(config: Config, output_dir: str | Path, **changes) -> DPOConfig:
@@ -246,12 +247,12 @@ def model_card(config: Config, record: dict) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Train without a notebook, for example under `accelerate launch`."""
     parser = argparse.ArgumentParser(prog="python -m dpo_tutorial.train", description=main.__doc__)
-    parser.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
-    return errors.exit_code(_main, parser.parse_args(argv))
+    parser.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="set a parameter")
+    return exit_code(_train, dict(parser.parse_args(argv).p))
 
 
-def _main(options: argparse.Namespace) -> None:
-    config = resolve(**dict(options.p))
+def _train(parameters: dict[str, str]) -> None:
+    config = resolve(**parameters)
     environment.seed_everything(config.seed)
     run = artifacts.Run(config)
     with PartialState(cpu=environment.device() == "cpu").main_process_first():
