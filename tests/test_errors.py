@@ -14,10 +14,11 @@ from datasets import DatasetDict
 from nbclient.exceptions import DeadKernelError
 from peft import get_peft_model
 
-from dpo_tutorial import artifacts, config, data, embedded, errors, evaluate, models, run, train
+from dpo_tutorial import artifacts, config, data, embedded, errors, models, run, train
 
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "src").rglob("*.py"))
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 FAMILY = {n for n, c in vars(errors).items() if isinstance(c, type) and issubclass(c, errors.TutorialError)}
 EXIT = "SystemExit(main())"  # the last line of a command
 ALLOWED = {("config.py", "ValueError")}  # raised and caught in one function
@@ -95,6 +96,14 @@ def test_the_family_is_small_and_every_member_says_when():
 
 # --- what a user sees: each is set off once, names what was found, and says what to do ----
 
+SOUND = [pair(f"{t[0]} {i}", *t[1:]) for i in range(6) for t in TEXTS]
+
+
+def written(folder, rows):
+    path = folder / "rows.jsonl"
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    return str(path)
+
 
 class Case:
     """Where an error is set off: the tiny config, its own checkpoint folder, and a run folder to harm."""
@@ -114,10 +123,8 @@ class Case:
         path = self.model / name
         path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
-    def rows(self, *rows, name="rows.jsonl"):
-        path = self.tmp / name
-        path.write_text("\n".join(json.dumps(row) for row in rows))
-        return str(path)
+    def rows(self, *rows):
+        return written(self.tmp, rows)
 
     def adapter(self):
         policy = get_peft_model(models.load_base(self.cfg), models.lora_config(self.cfg))
@@ -195,8 +202,7 @@ def adapter_cell_run_twice(case):
 
 
 def prepared_pairs(case):
-    rows = case.rows(*[pair(f"{t[0]} {i}", *t[1:]) for i in range(6) for t in TEXTS])
-    return data.prepare(case.changed(data=rows), case.tokenizer).splits["train"]
+    return data.prepare(case.changed(data=case.rows(*SOUND)), case.tokenizer).splits["train"]
 
 
 def gguf_without_a_template(case):
@@ -208,7 +214,7 @@ def gguf_without_a_template(case):
 
 
 def prepared_data_cut_short(case):
-    there = artifacts.Run(case.changed(data=case.rows(*[pair(f"{t[0]} {i}", *t[1:]) for i in range(6) for t in TEXTS])))
+    there = artifacts.Run(case.changed(data=case.rows(*SOUND)))
     there.ensure_data(case.tokenizer)
     (there.data_dir() / "train.jsonl").write_text("{")
     there.ensure_data(case.tokenizer)
@@ -228,7 +234,7 @@ def a_kernel_that_dies(case):
 
 
 def a_template_that_refuses(case):
-    case.tokenizer = train.models.AutoTokenizer.from_pretrained(str(case.model))
+    case.tokenizer = models.AutoTokenizer.from_pretrained(str(case.model))
     case.tokenizer.chat_template = "{{ raise_exception('no system turn') }}"
     data.encode(case.tokenizer, [{"role": "user", "content": "hi"}], [{"role": "assistant", "content": "ho"}])
 
@@ -282,7 +288,7 @@ SEEN = [
     (lambda c: data.choose_splits(DatasetDict(), 0), errors.DataError, "No training split", "train_prefs"),
     (a_kernel_that_dies, errors.NotebookError, "05_train_dpo.ipynb", "MAX_TOKENS"),
     (lambda c: run.notebooks(c.tmp), errors.ArtifactError, "No numbered notebook", "checkout"),
-    (lambda c: run.check_parameters({"BTA": "1"}, run.notebooks()), errors.ConfigError, "BTA", "BETA"),
+    (lambda c: run.check_parameters({"BTA": "1"}, NOTEBOOKS), errors.ConfigError, "BTA", "BETA"),
 ]  # fmt: skip
 
 
@@ -290,7 +296,6 @@ SEEN = [
 def test_the_cause_names_what_was_found_and_the_mend_what_to_do(
     act, kind, cause, mend, cfg, tokenizer, tiny_folder, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(Path, "cwd", lambda: ROOT)
     with pytest.raises(kind) as caught:
         act(Case(cfg, tokenizer, tiny_folder, tmp_path, monkeypatch))
     error = caught.value
@@ -314,10 +319,10 @@ def test_a_command_says_cause_and_mend_and_exits_with_1(command, capsys):
 
 
 def test_training_exits_with_0_when_the_adapter_is_there(cfg, tmp_path):
-    rows = Case.rows(type("", (), {"tmp": tmp_path}), *[pair(f"{t[0]} {i}", *t[1:]) for i in range(6) for t in TEXTS])
+    rows = written(tmp_path, SOUND)
     given = {"PROFILE": "smoke", "MODEL": cfg.model, "DATA": rows, "ARTIFACTS": str(tmp_path), "MAX_TOKENS": "128"}
     assert train.main([word for item in given.items() for word in ("-p", *item)]) == 0
-    assert evaluate.artifacts.read_training_record(tmp_path / "smoke" / "adapter")
+    assert artifacts.read_training_record(tmp_path / "smoke" / "adapter")
 
 
 def test_training_under_accelerate_launch_fails_where_it_should():

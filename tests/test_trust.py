@@ -378,10 +378,8 @@ def reads_of_the_environment(text):
         for n in ast.walk(tree)
         if isinstance(n, ast.Subscript) or isinstance(n, ast.Attribute) and n.attr in ("get", "update", "setdefault")
     }
-    loops = [n.iter for n in ast.walk(tree) if isinstance(n, ast.For) and isinstance(n.iter, ast.Call)]
-    named |= {
-        id(n.func.value) for n in loops if ast.unparse(n) == "os.environ.items()"
-    }  # to take a value out of a text
+    loops = (n.iter for n in ast.walk(tree) if isinstance(n, ast.For))  # one that strikes values out of a text
+    named |= {id(n.func.value) for n in loops if ast.unparse(n) == "os.environ.items()"}
     return [
         n.lineno
         for n in ast.walk(tree)
@@ -484,14 +482,25 @@ def test_a_notebook_executed_now_and_cleaned_shows_no_private_thing(pipeline):
         assert token not in text
 
 
+# --- the pins ----
+
+
+def test_ci_asks_whether_a_pin_has_a_known_vulnerability():
+    """Strict, because an audit that could look up nothing otherwise says that it found nothing."""
+    (job,) = yaml.safe_load((ROOT / ".github/workflows/cpu.yml").read_text(encoding="utf-8"))["jobs"].values()
+    command = "pip-audit --strict --no-deps --disable-pip -r constraints.txt"
+    assert [step for step in job["steps"] if command in step.get("run", "").replace('"', "")]
+    assert command in (ROOT / "SECURITY.md").read_text(encoding="utf-8")
+
+
 # --- the fault table ----
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 #: What DESIGN calls the traps of the field, by a word of its row.
 TRAPS = [
     "GradScaler", "EOS appended again", "merge at the border", "`ref_model`", "another base", "stacked", "higher* beta",
-    "chosen reward falls", "pick the longer", "keyword argument", "torch or numpy", "progress bars", "merging into 4-bit",
-    "training was killed", "No space left", "its lock", "`STRICT`", "hub is down", "doctor",
+    "chosen reward falls", "pick the longer", "keyword argument", "torch or numpy", "progress bars",
+    "merging into 4-bit", "training was killed", "No space left", "its lock", "`STRICT`", "hub is down", "doctor",
 ]  # fmt: skip
 
 
