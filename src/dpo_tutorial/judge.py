@@ -192,7 +192,7 @@ class BlindVote:
         try:
             import ipywidgets as widgets
         except ImportError:
-            raise JudgeError("ipywidgets is not installed.", "Run: pip install ipywidgets") from None
+            raise JudgeError("ipywidgets is not installed.", "Run `pip install ipywidgets`.") from None
         draw = random.Random(seed)
         rows = [row for row in zip(prompts, before, after, strict=True) if row[1]["text"] != row[2]["text"]]
         draw.shuffle(rows)  # and then, for each row, which model is A and which is B

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,13 +12,14 @@ from pathlib import Path
 import bitsandbytes as bnb
 import torch
 from peft import LoraConfig, PeftModel, set_peft_model_state_dict
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from . import config as configs
 from . import embedded, environment
 from .config import Config
-from .errors import ArtifactError, ConfigError, ModelFetchError, ModelUnsuitableError
+from .errors import ArtifactError, ConfigError, ModelCorruptError, ModelFetchError, ModelUnsuitableError
 
 
 @dataclass(frozen=True)
@@ -27,9 +29,6 @@ class Source:
     path: str
     revision: str | None
     name: str  # what an adapter's record calls its base: never a path of this machine
-
-    def kwargs(self) -> dict:
-        return dict(revision=self.revision, trust_remote_code=False)
 
 
 def source(config: Config) -> Source:
@@ -52,13 +51,31 @@ def _fetch_errors(config: Config) -> Iterator[None]:
     """Turn the loader's many exceptions into one sentence with a mend."""
     try:
         yield
-    except (OSError, ConnectionError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    except OSError as error:
+        if re.search(r"file named model\.safetensors", str(error)):  # transformers would advise to read the pickle
+            raise ModelUnsuitableError(
+                f"MODEL={config.model} has no weights in safetensors format.",
+                "Take a checkpoint with .safetensors files; a .bin file is a pickle, which can run code.",
+            ) from error
         raise ModelFetchError(
-            f"MODEL={config.model} could not be loaded: {first}",
+            f"MODEL={config.model} could not be loaded: {_first_line(error)}",
             "Check the name, the network and, for a gated model, `huggingface-cli login`. "
             "Without a hub, PROFILE=cpu uses the embedded model.",
         ) from error
+    except torch.OutOfMemoryError as error:
+        raise ModelUnsuitableError(
+            f"MODEL={config.model} does not fit into the memory of this GPU.", "Take a smaller MODEL or PROFILE."
+        ) from error
+    except (ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise ModelUnsuitableError(
+            f"MODEL={config.model} could not be loaded: {_first_line(error)}",
+            "Take a whole checkpoint of a causal language model, with its tokenizer, that the installed transformers "
+            "knows by itself: code that comes with a checkpoint is never run.",
+        ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def load_tokenizer(config: Config):
@@ -66,11 +83,11 @@ def load_tokenizer(config: Config):
 
     Raises:
         ModelFetchError: not found or no network.
-        ModelUnsuitableError: no chat template, or no end-of-sequence token.
+        ModelUnsuitableError: not readable, no chat template, or no end-of-sequence token.
     """
     where = source(config)
     with _fetch_errors(config):
-        tokenizer = AutoTokenizer.from_pretrained(where.path, **where.kwargs())
+        tokenizer = AutoTokenizer.from_pretrained(where.path, revision=where.revision, trust_remote_code=False)
     if not tokenizer.chat_template:
         raise ModelUnsuitableError(
             f"The tokenizer of {config.model} has no chat template.",
@@ -104,17 +121,27 @@ def load_base(config: Config, quantize: bool = True, dtype: str | None = None):
 
     Raises:
         ModelFetchError: not found, no access, or no network.
+        ModelUnsuitableError: no safetensors, code of its own, or not a causal language model.
+        ModelCorruptError: weights are missing.
     """
     where = source(config)
     if environment.device() == "cpu":
         environment.tune_allocator()
     with _fetch_errors(config):
-        model = AutoModelForCausalLM.from_pretrained(
+        model, found = AutoModelForCausalLM.from_pretrained(
             where.path,
+            revision=where.revision,
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
             dtype=environment.torch_dtype(dtype or config.dtype),
             quantization_config=quantization_config(config) if quantize else None,
             device_map={"": int(os.environ.get("LOCAL_RANK", 0))} if environment.device() == "cuda" else None,
-            **where.kwargs(),
+        )
+    if found["missing_keys"]:  # transformers fills them with random numbers and only logs it
+        raise ModelCorruptError(
+            f"MODEL={config.model} lacks weights: {', '.join(sorted(found['missing_keys'])[:3])}.",
+            "Take a whole checkpoint; what is missing would be random.",
         )
     model.config.use_cache = False  # the cache serves generation; in training it only costs memory
     if quantize:
@@ -146,7 +173,17 @@ def lora_config(config: Config) -> LoraConfig:
 
 
 def check_lora_targets(model, config: Config) -> None:
-    """Fail early, and with names, where `lora_targets` do not exist in this architecture."""
+    """Fail early, and with names, where `lora_targets` do not exist, or carry an adapter already.
+
+    Raises:
+        ModelUnsuitableError: an adapter is there, as when the cell that attaches one is run twice.
+        ConfigError: no such layers in this architecture.
+    """
+    if any("lora_" in name for name, _ in model.named_parameters()):
+        raise ModelUnsuitableError(
+            "This model already carries an adapter, and a second one would be stacked on it.",
+            "Give it the plain base: models.load_base(cfg) again, or policy.unload().",
+        )
     linear = {n.rsplit(".", 1)[-1] for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
     missing = sorted(set(config.lora_targets) - linear)
     if missing:
@@ -160,19 +197,34 @@ def load_policy(config: Config, adapter: str | Path):
     """Reload the base from scratch and attach a trained adapter to it, for inference.
 
     Raises:
-        ArtifactError: no adapter there, or it was trained on another base (a wrong base gives fluent nonsense).
+        ArtifactError: no adapter there, a damaged one, or one trained on another base (which gives fluent nonsense).
     """
     folder = Path(adapter)
     if not (folder / "adapter_model.safetensors").is_file():
         raise ArtifactError(f"There is no adapter in {folder}.", "Run 05_train_dpo first, or set ADAPTER to a folder.")
-    trained, here = LoraConfig.from_pretrained(str(folder)), source(config)
+    with _adapter_errors(folder):
+        trained = LoraConfig.from_pretrained(str(folder))
+    here = source(config)
     if (trained.base_model_name_or_path, trained.revision) != (here.name, here.revision):
         raise ArtifactError(
             f"The adapter in {folder} was trained on {trained.base_model_name_or_path} (revision {trained.revision}), "
             f"not on {here.name} (revision {here.revision}).",
             "Load it with the base it was trained on: set MODEL=name@revision accordingly.",
         )
-    return PeftModel.from_pretrained(load_base(config), str(folder)).eval()
+    base = load_base(config)
+    with _adapter_errors(folder):
+        return PeftModel.from_pretrained(base, str(folder)).eval()
+
+
+@contextmanager
+def _adapter_errors(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, TypeError, RuntimeError, SafetensorError) as error:
+        raise ArtifactError(
+            f"The adapter in {folder} could not be read: {_first_line(error)}",
+            "Run 05_train_dpo again, or set ADAPTER to another folder.",
+        ) from error
 
 
 def give_adapter(model, adapter: str | Path) -> None:

@@ -1,0 +1,331 @@
+"""Every error a user can meet: one small family, each with a cause that names what was found and a mend to act on."""
+
+import ast
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TEXTS, pair
+from datasets import DatasetDict
+from nbclient.exceptions import DeadKernelError
+from peft import get_peft_model
+
+from dpo_tutorial import artifacts, config, data, embedded, errors, models, run, train
+
+ROOT = Path(__file__).parents[1]
+SOURCES = sorted((ROOT / "src").rglob("*.py"))
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+FAMILY = {n for n, c in vars(errors).items() if isinstance(c, type) and issubclass(c, errors.TutorialError)}
+EXIT = "SystemExit(main())"  # the last line of a command
+ALLOWED = {("config.py", "ValueError")}  # raised and caught in one function
+
+
+# --- what the source says ----
+
+
+def raised(tree):
+    """What each `raise` of a module raises; "" for a bare one, which passes on what came."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Raise):
+            called = node.exc.func if isinstance(node.exc, ast.Call) else node.exc
+            name = ast.unparse(called).rpartition(".")[2] if called else ""
+            yield node.lineno, EXIT if ast.unparse(node) == f"raise {EXIT}" else name
+
+
+def makers():
+    """Functions of the package that return an error of the family, by their annotation."""
+    nodes = (n for p in SOURCES for n in ast.walk(ast.parse(p.read_text(encoding="utf-8"))))
+    functions = (n for n in nodes if isinstance(n, ast.FunctionDef) and n.returns is not None)
+    return {n.name for n in functions if ast.unparse(n.returns) in FAMILY}
+
+
+def made(tree):
+    """Every call that makes an error of the family."""
+    return [n for n in ast.walk(tree) if isinstance(n, ast.Call) and ast.unparse(n.func).rpartition(".")[2] in FAMILY]
+
+
+def ends(node):
+    """Whether this expression ends as a sentence does; what someone else wrote ends as it ends."""
+    if isinstance(node, ast.JoinedStr):
+        return ends(node.values[-1])
+    if isinstance(node, ast.BinOp):
+        return ends(node.right)
+    if isinstance(node, ast.IfExp):
+        return ends(node.body) and ends(node.orelse)
+    return not isinstance(node, ast.Constant) or node.value.rstrip().endswith((".", "?", "!"))
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: p.name)
+def test_every_raise_is_of_the_family(path):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    ours = FAMILY | makers() | {EXIT} | {name for file, name in ALLOWED if file == path.name}
+    assert [(line, name) for line, name in raised(tree) if name and name not in ours] == []
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: p.name)
+def test_every_error_is_made_of_a_cause_and_a_mend_that_are_sentences(path):
+    for call in made(ast.parse(path.read_text(encoding="utf-8"))):
+        assert len(call.args) == 2 and not call.keywords, f"{path.name}:{call.lineno}: cause and mend"
+        for part in call.args:
+            assert ends(part), f"{path.name}:{part.lineno}: {ast.unparse(part)}"
+
+
+def test_the_exceptions_to_the_rule_are_still_there():
+    there = {(p.name, x) for p in SOURCES for _, x in raised(ast.parse(p.read_text(encoding="utf-8")))}
+    assert there >= ALLOWED
+
+
+@pytest.mark.parametrize("text", ["raise RuntimeError('x')", "raise KeyError", "raise errors.Wrong('a.', 'b.')"])
+def test_the_search_for_strangers_finds_one(text):
+    assert {name for _, name in raised(ast.parse(text))} & FAMILY == set()
+
+
+@pytest.mark.parametrize("text", ["'no end'", "f'{x} no end'", "'a. ' 'b'", "'a.' + 'b'", "'a.' if x else 'b'", "''"])
+def test_the_search_for_half_sentences_finds_one(text):
+    assert not ends(ast.parse(text).body[0].value)
+
+
+def test_the_family_is_small_and_every_member_says_when():
+    assert len(FAMILY) <= 10
+    assert all(getattr(errors, name).__doc__ for name in FAMILY)
+
+
+# --- what a user sees: each is set off once, names what was found, and says what to do ----
+
+SOUND = [pair(f"{t[0]} {i}", *t[1:]) for i in range(6) for t in TEXTS]
+
+
+def written(folder, rows):
+    path = folder / "rows.jsonl"
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    return str(path)
+
+
+class Case:
+    """Where an error is set off: the tiny config, its own checkpoint folder, and a run folder to harm."""
+
+    def __init__(self, cfg, tokenizer, tiny_folder, tmp_path, monkeypatch):
+        self.tokenizer, self.tmp, self.patch = tokenizer, tmp_path, monkeypatch
+        self.model = tmp_path / "its-checkpoint"
+        self.model.mkdir()
+        for path in tiny_folder.iterdir():
+            (self.model / path.name).write_bytes(path.read_bytes())
+        self.cfg = dataclasses.replace(cfg, model=str(self.model))
+
+    def changed(self, **values):
+        return dataclasses.replace(self.cfg, **values)
+
+    def edit(self, name, **values):
+        path = self.model / name
+        path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+    def rows(self, *rows):
+        return written(self.tmp, rows)
+
+    def adapter(self):
+        policy = get_peft_model(models.load_base(self.cfg), models.lora_config(self.cfg))
+        policy.peft_config["default"].base_model_name_or_path = self.model.name
+        policy.save_pretrained(self.tmp / "its-adapter")
+        return self.tmp / "its-adapter"
+
+
+def without_eos(case):
+    case.edit("tokenizer_config.json", eos_token=None)
+    models.load_tokenizer(case.cfg)
+
+
+def too_large_for_the_gpu(case):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    case.patch.setattr(models.AutoModelForCausalLM, "from_pretrained", full)
+    models.load_base(case.cfg)
+
+
+def cut_short(case):
+    path = case.model / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    models.load_base(case.cfg)
+
+
+def of_another_kind(case):
+    case.edit("config.json", model_type="vit")
+    models.load_base(case.cfg)
+
+
+def of_an_unknown_kind(case):
+    case.edit("config.json", model_type="nosuch")
+    models.load_base(case.cfg)
+
+
+def of_other_shapes(case):
+    case.edit("config.json", intermediate_size=64)
+    models.load_base(case.cfg, quantize=False)
+
+
+def damaged_tokenizer(case):
+    (case.model / "tokenizer.json").write_text("{")
+    models.load_tokenizer(case.cfg)
+
+
+def adapter_cut_short(case):
+    path = case.adapter() / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    models.load_policy(case.cfg, path.parent)
+
+
+def adapter_of_another_rank(case):
+    path = case.adapter() / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"r": 8}))
+    models.load_policy(case.cfg, path.parent)
+
+
+def adapter_with_a_damaged_config(case):
+    path = case.adapter() / "adapter_config.json"
+    path.write_text("{")
+    models.load_policy(case.cfg, path.parent)
+
+
+def adapter_on_an_adapter(case):
+    policy = get_peft_model(models.load_base(case.cfg), models.lora_config(case.cfg))
+    models.check_lora_targets(policy, case.cfg)
+
+
+def adapter_cell_run_twice(case):
+    base, pairs = models.load_base(case.cfg), prepared_pairs(case)
+    for _ in range(2):
+        train.build_trainer(case.cfg, base, case.tokenizer, pairs, None, case.tmp / "trainer")
+
+
+def prepared_pairs(case):
+    return data.prepare(case.changed(data=case.rows(*SOUND)), case.tokenizer).splits["train"]
+
+
+def gguf_without_a_template(case):
+    class Bare:
+        chat_template = None
+
+    case.patch.setattr("transformers.AutoTokenizer.from_pretrained", lambda *_, **__: Bare())
+    embedded.convert_gguf(case.tmp / embedded.GGUF_NAME, case.tmp / "model")
+
+
+def prepared_data_cut_short(case):
+    there = artifacts.Run(case.changed(data=case.rows(*SOUND)))
+    there.ensure_data(case.tokenizer)
+    (there.data_dir() / "train.jsonl").write_text("{")
+    there.ensure_data(case.tokenizer)
+
+
+def a_folder_that_cannot_be_written(case):
+    (case.tmp / "file").write_text("")
+    artifacts.Run(case.changed(artifacts=str(case.tmp / "file")))
+
+
+def a_kernel_that_dies(case):
+    def dies(*_, **__):
+        raise DeadKernelError("Kernel died")
+
+    case.patch.setattr(run.papermill, "execute_notebook", dies)
+    run._execute(case.tmp / "05_train_dpo.ipynb", case.tmp / "executed.ipynb", {})
+
+
+def a_template_that_refuses(case):
+    case.tokenizer = models.AutoTokenizer.from_pretrained(str(case.model))
+    case.tokenizer.chat_template = "{{ raise_exception('no system turn') }}"
+    data.encode(case.tokenizer, [{"role": "user", "content": "hi"}], [{"role": "assistant", "content": "ho"}])
+
+
+def another_cut(case):
+    there = artifacts.Run(case.cfg)
+    there.check_adapter({"config": there.config.identity() | {"data": "other"}}, [])
+
+
+def no_adapter_to_judge(case):
+    artifacts.read_training_record(case.tmp / "nowhere")
+
+
+#: (set off by, its class, what the cause names, what the mend names)
+SEEN = [
+    (lambda c: config.resolve(profile="tpu"), errors.ConfigError, "'tpu'", "smoke, cpu, t4"),
+    (lambda c: config.resolve(bta=1), errors.ConfigError, "BTA", "BETA"),
+    (lambda c: config.resolve(beta="high"), errors.ConfigError, "BETA='high'", "float"),
+    (lambda c: config.resolve(beta=0), errors.ConfigError, "BETA=0.0", "BETA"),
+    (lambda c: config.resolve(loss_type="kto"), errors.ConfigError, "LOSS_TYPE='kto'", "sigmoid, ipo"),
+    (lambda c: models.source(c.changed(model=str(c.tmp))), errors.ModelFetchError, "config.json", "MODEL"),
+    (without_eos, errors.ModelUnsuitableError, "its-checkpoint has no EOS", "tokenizer.eos_token"),
+    (damaged_tokenizer, errors.ModelUnsuitableError, "its-checkpoint could not be loaded", "tokenizer"),
+    (too_large_for_the_gpu, errors.ModelUnsuitableError, "its-checkpoint does not fit", "PROFILE"),
+    (cut_short, errors.ModelUnsuitableError, "its-checkpoint could not be loaded", "whole checkpoint"),
+    (of_another_kind, errors.ModelUnsuitableError, "ViTConfig", "causal language model"),
+    (of_an_unknown_kind, errors.ModelUnsuitableError, "nosuch", "transformers"),
+    (of_other_shapes, errors.ModelUnsuitableError, "its-checkpoint could not be loaded", "whole checkpoint"),
+    (adapter_on_an_adapter, errors.ModelUnsuitableError, "already carries an adapter", "models.load_base"),
+    (adapter_cell_run_twice, errors.ModelUnsuitableError, "already carries an adapter", "policy.unload()"),
+    (lambda c: models.load_policy(c.cfg, c.tmp), errors.ArtifactError, "no adapter", "05_train_dpo"),
+    (adapter_cut_short, errors.ArtifactError, "its-adapter could not be read", "ADAPTER"),
+    (adapter_of_another_rank, errors.ArtifactError, "its-adapter could not be read", "05_train_dpo"),
+    (adapter_with_a_damaged_config, errors.ArtifactError, "its-adapter could not be read", "05_train_dpo"),
+    (no_adapter_to_judge, errors.ArtifactError, "nowhere", "TRAIN_IF_MISSING"),
+    (another_cut, errors.ArtifactError, "another DATA", "training.json"),
+    (prepared_data_cut_short, errors.ArtifactError, "train.jsonl", "Delete"),
+    (a_folder_that_cannot_be_written, errors.ArtifactError, "file/cpu", "ARTIFACTS"),
+    (lambda c: artifacts.Run(c.cfg).read_json("votes.json"), errors.ArtifactError, "votes.json", "notebook"),
+    (gguf_without_a_template, errors.ModelCorruptError, "no chat template", embedded.REQUIREMENT),
+    (lambda c: data.load_preferences(c.changed(data="none.jsonl")), errors.DataError, "none.jsonl", "existing file"),
+    (a_template_that_refuses, errors.DataError, "no system turn", "template"),
+    (
+        lambda c: data.load_preferences(c.changed(data=c.rows({"question": 1}))),
+        errors.DataError, "it has question", "score_chosen",
+    ),
+    (
+        lambda c: data.load_preferences(c.changed(data=c.rows(*[pair(*t) for t in TEXTS]))),
+        errors.DataError, "4 rows are too few", "12 rows",
+    ),
+    (lambda c: data.choose_splits(DatasetDict(), 0), errors.DataError, "No training split", "train_prefs"),
+    (a_kernel_that_dies, errors.NotebookError, "05_train_dpo.ipynb", "MAX_TOKENS"),
+    (lambda c: run.notebooks(c.tmp), errors.ArtifactError, "No numbered notebook", "checkout"),
+    (lambda c: run.check_parameters({"BTA": "1"}, NOTEBOOKS), errors.ConfigError, "BTA", "BETA"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("act", "kind", "cause", "mend"), SEEN, ids=[f"{s[0].__name__}: {s[2]}" for s in SEEN])
+def test_the_cause_names_what_was_found_and_the_mend_what_to_do(
+    act, kind, cause, mend, cfg, tokenizer, tiny_folder, tmp_path, monkeypatch
+):
+    with pytest.raises(kind) as caught:
+        act(Case(cfg, tokenizer, tiny_folder, tmp_path, monkeypatch))
+    error = caught.value
+    assert type(error) is kind and cause in error.cause and mend in error.mend
+    assert error.mend[0].isupper() and error.mend.rstrip().endswith((".", "?"))
+    assert str(error) == f"{error.cause}\n  Mend: {error.mend}"
+
+
+def test_the_table_and_the_judge_show_every_member_of_the_family():
+    assert {kind.__name__ for _, kind, _, _ in SEEN} | {"JudgeError", "TutorialError"} == FAMILY
+
+
+# --- commands ----
+
+
+@pytest.mark.parametrize("command", [train.main, run.main], ids=["train", "run"])
+def test_a_command_says_cause_and_mend_and_exits_with_1(command, capsys):
+    assert command(["-p", "BTA", "1"]) == 1
+    said = capsys.readouterr().err
+    assert "ConfigError: Unknown parameter BTA." in said and "Mend: " in said and "Traceback" not in said
+
+
+def test_training_exits_with_0_when_the_adapter_is_there(cfg, tmp_path):
+    rows = written(tmp_path, SOUND)
+    given = {"PROFILE": "smoke", "MODEL": cfg.model, "DATA": rows, "ARTIFACTS": str(tmp_path), "MAX_TOKENS": "128"}
+    assert train.main([word for item in given.items() for word in ("-p", *item)]) == 0
+    assert artifacts.read_training_record(tmp_path / "smoke" / "adapter")
+
+
+def test_training_under_accelerate_launch_fails_where_it_should():
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "--quiet"]
+    done = subprocess.run([*launch, "-m", "dpo_tutorial.train", "-p", "BTA", "1"], capture_output=True, text=True)
+    assert done.returncode == 1 and "ConfigError: Unknown parameter BTA." in done.stderr
