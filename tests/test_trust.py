@@ -500,7 +500,8 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 TRAPS = [
     "GradScaler", "EOS appended again", "merge at the border", "`ref_model`", "another base", "stacked", "higher* beta",
     "chosen reward falls", "pick the longer", "keyword argument", "torch or numpy", "progress bars",
-    "merging into 4-bit", "training was killed", "No space left", "Another process is using", "`STRICT`", "hub is down", "doctor",
+    "merging into 4-bit", "training was killed", "No space left", "Another process is using", "`STRICT`", "hub is down",
+    "doctor",
 ]  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,35 @@ LOSS_TYPES = ("sigmoid", "ipo", "hinge", "robust")
 
 #: Every linear layer of a Llama-style block: attention (q, k, v, o) and feed-forward (gate, up, down).
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup")
+
+_COUNT = (lambda v: v >= 1, "1 or more")
+_POSITIVE = (lambda v: 0 < v < math.inf, "a number above 0")  # also false for not-a-number
+_SHARE = (lambda v: 0 <= v < 1, "a number from 0 up to, but not including, 1")
+
+#: Knob → (is this value right?, the right ones in words).
+RANGES = {
+    "dtype": (lambda v: v in environment.DTYPES, "bf16, fp16 or fp32"),
+    "lora_r": _COUNT,
+    "lora_alpha": _COUNT,
+    "lora_dropout": _SHARE,
+    "max_tokens": (lambda v: v >= 32, "32 or more"),
+    "beta": _POSITIVE,
+    "loss_type": (lambda v: v in LOSS_TYPES, f"one of {', '.join(LOSS_TYPES)}"),
+    "label_smoothing": (lambda v: 0 < v < 0.5, "a number between 0 and 0.5"),
+    "ld_alpha": (lambda v: 0 <= v <= 1, "a number from 0 to 1"),
+    "learning_rate": _POSITIVE,
+    "lr_scheduler": (lambda v: v in SCHEDULES, f"one of {', '.join(SCHEDULES)}"),
+    "warmup_ratio": _SHARE,
+    "epochs": _POSITIVE,
+    "max_steps": (lambda v: v == -1 or v >= 1, "1 or more, or -1 to go by EPOCHS"),
+    "max_grad_norm": _POSITIVE,
+    "seed": (lambda v: 0 <= v < 2**32, "a whole number from 0 to 4294967295"),
+} | dict.fromkeys(
+    ("max_train", "max_val", "max_test", "batch_size", "grad_accum", "compare_prompts", "max_new_tokens", "save_steps"),
+    _COUNT,
+)
 
 
 def _knob(default, group: str, what: str, unit: str = ""):
@@ -71,15 +101,10 @@ class Config:
     reasons: tuple[str, ...] = field(default=(), compare=False, metadata={"group": "run", "help": "why"})
 
     def __post_init__(self) -> None:
-        _check_range(self.dtype in environment.DTYPES, "dtype", self.dtype, "bf16, fp16 or fp32")
-        _check_range(self.beta > 0, "beta", self.beta, "a number above 0")
-        _check_range(self.loss_type in LOSS_TYPES, "loss_type", self.loss_type, f"one of {', '.join(LOSS_TYPES)}")
-        _check_range(0 <= self.ld_alpha <= 1, "ld_alpha", self.ld_alpha, "a number from 0 to 1")
-        _check_range(0 < self.label_smoothing < 0.5, "label_smoothing", self.label_smoothing, "between 0 and 0.5")
-        _check_range(self.lora_r > 0, "lora_r", self.lora_r, "a whole number above 0")
-        _check_range(self.max_tokens >= 32, "max_tokens", self.max_tokens, "32 or more")
-        for name in ("max_train", "max_val", "max_test", "batch_size", "grad_accum", "compare_prompts", "save_steps"):
-            _check_range(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
+        for name, (right, wanted) in RANGES.items():
+            value = getattr(self, name)
+            if not right(value):
+                raise ConfigError(f"{name.upper()}={value!r} is out of range.", f"Set {name.upper()} to {wanted}.")
 
     @property
     def run_dir(self) -> Path:
@@ -111,11 +136,6 @@ class Config:
             for f in dataclasses.fields(self)
             if f.name != "reasons"
         ]
-
-
-def _check_range(ok: bool, name: str, value: object, wanted: str) -> None:
-    if not ok:
-        raise ConfigError(f"{name.upper()}={value!r} is out of range.", f"Set {name.upper()} to {wanted}.")
 
 
 _CPU = dict(
