@@ -248,6 +248,12 @@ def no_adapter_to_judge(case):
     artifacts.read_training_record(case.tmp / "nowhere")
 
 
+def a_training_record_of_something_else(case):
+    folder = case.adapter()
+    (folder / "training.json").write_text("{}")
+    artifacts.read_training_record(folder)
+
+
 #: (set off by, its class, what the cause names, what the mend names)
 SEEN = [
     (lambda c: config.resolve(profile="tpu"), errors.ConfigError, "'tpu'", "smoke, cpu, t4"),
@@ -275,6 +281,7 @@ SEEN = [
     (adapter_cut_short, errors.ArtifactError, "its-adapter could not be read", "ADAPTER"),
     (adapter_of_another_rank, errors.ArtifactError, "its-adapter could not be read", "05_train_dpo"),
     (adapter_with_a_damaged_config, errors.ArtifactError, "its-adapter could not be read", "05_train_dpo"),
+    (a_training_record_of_something_else, errors.ArtifactError, "training.json", "ADAPTER"),
     (no_adapter_to_judge, errors.ArtifactError, "nowhere", "TRAIN_IF_MISSING"),
     (another_cut, errors.ArtifactError, "another DATA", "training.json"),
     (prepared_data_cut_short, errors.ArtifactError, "train.jsonl", "Delete"),

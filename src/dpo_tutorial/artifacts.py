@@ -44,7 +44,13 @@ def read_training_record(adapter: Path) -> dict:
             "Run 05_train_dpo.ipynb first; or set TRAIN_IF_MISSING=True to train here and now; "
             "or set ADAPTER to a folder that 05 saved, for example on Drive.",
         )
-    return _read_json(adapter / "training.json")
+    record = _read_json(adapter / "training.json")
+    if not isinstance(record, dict) or not {"config", "base", "history"} <= set(record):
+        raise ArtifactError(
+            f"{adapter / 'training.json'} is not the record of a training.",
+            "Run 05_train_dpo.ipynb again, or set ADAPTER to a folder that 05 saved.",
+        )
+    return record
 
 
 def _read_json(path: Path) -> dict | list:
