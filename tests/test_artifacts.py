@@ -403,8 +403,9 @@ def test_the_record_of_a_whole_adapter_is_given_back(run):
     run.adapter.mkdir()
     for name in artifacts.ADAPTER_FILES:
         (run.adapter / name).write_text("{}")
-    (run.adapter / "training.json").write_text('{"steps": 2}')
-    assert run.require_adapter() == {"steps": 2}
+    record = {"config": {"beta": 0.1}, "base": {"name": "tiny"}, "history": {}}
+    (run.adapter / "training.json").write_text(json.dumps(record))
+    assert run.require_adapter() == record
 
 
 def test_a_damaged_training_record_is_an_error_that_names_it(run):
