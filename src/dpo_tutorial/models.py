@@ -12,7 +12,7 @@ import bitsandbytes as bnb
 import torch
 from peft import LoraConfig, PeftModel, set_peft_model_state_dict
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from . import config as configs
 from . import embedded, environment
@@ -83,6 +83,17 @@ def load_tokenizer(config: Config):
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token  # safe: padding is masked out by attention and completion masks
     return tokenizer
+
+
+def load_config(config: Config):
+    """The model's config.json as transformers reads it: the architecture without its weights.
+
+    Raises:
+        ModelFetchError: not found or no network.
+    """
+    where = source(config)
+    with _fetch_errors(config):
+        return AutoConfig.from_pretrained(where.path, **where.kwargs())
 
 
 def quantization_config(config: Config) -> BitsAndBytesConfig:
