@@ -127,6 +127,8 @@ def load_base(config: Config, quantize: bool = True, dtype: str | None = None):
             device_map={"": int(os.environ.get("LOCAL_RANK", 0))} if environment.device() == "cuda" else None,
             **where.kwargs(),
         )
+    if environment.device() == "cpu":
+        environment.release_free_memory()  # converting leaves up to half a gigabyte, in pieces too small for training
     model.config.use_cache = False  # the cache serves generation; in training it only costs memory
     if quantize:
         keep_gradients(model)
