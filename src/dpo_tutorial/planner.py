@@ -112,11 +112,11 @@ def plan(
     in_block = footprint.activation_bytes(shape, config, sequences, length, cuda)
     at_work = footprint.block_bytes(shape, size, tokens)
     hole = 0 if cuda else footprint.hole_bytes(shape, config, tokens)
-    kept = (size + FP32) * shape.hidden * tokens  # what enters the head and the last norm
-    if config.gradient_checkpointing:  # of each block only what enters it; the rest is made again, a block at a time
-        kept += shape.layers * size * shape.hidden * tokens
-        again, holes = in_block, hole
-    else:
+    kept = size * shape.hidden * answers  # what enters the head
+    if config.gradient_checkpointing:  # what enters each block and the last norm; a block is made anew in its turn
+        kept += (size * shape.layers + FP32) * shape.hidden * tokens
+        again, holes = in_block, shape.layers * hole // 2
+    else:  # the last norm's input is there for the first one's: below that nothing learns
         kept += shape.layers * in_block
         again, holes = 0, shape.layers * hole
     if size < FP32:
