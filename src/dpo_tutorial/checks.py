@@ -98,10 +98,16 @@ def four_bit(config: Config) -> Finding:
 
 
 def memory_needed_gib(config: Config) -> tuple[float, str]:
-    """Peak memory of the run in GiB, and where the number is from: "measured …" or "estimate …"."""
+    """Peak memory of the run in GiB, and where the number is from: "measured …", "estimate …" or "planned …"."""
     need, source = MEMORY_GIB[config.profile]
-    own = configs.PROFILES[config.profile].get("model", configs.EMBEDDED)
-    return need, source if config.model == own else "estimate, made for the profile's own model"
+    own = config.model == configs.PROFILES[config.profile].get("model", configs.EMBEDDED)
+    if model_here(config):  # its shapes can be read, and longer pairs or larger batches be counted
+        from . import planner
+
+        planned = planner.plan(config).needed / 2**30
+        if planned > need or not own:
+            return planned, "planned for training"
+    return need, source if own else "estimate, made for the profile's own model"
 
 
 def memory(config: Config) -> Finding:
@@ -113,7 +119,7 @@ def memory(config: Config) -> Finding:
     if free >= need:
         return Finding("memory", "ok", found)
     mend = "Close other programs and notebooks, lower MAX_TOKENS, or take a smaller profile or MODEL."
-    near = source.startswith("estimate") and free >= need / 2  # an estimate may be too high: it stops nobody soon
+    near = not source.startswith("measured") and free >= need / 2  # an estimate may be too high: it stops nobody soon
     return Finding("memory", "warn" if near else "fail", found, mend)
 
 

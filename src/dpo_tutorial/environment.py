@@ -117,17 +117,25 @@ def torch_dtype(name: str):
 
 
 def tune_allocator() -> bool:
-    """Have glibc keep freed memory instead of returning it to the kernel after every large tensor.
+    """Have glibc keep freed memory instead of returning it to the kernel after every tensor.
 
     On a CPU each training step frees and takes gigabytes; by default every one of those pages is mapped and zeroed
-    anew. Measured in `benchmarks/cpu_step.md`. Returns False where the C library is not glibc.
+    anew. Measured in `benchmarks/cpu_step.md`. Logits go back all the same: pieces as large as theirs leave holes in
+    the heap that nothing else fits into (`benchmarks/memory_plan.md`). Returns False where the C library is not glibc.
     """
-    m_trim_threshold, m_mmap_max = -1, -4  # malloc.h
+    m_trim_threshold, m_mmap_threshold = -1, -3  # malloc.h
     try:
         libc = ctypes.CDLL("libc.so.6")
-        return bool(libc.mallopt(m_mmap_max, 0) and libc.mallopt(m_trim_threshold, 2**31 - 1))
+        return bool(libc.mallopt(m_mmap_threshold, 2**24) and libc.mallopt(m_trim_threshold, 2**31 - 1))
     except (OSError, AttributeError):
         return False
+
+
+def release_free_memory() -> None:
+    """Hand memory that was freed back to the kernel; a C library other than glibc decides for itself."""
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def device() -> str:
@@ -221,8 +229,7 @@ class PeakMemory:
             return self
         import psutil
 
-        with contextlib.suppress(OSError, AttributeError):  # not glibc: the baseline is a little high
-            ctypes.CDLL("libc.so.6").malloc_trim(0)
+        release_free_memory()
         process = psutil.Process()
         self._before = self._peak = process.memory_info().rss
         self._done = threading.Event()

@@ -14,7 +14,7 @@ import torch
 from peft import LoraConfig, PeftModel, set_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from . import config as configs
 from . import embedded, environment
@@ -106,6 +106,17 @@ def load_tokenizer(config: Config):
     return tokenizer
 
 
+def load_config(config: Config):
+    """The model's config.json as transformers reads it: the architecture without its weights.
+
+    Raises:
+        ModelFetchError: not found or no network.
+    """
+    where = source(config)
+    with _fetch_errors(config):
+        return AutoConfig.from_pretrained(where.path, revision=where.revision, trust_remote_code=False)
+
+
 def quantization_config(config: Config) -> BitsAndBytesConfig:
     """NF4 with double quantization (Dettmers et al. 2023, QLoRA); matmuls run in `config.dtype`."""
     return BitsAndBytesConfig(
@@ -147,6 +158,8 @@ def load_base(config: Config, quantize: bool = True, dtype: str | None = None):
             f"MODEL={config.model} lacks weights: {', '.join(sorted(found['missing_keys'])[:3])}.",
             "Take a whole checkpoint; what is missing would be random.",
         )
+    if environment.device() == "cpu":
+        environment.release_free_memory()  # converting leaves up to half a gigabyte, in pieces too small for training
     model.config.use_cache = False  # the cache serves generation; in training it only costs memory
     if quantize:
         keep_gradients(model)
