@@ -6,10 +6,10 @@ STAMP  := $(VENV)/.installed
 
 # A typed value as one word of the shell, whatever is in it; neither make nor the shell may read it as a command.
 quoted = '$(subst ','\'',$(value $(1)))'
-unexport PROFILE MODEL DATA SEED ARTIFACTS REPO
+unexport PROFILE MODEL DATA SEED ARTIFACTS STRICT FRESH REPO
 
 # What reaches the notebooks: make run PROFILE=cpu DATA=my_pairs.jsonl SEED=1 (only what is typed, never the shell's variables)
-PARAMETERS := $(foreach name,PROFILE MODEL DATA SEED ARTIFACTS,$(if $(and $(filter command,$(origin $(name))),$(value $(name))),-p $(name) $(call quoted,$(name))))
+PARAMETERS := $(foreach name,PROFILE MODEL DATA SEED ARTIFACTS STRICT FRESH,$(if $(and $(filter command,$(origin $(name))),$(value $(name))),-p $(name) $(call quoted,$(name))))
 
 .DEFAULT_GOAL := help
 .PHONY: help run test notebooks lint badges clean
@@ -23,7 +23,7 @@ $(STAMP): requirements.txt constraints.txt pyproject.toml
 	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --editable .
 	touch $@
 
-run: $(STAMP)  ## all six notebooks, headless: PROFILE= MODEL= DATA= SEED= ARTIFACTS=
+run: $(STAMP)  ## all six notebooks, headless: PROFILE= MODEL= DATA= SEED= ARTIFACTS= STRICT= FRESH=
 	$(PY) -m dpo_tutorial.run $(PARAMETERS)
 
 test: $(STAMP) lint  ## style, unit tests, notebook checks, all six notebooks in the smoke profile

@@ -5,11 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import resource
 import tempfile
 
 import datasets
 import pytest
+import torch
 from conftest import pair
+from safetensors.torch import save_file
 
 from dpo_tutorial import artifacts, data, environment
 from dpo_tutorial.artifacts import Run
@@ -229,6 +232,33 @@ def test_a_failing_rename_leaves_the_old_folder_in_place(run, old_adapter, monke
     monkeypatch.setattr(artifacts.os, "replace", replace)
     with pytest.raises(ArtifactError), run.replacing(run.adapter) as work:
         (work / "new.txt").write_text("new")
+    assert files_of(run.dir) == before
+
+
+def test_a_stop_between_the_two_renames_brings_the_old_folder_back(run, old_adapter, monkeypatch):
+    before, calls, real = files_of(run.dir), [], os.replace
+
+    def replace(source, target):
+        calls.append(target)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        real(source, target)
+
+    monkeypatch.setattr(artifacts.os, "replace", replace)
+    with pytest.raises(KeyboardInterrupt), run.replacing(run.adapter) as work:
+        (work / "new.txt").write_text("new")
+    assert files_of(run.dir) == before
+
+
+def test_weights_that_the_system_cuts_off_are_an_artifact_error(run, old_adapter):
+    """A real refusal by the kernel; safetensors' error for it is no OSError."""
+    before, (soft, hard) = files_of(run.dir), resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        with pytest.raises(ArtifactError, match="File too large"), run.replacing(run.adapter) as work:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+            save_file({"weight": torch.zeros(1000)}, work / "adapter_model.safetensors")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert files_of(run.dir) == before
 
 

@@ -70,7 +70,7 @@ def test_an_unknown_parameter_lists_the_known_ones():
         {"loss_type": "sigmoyd"}, {"ld_alpha": 1.5}, {"label_smoothing": 0.5}, {"strict": "perhaps"},
         {"learning_rate": "nan"}, {"learning_rate": -1}, {"epochs": -1}, {"lora_alpha": -3}, {"lora_dropout": 2},
         {"seed": -5}, {"seed": 2**32}, {"max_new_tokens": 0}, {"max_steps": 0}, {"max_grad_norm": -1}, {"beta": "inf"},
-        {"lr_scheduler": "zigzag"}, {"warmup_ratio": -1}, {"save_steps": 0},
+        {"lr_scheduler": "zigzag"}, {"warmup_ratio": -1}, {"save_steps": 0}, {"max_train": "inf"},
     ],
 )  # fmt: skip
 def test_a_value_out_of_range_names_the_parameter_and_the_range(bad):

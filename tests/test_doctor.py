@@ -268,13 +268,18 @@ def test_the_hub_is_asked_for_the_pinned_revision(monkeypatch, nothing_here, che
 
 def test_a_model_name_that_no_hub_could_have_fails_once_and_stops_no_other_check():
     config = Config(model="no/such/folder")
-    assert "HFValidationError" in found(checks.model, config, status="fail").found
+    assert "Repo id must be" in found(checks.model, config, status="fail").found
     assert "not here" in found(checks.template, config, status="warn").found
 
 
 @pytest.mark.parametrize(
     ("names", "here"),
-    [(["model.safetensors"], True), (["model.safetensors.index.json"], True), (["config.json"], False)],
+    [
+        (["model.safetensors"], True),
+        (["model.safetensors.index.json", "a.safetensors", "b.safetensors"], True),
+        (["model.safetensors.index.json", "a.safetensors"], False),
+        (["config.json"], False),
+    ],
 )
 def test_a_hub_model_counts_as_here_only_with_its_weights(monkeypatch, tmp_path, names, here):
     commit, real = "a" * 40, huggingface_hub.try_to_load_from_cache  # its default folder was read at import
@@ -282,7 +287,7 @@ def test_a_hub_model_counts_as_here_only_with_its_weights(monkeypatch, tmp_path,
     folder = tmp_path / "models--some--model" / "snapshots" / commit
     folder.mkdir(parents=True)
     for name in names:
-        (folder / name).write_text("{}")
+        (folder / name).write_text(json.dumps({"weight_map": {"x": "a.safetensors", "y": "b.safetensors"}}))
     assert checks.model_here(Config(model="some/model", model_revision=commit)) is here
 
 
@@ -291,7 +296,10 @@ def test_data_on_disk_needs_no_network_but_must_be_there(monkeypatch, nothing_he
     for data in ("embedded", str(nothing_here)):
         found(checks.data, Config(data=data), status="ok")
     assert "does not exist" in found(checks.data, Config(data=str(nothing_here / "a.jsonl")), status="fail").found
-    (nothing_here / "datasets" / "HuggingFaceH4___ultrafeedback_binarized").mkdir(parents=True)
+    folder = nothing_here / "datasets" / "HuggingFaceH4___ultrafeedback_binarized" / "default" / "0.0.0"
+    (folder / f"{of_profile('t4').data_revision}.incomplete").mkdir(parents=True)
+    assert not checks.data_here(of_profile("t4"))
+    (folder / of_profile("t4").data_revision).mkdir()
     found(checks.data, of_profile("t4"), status="ok")
 
 

@@ -241,10 +241,22 @@ def test_a_changed_config_refuses_to_resume_and_names_what_changed(cfg, tokenize
     before = names(run)
     with pytest.raises(ArtifactError, match=named) as caught:
         again(dataclasses.replace(cfg, **change), tokenizer, many)
-    assert "FRESH = True" in caught.value.mend and "ARTIFACTS" in caught.value.mend
+    assert (
+        "FRESH=True" in caught.value.mend and "set these back" in caught.value.mend and "ARTIFACTS" in caught.value.mend
+    )
     assert names(run) == before, "the refused run leaves the checkpoints"
     assert not run.adapter.exists()
     again(cfg, tokenizer, many)
+
+
+def test_another_number_of_processes_refuses_to_resume(cfg, tokenizer, many):
+    run = stopped(cfg, tokenizer, many)
+    first = checkpoints.saved(run)[0]
+    seal = checkpoints.read_seal(first)
+    seal["fingerprint"]["processes"] = 4
+    run.write_json(first.relative_to(run.dir) / checkpoints.SEAL, seal)
+    with pytest.raises(ArtifactError, match=r"Changed: the number of processes \(4, now 1\)[.]"):
+        again(cfg, tokenizer, many)
 
 
 def test_changed_pairs_refuse_to_resume(cfg, tokenizer, many):
@@ -269,6 +281,16 @@ def test_what_the_adapter_does_not_depend_on_may_change(cfg, tokenizer, many, un
     again(dataclasses.replace(cfg, **change), tokenizer, many)
     assert "Resuming" in capsys.readouterr().out
     assert weights(run) == undisturbed
+
+
+def test_a_resumed_training_keeps_to_the_new_save_steps(cfg, tokenizer, many):
+    run = stopped(cfg, tokenizer, many)
+    changed = dataclasses.replace(cfg, save_steps=2)
+    trainer = build(changed, run, tokenizer, many)
+    trainer.add_callback(At(6, interrupt))
+    with pytest.raises(KeyboardInterrupt):
+        train.resume_or_start(trainer, changed, run)
+    assert names(run) == ["checkpoint-4", "checkpoint-3"]
 
 
 def test_fresh_starts_over_whatever_changed(cfg, tokenizer, many, capsys):
@@ -354,7 +376,7 @@ def test_a_stopped_training_gives_the_folder_free(cfg, tokenizer, many):
     assert free(stopped(cfg, tokenizer, many))
 
 
-def test_where_there_are_no_locks_training_goes_on_without(cfg, monkeypatch):
+def test_where_there_are_no_locks_training_goes_on_and_says_so(cfg, monkeypatch, capsys):
     def unsupported(*_):
         raise OSError(errno.ENOTSUP, "Operation not supported")
 
@@ -362,6 +384,7 @@ def test_where_there_are_no_locks_training_goes_on_without(cfg, monkeypatch):
     run = artifacts.Run(cfg)
     run.lock()
     run.unlock()
+    assert "cannot be locked (Operation not supported" in capsys.readouterr().out
 
 
 def test_an_adapter_moved_away_by_a_kill_comes_back(cfg):

@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 
 from . import data, environment
 from .config import Config
-from .errors import ArtifactError
+from .errors import ArtifactError, disk_error, first_line
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
@@ -162,11 +162,13 @@ class Run:
             if folder.exists():
                 os.replace(folder, old)
             os.replace(work, folder)
-        except OSError as error:
-            if old.exists() and not folder.exists():
-                os.replace(old, folder)
-            raise unwritable(folder, error) from error
+        except Exception as error:
+            if isinstance(error, OSError) or disk_error(error):
+                raise unwritable(folder, error) from error
+            raise
         finally:
+            if old.exists() and not folder.exists():  # also after a Ctrl-C between the two renames
+                os.replace(old, folder)
             shutil.rmtree(work, ignore_errors=True)
             shutil.rmtree(old, ignore_errors=True)
 
@@ -174,6 +176,8 @@ class Run:
 
     def lock(self, work: str = "training") -> None:
         """Claim the folder for one kind of work until `unlock`, or until this process ends, however it ends.
+
+        Where the file system has no locks, filelock keeps a marker file instead, or we go on without, and say so.
 
         Raises:
             ArtifactError: another process is at the same work there.
@@ -189,7 +193,8 @@ class Run:
                 f"Another process is using {self.dir} for {work}.",
                 "Wait until it is done, or stop it, or set ARTIFACTS to another folder.",
             ) from None
-        except OSError:  # a file system without locks, as some network drives are
+        except (OSError, NotImplementedError) as error:  # a file system without locks, as some network drives are
+            print(f"{self.dir} cannot be locked ({first_line(error)}): do not start a second run in it.")
             return
         _locks[path] = lock
 

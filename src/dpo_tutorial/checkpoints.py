@@ -14,11 +14,11 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from safetensors import SafetensorError
 from transformers import TrainerCallback
 
 from . import artifacts
 from .config import Config
+from .embedded import sha256
 from .errors import ArtifactError
 
 SEAL = "whole.json"
@@ -30,7 +30,7 @@ def folder(run: artifacts.Run) -> Path:
 
 
 def fingerprint(config: Config, trainer) -> dict:
-    """What decides the adapter: config, the pairs as the trainer reads them, and a sample of the base's weights.
+    """What decides the adapter: config, the pairs as the trainer reads them, a sample of the base's weights, processes.
 
     The weights count and not their name alone: a model folder can be filled anew. 64 values of each tensor tell two
     models apart, and cost no second pass over gigabytes.
@@ -41,23 +41,27 @@ def fingerprint(config: Config, trainer) -> dict:
     for weight in (p.data.flatten() for p in trainer.model.parameters() if not p.requires_grad):
         sample = weight[:: max(1, weight.numel() // 64)].contiguous().cpu()
         base.update(sample.view(torch.uint8).numpy().tobytes())
-    return {"config": config.training_identity(), "pairs": pairs.hexdigest(), "base": base.hexdigest()}
+    return {
+        "config": config.training_identity(),
+        "pairs": pairs.hexdigest(),
+        "base": base.hexdigest(),
+        "processes": PartialState().num_processes,  # each takes its share of the batches
+    }
 
 
 def changes(then: dict, now: dict) -> list[str]:
     """Names of what differs between two fingerprints."""
     old, new = then["config"], now["config"]
     names = [f"{n.upper()} ({old.get(n)!r}, now {new.get(n)!r})" for n in new if old.get(n) != new[n]]
+    if then["processes"] != now["processes"]:
+        names.append(f"the number of processes ({then['processes']}, now {now['processes']})")
     names += ["the training pairs"] * (then["pairs"] != now["pairs"])
     return names + ["the weights of the base model"] * (then["base"] != now["base"])
 
 
 def _sums(checkpoint: Path) -> dict[str, str]:
-    sums = {}
-    for path in sorted(p for p in checkpoint.rglob("*") if p.is_file() and p.name != SEAL):
-        with path.open("rb") as stream:
-            sums[path.relative_to(checkpoint).as_posix()] = hashlib.file_digest(stream, "sha256").hexdigest()
-    return sums
+    files = sorted(p for p in checkpoint.rglob("*") if p.is_file() and p.name != SEAL)
+    return {path.relative_to(checkpoint).as_posix(): sha256(path) for path in files}
 
 
 def read_seal(checkpoint: Path) -> dict | None:
@@ -75,12 +79,17 @@ def saved(run: artifacts.Run) -> list[Path]:
     return sorted(found, key=lambda p: int(p.name.rpartition("-")[2]), reverse=True)
 
 
-def remove_torn(run: artifacts.Run) -> list[Path]:
-    """Delete what a kill or a full disk left half-written: it must not count among the checkpoints that are kept."""
-    torn = [checkpoint for checkpoint in saved(run) if read_seal(checkpoint) is None]
+def remove_torn(run: artifacts.Run) -> tuple[list[tuple[Path, dict]], list[Path]]:
+    """Delete what a kill or a full disk left half-written: it must not count among the checkpoints that are kept.
+
+    Returns:
+        The whole ones with their seals, newest first; and those that were deleted.
+    """
+    seals = {checkpoint: read_seal(checkpoint) for checkpoint in saved(run)}
+    torn = [checkpoint for checkpoint, seal in seals.items() if seal is None]
     for checkpoint in torn:
         shutil.rmtree(checkpoint)
-    return torn
+    return [(checkpoint, seal) for checkpoint, seal in seals.items() if seal], torn
 
 
 def clear(run: artifacts.Run) -> None:
@@ -102,20 +111,20 @@ def newest(run: artifacts.Run, now: dict) -> tuple[Path, dict] | None:
     Raises:
         ArtifactError: it belongs to another config, other pairs or another base (names what changed).
     """
-    torn = remove_torn(run)
+    whole, torn = remove_torn(run)
     if torn:
         print(f"Ignored, because it was torn by a stop: {', '.join(path.name for path in torn)}.")
-    for checkpoint in saved(run):
-        seal = read_seal(checkpoint)
-        changed = changes(seal["fingerprint"], now)
-        if changed:
-            raise ArtifactError(
-                f"{checkpoint} is of an unfinished training with other settings. Changed: {', '.join(changed)}.",
-                "To start over, set FRESH = True (-p FRESH True on the command line); "
-                "to keep it for later, set ARTIFACTS to another folder.",
-            )
-        return checkpoint, seal
-    return None
+    if not whole:
+        return None
+    checkpoint, seal = whole[0]
+    changed = changes(seal["fingerprint"], now)
+    if changed:
+        raise ArtifactError(
+            f"{checkpoint} is of an unfinished training with other settings. Changed: {', '.join(changed)}.",
+            "To go on with it, set these back; to start over, set FRESH = True (make run FRESH=True); "
+            "to keep it for later, set ARTIFACTS to another folder.",
+        )
+    return checkpoint, seal
 
 
 class Seal(TrainerCallback):
@@ -138,6 +147,7 @@ class Seal(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         self.started = time.perf_counter()
+        state.save_steps = args.save_steps  # a resumed state brings the old one
 
     def on_epoch_begin(self, args, state, control, **kwargs) -> None:
         if self.order is None and self.seal:
@@ -157,12 +167,3 @@ class Seal(TrainerCallback):
             "files": _sums(checkpoint),
         }
         self.run.write_json(checkpoint.relative_to(self.run.dir) / SEAL, seal)
-
-
-def disk_error(error: Exception) -> str | None:
-    """What the disk refused, where that is why saving failed; torch and safetensors have errors of their own for it."""
-    if isinstance(error, OSError):
-        return error.strerror or str(error)
-    if isinstance(error, SafetensorError) or "inline_container" in str(error):  # the latter is torch.save's writer
-        return str(error).splitlines()[0]
-    return None

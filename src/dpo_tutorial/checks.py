@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import subprocess
@@ -165,10 +166,16 @@ def model_here(config: Config) -> bool:
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
+    def cached(name: str) -> str | None:
+        path = try_to_load_from_cache(config.model, name, revision=config.model_revision)
+        return path if isinstance(path, str) else None  # else a mark that the hub has no such file
+
     with contextlib.suppress(HFValidationError):  # not a hub id at all: asking the hub says so
-        names = ("model.safetensors", "model.safetensors.index.json")
-        found = [try_to_load_from_cache(config.model, name, revision=config.model_revision) for name in names]
-        return any(isinstance(path, str) for path in found)
+        if cached("model.safetensors"):
+            return True
+        if index := cached("model.safetensors.index.json"):  # it comes before the shards it lists
+            shards = set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values())
+            return all(map(cached, shards))
     return False
 
 
@@ -177,7 +184,8 @@ def data_here(config: Config) -> bool:
         return True
     from datasets.config import HF_DATASETS_CACHE
 
-    return (Path(HF_DATASETS_CACHE) / config.data.replace("/", "___")).exists()
+    folder = Path(HF_DATASETS_CACHE) / config.data.replace("/", "___")  # <config>/<version>/<commit>[.incomplete]
+    return any(p.name == config.data_revision for p in folder.glob("*/*/*"))
 
 
 def model(config: Config) -> Finding:

@@ -249,7 +249,7 @@ def _coerce(f: dataclasses.Field, value: object) -> object:
         if kind is int and float(value) != int(float(value)):
             raise ValueError
         return kind(float(value)) if kind is int else kind(value) if kind in (float, str) else str(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise ConfigError(
             f"{f.name.upper()}={value!r} is not of type {kind.__name__}.",
             f"Give a {kind.__name__}, for example {f.default!r}.",

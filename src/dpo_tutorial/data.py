@@ -27,7 +27,7 @@ from .audit import (  # noqa: F401  notebooks and modules find the parts of a ro
     row_problem,
 )
 from .config import Config
-from .errors import DataError
+from .errors import DataError, first_line
 
 VERSION = 2  # raise it when the same source would give other rows: prepared data of another version is not reused
 
@@ -116,8 +116,7 @@ def _cause(error: BaseException) -> str:
         error = error.__cause__
     if isinstance(error, StopIteration):
         return "the file holds no row"
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    return first_line(error)
 
 
 _SCHEMA = (

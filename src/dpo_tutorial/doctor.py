@@ -10,7 +10,6 @@ import json
 import os
 import re
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 from . import checks, environment, versions
 from . import config as configs
@@ -42,11 +41,7 @@ def plain(text: str) -> str:
     for name, value in os.environ.items():
         if len(value) >= 8 and re.search("TOKEN|KEY|SECRET|PASSWORD", name, re.IGNORECASE):  # a shorter one: a switch
             text = text.replace(value, "…")
-    text = re.sub(r"\bhf_\w{8,}", "…", re.sub(r"://[^/\s]*@", "://", text))
-    for folder, sign in ((environment.project_root(), "."), (Path.home(), "~")):
-        if len(folder.parts) > 1:  # the root of the file system is nobody's home
-            text = re.sub(rf"(?<![\w.-]){re.escape(str(folder))}(?![\w.-])", sign, text)
-    return text
+    return environment.without_paths(re.sub(r"\bhf_\w{8,}", "…", re.sub(r"://[^/\s]*@", "://", text)))
 
 
 def text(findings: Sequence[Finding]) -> str:

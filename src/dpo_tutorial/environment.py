@@ -10,6 +10,7 @@ import importlib.metadata
 import os
 import platform
 import random
+import re
 import threading
 import time
 from collections.abc import Iterable
@@ -36,6 +37,14 @@ def cache_dir() -> Path:
     from platformdirs import user_cache_dir
 
     return Path(os.environ.get("DPO_TUTORIAL_CACHE") or user_cache_dir("dpo-tutorial")).expanduser()
+
+
+def without_paths(text: str) -> str:
+    """The text with the folders of project, cache and home as `.`, `<cache>` and `~`: what is shown to others."""
+    for folder, name in ((project_root(), "."), (cache_dir(), "<cache>"), (Path.home(), "~")):
+        if folder.is_absolute() and len(folder.parts) > 1:  # the root of the file system is nobody's home
+            text = re.sub(rf"(?<![\w.-]){re.escape(str(folder))}(?![\w-]|\.\w)", name, text)
+    return text
 
 
 def hardware() -> dict:

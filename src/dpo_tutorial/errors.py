@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -64,9 +65,20 @@ class Finding:
 
 
 def first_line(error: BaseException) -> str:
-    """An error of a library in one line: its type, and what it says first."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+    """What an error of a library says, in one line; with its type where that is a word or nothing."""
+    line = next((line for line in str(error).strip().splitlines() if line.strip()), "")
+    return line if " " in line else f"{type(error).__name__}: {line}".removesuffix(": ")
+
+
+_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
+
+
+def disk_error(error: BaseException) -> str | None:
+    """What the disk refused, where that is why writing failed; torch and safetensors have errors of their own."""
+    if isinstance(error, OSError):
+        return error.strerror if error.errno in _DISK else None
+    words = first_line(error)
+    return words if "I/O error" in words or "inline_container" in words else None
 
 
 def exit_code(action: Callable, *arguments) -> int:

@@ -19,7 +19,15 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 from . import config as configs
 from . import embedded, environment
 from .config import Config
-from .errors import ArtifactError, ConfigError, ModelCorruptError, ModelFetchError, ModelUnsuitableError, first_line
+from .errors import (
+    ArtifactError,
+    ConfigError,
+    ModelCorruptError,
+    ModelFetchError,
+    ModelUnsuitableError,
+    disk_error,
+    first_line,
+)
 
 
 @dataclass(frozen=True)
@@ -60,6 +68,11 @@ def _fetch_errors(config: Config) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        if refused := disk_error(error):
+            raise ModelFetchError(
+                f"MODEL={config.model} could not be stored ({refused}).",
+                "Free space, or set HF_HOME to another folder.",
+            ) from error
         if re.search(r"file named model\.safetensors", str(error)):  # transformers would advise to read the pickle
             raise ModelUnsuitableError(
                 f"MODEL={config.model} has no weights in safetensors format.",
@@ -67,7 +80,7 @@ def _fetch_errors(config: Config) -> Iterator[None]:
             ) from error
         raise ModelFetchError(
             f"MODEL={config.model} could not be loaded: {first_line(error)}",
-            "Check the name, the network and, for a gated model, `huggingface-cli login`. "
+            "Check the name, the network and, for a gated model, `hf auth login`. "
             "Without a hub, PROFILE=cpu uses the embedded model.",
         ) from error
     except torch.OutOfMemoryError as error:

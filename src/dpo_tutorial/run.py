@@ -224,19 +224,12 @@ def _is_chatter(output: dict) -> bool:
     return "application/vnd.jupyter.widget-view+json" in output.get("data", {})
 
 
-def _without_paths(text: str) -> str:
-    for folder, name in ((environment.project_root(), "."), (environment.cache_dir(), "<cache>"), (Path.home(), "~")):
-        if folder.is_absolute() and len(folder.parts) > 1:
-            text = re.sub(rf"{re.escape(str(folder))}(?=[/\\s'\",;:)\]]|$)", name, text)
-    return text
-
-
 def _clean_output(output: nbformat.NotebookNode) -> nbformat.NotebookNode:
     if "text" in output:
-        output.text = _without_paths(output.text)
+        output.text = environment.without_paths(output.text)
     for kind, value in output.get("data", {}).items():
         if isinstance(value, str) and kind.startswith("text/"):
-            output.data[kind] = _without_paths(value)
+            output.data[kind] = environment.without_paths(value)
     return output
 
 

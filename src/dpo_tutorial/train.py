@@ -19,7 +19,7 @@ from trl import DPOConfig, DPOTrainer
 
 from . import artifacts, checkpoints, data, environment, evaluate, models
 from .config import Config, resolve
-from .errors import ArtifactError, exit_code
+from .errors import ArtifactError, disk_error, exit_code
 
 
 def dpo_config(config: Config, output_dir: str | Path, **changes) -> DPOConfig:
@@ -149,8 +149,9 @@ def resume_or_start(trainer: DPOTrainer, config: Config, run: artifacts.Run) -> 
     """
     if trainer.is_world_process_zero():
         run.lock()
-        run.mend_adapter()
     try:
+        if trainer.is_world_process_zero():
+            run.mend_adapter()
         now = checkpoints.fingerprint(config, trainer)
         with PartialState().main_process_first():
             if config.fresh:
@@ -158,8 +159,8 @@ def resume_or_start(trainer: DPOTrainer, config: Config, run: artifacts.Run) -> 
             found = checkpoints.newest(run, now)
         return _train_from(trainer, config, run, now, found)
     except BaseException as error:
-        refused = checkpoints.disk_error(error)
-        if refused:
+        refused = disk_error(error)
+        if refused and trainer.is_world_process_zero():
             with contextlib.suppress(OSError):
                 checkpoints.remove_torn(run)  # it may be what fills the disk
         run.unlock()
