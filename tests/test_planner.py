@@ -1,6 +1,7 @@
 """The memory plan: against real tensors where it is exact, and by its direction where it is an estimate."""
 
 import dataclasses
+import json
 import platform
 
 import psutil
@@ -8,7 +9,7 @@ import pytest
 import torch
 from transformers import GPT2Config, Qwen2Config, Qwen2ForCausalLM
 
-from dpo_tutorial import config, embedded, environment, footprint, models, planner, show, train
+from dpo_tutorial import config, embedded, environment, footprint, models, planner, train
 from dpo_tutorial.errors import ModelFetchError, ModelUnsuitableError
 
 GIB = 2**30
@@ -111,6 +112,22 @@ def test_the_embedded_model_is_planned_as_it_loads():
     assert footprint.adapter_weights(shape, cfg) == 4_884_480
 
 
+def test_the_recorded_predictions_are_those_of_the_formulae_and_within_a_fifth_of_the_measured_peaks(pytestconfig):
+    record = json.loads((pytestconfig.rootpath / "benchmarks" / "memory_plan.json").read_text())
+    assert sum(name.startswith("held out") for name in record["results"]) >= 2
+    cached = any(environment.cache_dir().glob(f"{embedded.NAME}-*"))
+    for name, found in record["results"].items():
+        assert found["measured"] == pytest.approx(found["predicted"], rel=0.2), name
+        knobs = dict(found["settings"])
+        answer, evaluates = knobs.pop("answer_tokens"), knobs.pop("evaluates")
+        if cached and "model" not in knobs:
+            cfg = config.Config(**config.PROFILES["cpu"] | knobs)
+            planned = planner.plan(
+                cfg, answer=answer, evaluates=evaluates, process=found["phases"]["load"]["process"], device="cpu"
+            )
+            assert planned.phases == found["phases"], name
+
+
 # --- direction ----
 
 
@@ -129,7 +146,7 @@ def test_checkpointing_keeps_less_and_makes_one_block_again(cfg):
     assert head["activations"] < off.phases["backward, head"]["activations"]
     assert blocks["activations"] > head["activations"]
     assert head["logits"] == off.phases["backward, head"]["logits"]
-    assert head["holes"] * 2 == off.phases["backward, head"]["holes"]
+    assert head["holes"] == off.phases["backward, head"]["holes"]
 
 
 def test_a_longer_sequence_costs_more_than_in_proportion_because_of_the_mask(cfg):
@@ -217,12 +234,6 @@ def test_blocks_of_another_kind_are_refused(cfg, tmp_path):
     GPT2Config(n_layer=1, n_embd=8, n_head=1).save_pretrained(tmp_path / "gpt2")
     with pytest.raises(ModelUnsuitableError, match="cannot be planned"):
         of(cfg, model=str(tmp_path / "gpt2"))
-
-
-def test_the_figure_says_the_terms_and_the_measured_peak_in_words(large):
-    said = show.alt_text(show.memory_plan(large, 3 * 2**20))
-    assert "logits" in said and said.endswith("Measured: 3 MiB")
-    assert "Measured" not in show.alt_text(show.memory_plan(large))
 
 
 # --- the allocator that the estimate reckons with ----

@@ -14,7 +14,7 @@ from IPython.core.formatters import DisplayFormatter
 from IPython.display import Image
 from matplotlib.figure import Figure
 
-from dpo_tutorial import config, dpo, show
+from dpo_tutorial import config, dpo, planner, show
 
 HOSTILE = """<script>alert(1)</script><img src=x onerror=alert(2)>"'&amp;</td></table><a href="javascript:alert(3)">"""
 OURS = {
@@ -246,7 +246,13 @@ AUDITED = {
     "test": {"rows": 42, "kept": 40, "dropped": {"empty answer": 2}},
 }
 
+PHASES = {"load": {"weights": 160 * 2**20}, "head": {"weights": 160 * 2**20, "logits": 900 * 2**20}}
+PLANNED = planner.Plan(config.Config(), "cpu", 256, 200, True, PHASES)
 FIGURES = {
+    "memory_plan": (
+        lambda: show.memory_plan(PLANNED, 1100 * 2**20),
+        ["Predicted peak 1,060 MiB", "weights 160", "logits 900", "Measured: 1,100 MiB"],
+    ),
     "bars": (
         lambda: show.bars({"fp32": 538.0, "NF4": 99.5}, "MB", "Weights"),
         ["Weights", "fp32 538 MB", "NF4 99.5 MB"],
@@ -482,3 +488,9 @@ def test_a_picture_is_a_png_that_carries_its_alt_text_into_the_notebook():
     data, metadata = DisplayFormatter().format(image)
     assert metadata["image/png"]["alt"] == show.alt_text(figure) != ""
     assert image.data.startswith(b"\x89PNG") and "image/png" in data
+
+
+def test_the_memory_plan_stacks_the_terms_of_the_peak_and_sets_the_measured_one_below():
+    axis = show.memory_plan(PLANNED, 1100 * 2**20).axes[0]
+    assert [(p.get_x(), p.get_width()) for p in axis.patches] == [(0, 160), (160, 900), (0, 1100)]
+    assert [p.get_width() for p in show.memory_plan(PLANNED).axes[0].patches] == [160, 900], "nothing measured yet"

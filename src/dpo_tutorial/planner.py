@@ -30,7 +30,7 @@ TERMS = {
     "activations": "what the backward pass needs of the forward pass",
     "block": "one block at work: its widest tensors and one dequantized weight",
     "logits": "vocabulary x answer tokens, a tile at a time",
-    "holes": "freed memory that glibc cannot use again (CPU only, an estimate)",
+    "holes": "freed memory that glibc keeps and cannot use (CPU only, an estimate)",
 }
 
 
@@ -102,8 +102,10 @@ def plan(
     answer = answer or length
     sequences = 2 * config.batch_size  # chosen and rejected go through together
     tokens, answers = sequences * length, sequences * answer
-    if process is None:
-        process = 0 if cuda else psutil.Process().memory_info().rss
+    if cuda:
+        process = 0
+    elif process is None:
+        process = psutil.Process().memory_info().rss
 
     adapter = footprint.adapter_weights(shape, config)
     loaded = {"process": process, "weights": footprint.weight_bytes(shape, size)}
@@ -111,14 +113,14 @@ def plan(
 
     in_block = footprint.activation_bytes(shape, config, sequences, length, cuda)
     at_work = footprint.block_bytes(shape, size, tokens)
-    hole = 0 if cuda else footprint.hole_bytes(shape, config, tokens)
+    holes = 0 if cuda else shape.layers * footprint.hole_bytes(shape, config, tokens)
     kept = size * shape.hidden * answers  # what enters the head
     if config.gradient_checkpointing:  # what enters each block and the last norm; a block is made anew in its turn
         kept += (size * shape.layers + FP32) * shape.hidden * tokens
-        again, holes = in_block, shape.layers * hole // 2
+        anew = in_block
     else:  # the last norm's input is there for the first one's: below that nothing learns
         kept += shape.layers * in_block
-        again, holes = 0, shape.layers * hole
+        anew = 0
     if size < FP32:
         kept += size * adapter  # autocast keeps a 16-bit copy of A and B until the step ends
     step = resting | {"gradients": FP32 * adapter, "activations": kept, "holes": holes}
@@ -128,12 +130,13 @@ def plan(
         "load": loaded | {"checkpoint file": shape.stored * shape.weights},
         "reference pass": step | {"block": at_work, "logits": forward},
         "backward, head": step | {"logits": backward},
-        "backward, blocks": step | {"activations": kept + again, "block": at_work},
+        "backward, blocks": step | {"activations": kept + anew, "block": at_work},
     }
     if evaluates:  # twice the pairs at a time (`train.dpo_config`), and no gradients
         forward, _ = footprint.logit_bytes(shape, size, 2 * answers, cuda)
         at_work = footprint.block_bytes(shape, size, 2 * tokens)
-        phases["evaluation"] = resting | {"block": at_work, "logits": forward, "holes": 2 * hole}
+        # on a CPU the heap stays as large as training made it, with room for a block
+        phases["evaluation"] = resting | {"logits": forward} | ({"block": at_work} if cuda else {"holes": kept + holes})
     if cuda:
         del phases["load"]  # the file is mapped by the machine, not by the GPU
     phases = {name: {term: n for term, n in phase.items() if n} for name, phase in phases.items()}
