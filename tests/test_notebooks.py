@@ -113,7 +113,7 @@ def test_parameters_and_their_defaults_are_those_of_notebook_01(path):
 def test_a_parameter_of_the_config_is_empty_by_default(path):
     for name, value in parameters(path).items():
         if name not in ONLY_IN_06:
-            assert value is None or value == "", name
+            assert value is None or value == "" or value is False, name
 
 
 @each

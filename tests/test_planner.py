@@ -225,8 +225,12 @@ def test_every_knob_is_turned_before_giving_up_and_named_with_its_value(large):
 
 
 def test_a_model_whose_config_is_not_at_hand_is_an_error_with_a_mend(cfg, monkeypatch):
-    monkeypatch.setattr(models.AutoConfig, "from_pretrained", lambda *a, **k: (_ for _ in ()).throw(OSError("offline")))
-    with pytest.raises(ModelFetchError, match=r"MODEL=nobody/nothing could not be loaded: offline[\s\S]*Mend"):
+    monkeypatch.setattr(
+        models.AutoConfig, "from_pretrained", lambda *a, **k: (_ for _ in ()).throw(OSError("the network is off"))
+    )
+    with pytest.raises(
+        ModelFetchError, match=r"MODEL=nobody/nothing could not be loaded: the network is off[\s\S]*Mend"
+    ):
         of(cfg, model="nobody/nothing")
 
 

@@ -384,7 +384,7 @@ def test_where_there_are_no_locks_training_goes_on_and_says_so(cfg, monkeypatch,
     run = artifacts.Run(cfg)
     run.lock()
     run.unlock()
-    assert "cannot be locked (Operation not supported" in capsys.readouterr().out
+    assert "cannot be locked ([Errno 95] Operation not supported)" in capsys.readouterr().out
 
 
 def test_an_adapter_moved_away_by_a_kill_comes_back(cfg):

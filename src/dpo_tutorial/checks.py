@@ -14,7 +14,7 @@ from pathlib import Path
 from . import config as configs
 from . import embedded, environment
 from .config import Config
-from .errors import Finding, first_line
+from .errors import Finding, TutorialError, first_line
 
 #: Memory a profile takes at its peak, in GiB, and whether that is measured: the README's table (estimates there in GB).
 MEMORY_GIB = {
@@ -105,9 +105,10 @@ def memory_needed_gib(config: Config) -> tuple[float, str]:
     if model_here(config):  # its shapes can be read, and longer pairs or larger batches be counted
         from . import planner
 
-        planned = planner.plan(config).needed / 2**30
-        if planned > need or not own:
-            return planned, "planned for training"
+        with contextlib.suppress(TutorialError):  # an architecture that the planner does not know
+            planned = planner.plan(config).needed / 2**30
+            if planned > need or not own:
+                return planned, "planned for training"
     return need, source if own else "estimate, made for the profile's own model"
 
 

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from . import environment, models
 from .config import Config
-from .errors import ModelUnsuitableError
+from .errors import ModelUnsuitableError, first_line
 
 FP32 = 4
 TILE_TOKENS, TILE_WORDS = 4096, 32768  # TRL makes logits in tiles of at most so many tokens x words
@@ -54,12 +54,19 @@ def read_shape(config: Config) -> Shape:
     return _read_shape(config.model, config.model_revision)
 
 
+def _not_planned(model: str, why: str) -> ModelUnsuitableError:
+    return ModelUnsuitableError(
+        f"The memory of MODEL={model} cannot be planned: {why}.",
+        "The plan knows decoders with Llama's blocks. For this model, train two steps and read the measured peak.",
+    )
+
+
 @functools.lru_cache(maxsize=8)  # advice plans many times over
 def _read_shape(model: str, revision: str | None) -> Shape:
+    found = models.load_config(Config(model=model, model_revision=revision))
+    if getattr(found, "num_local_experts", None) or getattr(found, "num_experts", None):
+        raise _not_planned(model, "it is a mixture of experts")
     try:
-        found = models.load_config(Config(model=model, model_revision=revision))
-        if getattr(found, "num_local_experts", None) or getattr(found, "num_experts", None):
-            raise ValueError("it is a mixture of experts.")
         width = getattr(found, "head_dim", None) or found.hidden_size // found.num_attention_heads
         sizes = dict(
             layers=found.num_hidden_layers, hidden=found.hidden_size, wide=found.intermediate_size,
@@ -68,10 +75,7 @@ def _read_shape(model: str, revision: str | None) -> Shape:
         with torch.device("meta"):
             empty = AutoModelForCausalLM.from_config(found)
     except (AttributeError, ValueError) as error:
-        raise ModelUnsuitableError(
-            f"The memory of MODEL={model} cannot be planned: {str(error).splitlines()[0]}",
-            "The plan knows decoders with Llama's blocks. For this model, train two steps and read the measured peak.",
-        ) from error
+        raise _not_planned(model, first_line(error)) from error
     linears = tuple(
         (name.rsplit(".", 1)[-1], m.in_features, m.out_features)
         for name, m in empty.named_modules()
