@@ -191,14 +191,6 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def reset_peak_memory() -> None:
-    """Start `peak_memory_gib` anew on CUDA; a CPU's resident-set peak cannot be set back."""
-    import torch
-
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-
-
 def peak_memory_gib() -> float:
     """Peak memory of this process so far: CUDA allocations where there is a GPU, else resident set size."""
     import torch
@@ -218,13 +210,14 @@ def children_peak_memory_gib() -> float:
 
 
 class PeakMemory:
-    """Measure how far memory rises while a block runs: `with PeakMemory() as peak: …; peak.gib`.
+    """Measure how far memory rises in a block (`gib`), and to what (`total_gib`): `with PeakMemory() as peak: …`.
 
     CUDA: the allocator's own peak. CPU: resident set size, sampled every few milliseconds after freed memory was
     handed back, so it is right to a few megabytes.
     """
 
     gib: float = 0.0
+    total_gib: float = 0.0
 
     def __enter__(self) -> PeakMemory:
         import torch
@@ -255,8 +248,8 @@ class PeakMemory:
         import torch
 
         if self._cuda:
-            self.gib = (torch.cuda.max_memory_allocated() - self._before) / 2**30
+            self._peak = torch.cuda.max_memory_allocated()
         else:
             self._done.set()
             self._watcher.join()
-            self.gib = (self._peak - self._before) / 2**30
+        self.gib, self.total_gib = (self._peak - self._before) / 2**30, self._peak / 2**30
