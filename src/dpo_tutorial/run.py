@@ -23,8 +23,14 @@ from papermill.exceptions import PapermillExecutionError
 from . import artifacts, config, data, environment, models
 from .errors import ArtifactError, ConfigError, NotebookError, exit_code
 
-#: What a kernel must not do in a headless run: fetch chatter, wait for a vote, start tokenizer threads after a fork.
-_KERNEL_ENV = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_TELEMETRY": "1", "DPO_TUTORIAL_HEADLESS": "1"}
+#: What a kernel must not do in a headless run: fetch chatter, wait for a vote, start tokenizer threads after a fork,
+#: or keep small freed pieces apart, which leaves holes between large ones (`benchmarks/memory_plan.md`).
+_KERNEL_ENV = {
+    "TOKENIZERS_PARALLELISM": "false",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "DPO_TUTORIAL_HEADLESS": "1",
+    "GLIBC_TUNABLES": "glibc.malloc.tcache_count=0",
+}
 
 
 def notebooks(folder: Path | None = None) -> list[Path]:
