@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -30,6 +32,15 @@ TEXTS = [
     ("Add 2 and 3.", "The sum is 5.", "Numbers are important in today's world, and there are many of them."),
     ("Why is the sky blue?", "Air scatters blue light more than red.", "The sky is a very nice place."),
 ]
+
+
+def script(path: str):
+    """A program of benchmarks/ or scripts/, which no package holds, as a module; `path` is from the project's root."""
+    file = Path(__file__).parents[1] / path
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def pair(prompt: str, chosen: str, rejected: str, **changes) -> dict:

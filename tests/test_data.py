@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import hashlib
-import importlib.util
 import itertools
 import json
 import re
@@ -14,7 +13,7 @@ from collections import Counter
 import datasets
 import huggingface_hub
 import pytest
-from conftest import TEXTS, pair
+from conftest import TEXTS, pair, script
 from datasets import Dataset, DatasetDict
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
@@ -925,9 +924,7 @@ def test_a_request_outside_the_style_is_kept_by_what_it_asks_for_and_by_no_plain
 
 def test_the_blind_check_is_of_these_texts_agrees_with_the_labels_and_the_card_says_so():
     root = environment.project_root()
-    spec = importlib.util.spec_from_file_location("blind_check", root / "scripts" / "blind_check.py")
-    blind_check = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(blind_check)
+    blind_check = script("scripts/blind_check.py")
     kept = json.loads((root / "benchmarks" / "blind_check.json").read_text())
     assert blind_check.score(kept["seed"], [b["vote"] for b in kept["ballots"]]) == kept
     agreed = sum(b["vote"] == b["chosen_shown_as"] for b in kept["ballots"])

@@ -1,11 +1,11 @@
 """The record of the sweep and the seeds: the page follows it, the profile follows its choice."""
 
 import copy
-import importlib.util
 import json
 from pathlib import Path
 
 import pytest
+from conftest import script
 
 from dpo_tutorial import config
 
@@ -15,10 +15,7 @@ RECORD = json.loads((FOLDER / "effect.json").read_text(encoding="utf-8"))
 
 @pytest.fixture(scope="module")
 def effect():
-    spec = importlib.util.spec_from_file_location("effect", FOLDER / "effect.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return script("benchmarks/effect.py")
 
 
 def test_the_page_is_the_one_that_the_record_gives(effect):

@@ -1,10 +1,10 @@
 """The record of kills and faults, and the page made of it."""
 
-import importlib.util
 import json
 from pathlib import Path
 
 import pytest
+from conftest import script
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 RECORD = json.loads((FOLDER / "reliability.json").read_text(encoding="utf-8"))
@@ -12,10 +12,7 @@ RECORD = json.loads((FOLDER / "reliability.json").read_text(encoding="utf-8"))
 
 @pytest.fixture(scope="module")
 def reliability():
-    spec = importlib.util.spec_from_file_location("reliability", FOLDER / "reliability.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return script("benchmarks/reliability.py")
 
 
 def test_the_page_is_the_one_that_the_record_gives(reliability):

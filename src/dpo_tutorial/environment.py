@@ -223,8 +223,8 @@ class PeakMemory:
         import torch
 
         self._cuda = torch.cuda.is_available()
-        gc.collect()
         if self._cuda:
+            gc.collect()
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
             self._before = torch.cuda.memory_allocated()
