@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
+from datasets import Dataset
 from transformers import TrainerCallback
 
 from . import artifacts
@@ -32,21 +33,34 @@ def folder(run: artifacts.Run) -> Path:
 def fingerprint(config: Config, trainer) -> dict:
     """What decides the adapter: config, the pairs as the trainer reads them, a sample of the base's weights, processes.
 
+    """
+    return {
+        "config": config.training_identity(),
+        "pairs": digest_of_pairs(trainer.train_dataset),
+        "base": digest_of_base(trainer.model),
+        "processes": PartialState().num_processes,  # each takes its share of the batches
+    }
+
+
+def digest_of_pairs(pairs: Dataset) -> str:
+    """SHA-256 of the pairs as the trainer reads them, in order."""
+    digest = hashlib.sha256()
+    for row in pairs.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"]):
+        digest.update(json.dumps(row, sort_keys=True).encode())
+    return digest.hexdigest()
+
+
+def digest_of_base(model) -> str:
+    """SHA-256 of a sample of the frozen weights.
+
     The weights count and not their name alone: a model folder can be filled anew. 64 values of each tensor tell two
     models apart, and cost no second pass over gigabytes.
     """
-    pairs, base = hashlib.sha256(), hashlib.sha256()
-    for row in trainer.train_dataset:
-        pairs.update(json.dumps(row, sort_keys=True).encode())
-    for weight in (p.data.flatten() for p in trainer.model.parameters() if not p.requires_grad):
+    digest = hashlib.sha256()
+    for weight in (p.data.flatten() for p in model.parameters() if not p.requires_grad):
         sample = weight[:: max(1, weight.numel() // 64)].contiguous().cpu()
-        base.update(sample.view(torch.uint8).numpy().tobytes())
-    return {
-        "config": config.training_identity(),
-        "pairs": pairs.hexdigest(),
-        "base": base.hexdigest(),
-        "processes": PartialState().num_processes,  # each takes its share of the batches
-    }
+        digest.update(sample.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def changes(then: dict, now: dict) -> list[str]:

@@ -90,6 +90,8 @@ class Config:
     batch_size: int = _knob(4, "dpo", "pairs per forward pass", "pairs")
     grad_accum: int = _knob(4, "dpo", "forward passes per optimizer step")
     max_grad_norm: float = _knob(1.0, "dpo", "gradient clipping")
+    precompute_reference: bool = _knob(False, "dpo", "reference log-probabilities once, before training, and kept")
+    prefix_sharing: bool = _knob(True, "dpo", "compute the prompt of a pair once, not once per answer")
 
     compare_prompts: int = _knob(24, "compare", "held-out prompts answered by base and policy", "prompts")
     max_new_tokens: int = _knob(96, "compare", "longest generated answer", "tokens")
@@ -139,7 +141,7 @@ class Config:
 
 
 _CPU = dict(
-    max_tokens=256, max_train=400, max_val=60, max_test=120, learning_rate=1.5e-4, batch_size=2, grad_accum=4,
+    max_tokens=256, max_train=400, max_val=60, max_test=120, learning_rate=1.5e-4, batch_size=4, grad_accum=2,
     gradient_checkpointing=False, compare_prompts=24, max_new_tokens=96,
 )  # fmt: skip
 _HUB = dict(data=ULTRAFEEDBACK[0], data_revision=ULTRAFEEDBACK[1])

@@ -63,7 +63,7 @@ def _log_probs(config: Config, model, tokenizer, encoded, padding: int = 0) -> t
     model.eval()
     order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i][0]) - len(encoded[i][1]))
     policy, reference = ([torch.empty(0)] * len(encoded) for _ in range(2))
-    size = 4 * config.batch_size  # of similar length and without gradients: four times the training batch fits
+    size = 2 * config.batch_size  # of similar length and without gradients: twice the training batch fits
     for start in tqdm(range(0, len(order), size), desc="scoring", leave=False):
         chosen = order[start : start + size]
         batch = collate([encoded[i] for i in chosen], tokenizer.pad_token_id, model.device, padding)

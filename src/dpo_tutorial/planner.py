@@ -100,8 +100,11 @@ def plan(
     shape, size, cuda = footprint.read_shape(config), footprint.size_of(config), device == "cuda"
     length = length or config.max_tokens
     answer = answer or length
-    sequences = 2 * config.batch_size  # chosen and rejected go through together
-    tokens, answers = sequences * length, sequences * answer
+    answers = 2 * config.batch_size * answer  # tokens: chosen and rejected go through together,
+    rows, width = 2 * config.batch_size, length
+    if config.prefix_sharing:  # with the prompt once: `prefix.Packed`
+        rows, width = config.batch_size, length + answer
+    tokens = rows * width
     if cuda:
         process = 0
     elif process is None:
@@ -111,7 +114,7 @@ def plan(
     loaded = {"process": process, "weights": footprint.weight_bytes(shape, size)}
     resting = loaded | {"adapters": FP32 * adapter, "optimizer": 2 * FP32 * adapter}
 
-    in_block = footprint.activation_bytes(shape, config, sequences, length, cuda)
+    in_block = footprint.activation_bytes(shape, config, rows, width, cuda)
     at_work = footprint.block_bytes(shape, size, tokens)
     holes = 0 if cuda else shape.layers * footprint.hole_bytes(shape, config, tokens)
     kept = size * shape.hidden * answers  # what enters the head

@@ -17,7 +17,7 @@ from transformers import PrinterCallback, TrainerCallback, TrainerState
 from transformers.trainer_utils import SaveStrategy
 from trl import DPOConfig, DPOTrainer
 
-from . import artifacts, checkpoints, data, environment, evaluate, models
+from . import artifacts, checkpoints, data, environment, evaluate, footprint, models, prefix, reference
 from .config import Config, resolve
 from .errors import ArtifactError, disk_error, exit_code
 
@@ -72,7 +72,7 @@ def build_trainer(
     """
     models.check_lora_targets(model, config)
     if environment.device() == "cpu":
-        score_completions_only()
+        fit_head_to_cpu()
     arguments = dpo_config(config, output_dir, **changes)
     if val is not None:
         arguments.eval_strategy, arguments.eval_steps = "steps", 0.5  # half-way and at the end; at the start all tie
@@ -85,6 +85,8 @@ def build_trainer(
         peft_config=models.lora_config(config),
     )
     cast_trainable_to_fp32(trainer.model)
+    if config.prefix_sharing:
+        prefix.share_prefixes(trainer.model, config.max_tokens)
     return trainer
 
 
@@ -93,14 +95,16 @@ def _columns(split: Dataset) -> Dataset:
     return split.select_columns(["prompt", "chosen", "rejected"]).add_column("length", data.token_lengths(split))
 
 
-def score_completions_only() -> None:
-    """Have TRL's LM head project only the tokens of the answers on a CPU too, as it does on a GPU.
+def fit_head_to_cpu() -> None:
+    """Have TRL's LM head project only the tokens of the answers on a CPU too, and in narrower tiles.
 
-    TRL 1.16 decides this by asking for Triton, because on some accelerators a changing shape costs a recompilation;
-    a CPU has neither. The loss is the same (`test_train.py` compares), and a 49,152-word head over prompt and padding
-    costs about a tenth of a training step (`benchmarks/cpu_step.md`).
+    TRL 1.16 asks for Triton before it leaves prompt and padding out, because on some accelerators a changing shape
+    costs a recompilation; a CPU has none. Its tiles are 32,768 words wide for a GPU's sake; in plain torch, where each
+    step of the arithmetic fills another tile, narrower ones stay in the cache and take less memory. The loss is the
+    same (`test_train.py` compares); what it saves is in `benchmarks/training_speed.md`.
     """
     trl.trainer.utils._use_triton = lambda device: True
+    trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE = footprint.TILE_WORDS["cpu"]
 
 
 def cast_trainable_to_fp32(model) -> None:
@@ -157,6 +161,8 @@ def resume_or_start(trainer: DPOTrainer, config: Config, run: artifacts.Run) -> 
             if config.fresh:
                 checkpoints.clear(run)
             found = checkpoints.newest(run, now)
+        if config.precompute_reference:
+            reference.precompute(trainer, config, run)
         return _train_from(trainer, config, run, now, found)
     except BaseException as error:
         refused = disk_error(error)
