@@ -267,3 +267,27 @@ def test_activations_stay_in_the_heap_until_released_and_logits_go_back_at_once(
     assert resident() > start + 200, "smaller ones are kept for the next step"
     environment.release_free_memory()
     assert resident() < start + 50
+
+
+# --- checkpointing ---
+
+
+def test_checkpointing_goes_where_memory_has_room_and_stays_where_not(cfg):
+    on = dataclasses.replace(cfg, gradient_checkpointing=True)
+    needed = planner.plan(dataclasses.replace(cfg, gradient_checkpointing=False)).needed
+    chosen, why = planner.choose_checkpointing(on, 1.6 * needed)
+    assert chosen == dataclasses.replace(on, gradient_checkpointing=False) and "is off" in why and "GiB" in why
+    chosen, why = planner.choose_checkpointing(on, 1.4 * needed)
+    assert chosen == on and "is on" in why
+
+
+def test_checkpointing_switched_off_stays_off(cfg):
+    off = dataclasses.replace(cfg, gradient_checkpointing=False)
+    assert planner.choose_checkpointing(off, 1) == (off, "Gradient checkpointing is off: asked for.")
+
+
+def test_checkpointing_stays_on_for_a_model_that_cannot_be_planned(cfg, tmp_path):
+    GPT2Config(n_layer=1, n_embd=32, n_head=2, vocab_size=64).save_pretrained(tmp_path / "gpt2")
+    cfg = dataclasses.replace(cfg, model=str(tmp_path / "gpt2"), gradient_checkpointing=True)
+    chosen, why = planner.choose_checkpointing(cfg, 2**50)
+    assert chosen == cfg and "cannot be planned" in why

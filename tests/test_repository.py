@@ -382,7 +382,9 @@ def test_the_installed_peft_builds_our_lora_config(cfg):
 
 def test_trl_still_decides_by_the_function_we_replace_whether_to_score_completions_only():
     assert len(inspect.signature(trl.trainer.utils._use_triton).parameters) == 1
-    assert re.search(r"compact = _use_triton\(\w+\.device\)", inspect.getsource(trl.trainer.utils))
+    source = inspect.getsource(trl.trainer.utils)
+    assert re.search(r"compact = _use_triton\(\w+\.device\)", source)
+    assert re.search(r"^ +_CHUNKED_LOGPROB_CHUNK_SIZE,$", source, re.MULTILINE), "an argument of each call"
 
 
 def test_a_4bit_layer_still_has_the_switch_we_turn_off():

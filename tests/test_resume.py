@@ -115,7 +115,7 @@ def test_a_stopped_training_resumes_by_itself_and_says_so_in_one_line(cfg, token
     assert names(run) == ["checkpoint-3", "checkpoint-2"], "the last two"
     capsys.readouterr()
     trainer = again(cfg, tokenizer, many)
-    said = [line for line in capsys.readouterr().out.splitlines() if "checkpoint" in line]
+    said = [line for line in capsys.readouterr().out.splitlines() if "checkpoint-" in line]
     assert said == ["Resuming after step 3 of 6, from checkpoint-3."]
     assert weights(run) == undisturbed
     assert [row["step"] for row in train.history(trainer)["train"]] == [1, 2, 3, 4, 5, 6]

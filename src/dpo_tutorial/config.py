@@ -68,7 +68,7 @@ class Config:
     lora_alpha: int = _knob(32, "lora", "scale: the update is multiplied by alpha / r")
     lora_dropout: float = _knob(0.0, "lora", "dropout before A (TRL switches dropout off)")
     lora_targets: tuple[str, ...] = _knob(LORA_TARGETS, "lora", "layers that get an adapter")
-    gradient_checkpointing: bool = _knob(True, "lora", "recompute activations instead of storing them")
+    gradient_checkpointing: bool = _knob(True, "lora", "recompute activations where memory is too short to store them")
 
     data: str = _knob(EMBEDDED, "data", "hub id[@revision], folder, .parquet, .jsonl, or 'embedded'")
     data_revision: str | None = _knob(None, "data", "commit of the hub dataset")
@@ -121,9 +121,9 @@ class Config:
         return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
 
     def training_identity(self) -> dict:
-        """Of these, the values that decide the adapter: not those of the comparison after it."""
-        later = {f.name for f in dataclasses.fields(self) if f.metadata["group"] == "compare"}
-        return {k: v for k, v in self.identity().items() if k not in later}
+        """Of these, the values that decide the adapter: not those of the comparison, nor what is only recomputed."""
+        other = {f.name for f in dataclasses.fields(self) if f.metadata["group"] == "compare"}
+        return {k: v for k, v in self.identity().items() if k not in other | {"gradient_checkpointing"}}
 
     def rows(self) -> list[dict]:
         """One row per knob: group, name, value, unit, meaning. The table of notebook 01."""
@@ -142,7 +142,7 @@ class Config:
 
 _CPU = dict(
     max_tokens=256, max_train=400, max_val=60, max_test=120, learning_rate=1.5e-4, batch_size=4, grad_accum=2,
-    gradient_checkpointing=False, compare_prompts=24, max_new_tokens=96,
+    compare_prompts=24, max_new_tokens=96,
 )  # fmt: skip
 _HUB = dict(data=ULTRAFEEDBACK[0], data_revision=ULTRAFEEDBACK[1])
 

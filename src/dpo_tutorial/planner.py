@@ -14,10 +14,12 @@ import psutil
 
 from . import environment, footprint
 from .config import Config
+from .errors import ModelUnsuitableError
 from .footprint import FP32
 
 SHORTEST = 128  # tokens: advice goes no lower, an answer needs room
 LOWEST_RANK = 4
+ROOM = 1.5  # times the plan must be free: batches of mixed lengths rise above it (`benchmarks/memory_plan.md`)
 
 #: What each term is, for the table.
 TERMS = {
@@ -160,6 +162,30 @@ def fitting(planned: Plan, available: float) -> Config | None:
     """The first config, in the order of `_changes`, whose plan fits into `available` bytes; None if none does."""
     configs = (planned.config, *_changes(planned.config))
     return next((config for config in configs if again(planned, config).needed <= available), None)
+
+
+def choose_checkpointing(config: Config, available: float) -> tuple[Config, str]:
+    """Leave activations stored where memory has room for them, since making them again costs time.
+
+    Args:
+        config: with `gradient_checkpointing` off it stays off.
+        available: bytes of free memory.
+
+    Returns:
+        The config to train with, and a sentence that says why.
+    """
+    if not config.gradient_checkpointing:
+        return config, "Gradient checkpointing is off: asked for."
+    stored = dataclasses.replace(config, gradient_checkpointing=False)
+    try:
+        needed = plan(stored).needed
+    except ModelUnsuitableError as error:
+        return config, f"Gradient checkpointing is on: {error.cause}"
+    fits = ROOM * needed <= available
+    return stored if fits else config, (
+        f"Gradient checkpointing is {'off' if fits else 'on'}: without it {needed / 2**30:.1f} GiB are needed, "
+        f"and {available / 2**30:.1f} GiB are free."
+    )
 
 
 def advice(planned: Plan, available: float) -> str:

@@ -17,7 +17,7 @@ from transformers import PrinterCallback, TrainerCallback, TrainerState
 from transformers.trainer_utils import SaveStrategy
 from trl import DPOConfig, DPOTrainer
 
-from . import artifacts, checkpoints, data, environment, evaluate, footprint, models, prefix, reference
+from . import artifacts, checkpoints, data, environment, evaluate, footprint, models, planner, prefix, reference
 from .config import Config, resolve
 from .errors import ArtifactError, disk_error, exit_code
 
@@ -203,6 +203,8 @@ def _train_from(trainer: DPOTrainer, config: Config, run: artifacts.Run, now: di
 
 def train(config: Config, run: artifacts.Run, model, tokenizer, train: Dataset, val: Dataset) -> DPOTrainer:
     """Train the adapter and save it: what notebook 05 does around its explanations."""
+    config, why = planner.choose_checkpointing(config, environment.free_memory_gib() * 2**30)
+    print(why)
     trainer = build_trainer(config, model, tokenizer, train, val, checkpoints.folder(run))
     trainer.add_callback(Progress(run.dir / "progress.jsonl"))
     seconds = resume_or_start(trainer, config, run)
