@@ -19,6 +19,14 @@ TURN = "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content
 OPENING = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 
 
+def kept_of(rows, found, tokenizer):
+    return [audit.prepared_row(tokenizer, rows[index]) for index in found.kept]
+
+
+def prepared(rows, tokenizer, *limits):
+    return kept_of(rows, audit.audit_split(rows, tokenizer, *limits), tokenizer)
+
+
 def with_template(tokenizer, template):
     changed = copy.deepcopy(tokenizer)
     changed.chat_template = template
@@ -112,7 +120,7 @@ def test_a_conversation_that_the_template_refuses_spares_the_others(tokenizer):
 
 def test_which_of_two_duplicates_stays_does_not_depend_on_their_order(tokenizer):
     rows = [pair("Same?", f"yes {i}", "no", prompt_id=str(i)) for i in range(6)]
-    kept = [audit.audit_split(order, tokenizer, WIDE).kept for order in (rows, rows[::-1], rows[3:] + rows[:3])]
+    kept = [prepared(order, tokenizer, WIDE) for order in (rows, rows[::-1], rows[3:] + rows[:3])]
     assert kept[0] == kept[1] == kept[2] and len(kept[0]) == 1
 
 
@@ -124,8 +132,9 @@ def test_an_exact_copy_is_a_duplicate(tokenizer):
 @pytest.mark.parametrize("order", [1, -1])
 def test_a_twin_that_is_dropped_for_another_reason_does_not_take_the_prompt_with_it(tokenizer, order):
     long = pair("Same?", "word " * 200, "no", prompt_id="long")
-    found = audit.audit_split([long, pair("same?", "yes", "no", prompt_id="short")][::order], tokenizer, 128)
-    assert [row["prompt_id"] for row in found.kept] == ["short"] and found.dropped == {"too long": 1}
+    rows = [long, pair("same?", "yes", "no", prompt_id="short")][::order]
+    found = audit.audit_split(rows, tokenizer, 128)
+    assert [rows[i]["prompt_id"] for i in found.kept] == ["short"] and found.dropped == {"too long": 1}
 
 
 # --- any rows ----
@@ -137,7 +146,7 @@ _bad = st.sampled_from([row for rows in ROW_CASES.values() for row in rows])
 _odd = st.builds(lambda base, changes: base | changes, st.sampled_from([GOOD, {}]), row_changes)
 _others = st.lists(_tokens | _bad | _odd | st.none(), max_size=6)
 _rows = st.tuples(st.lists(_sound, max_size=5), _others).map(lambda parts: parts[0] + parts[1]).flatmap(st.permutations)
-_held_out = st.sets(st.sampled_from([data.prompt_key([user(text)]) for text in ("How?", "Why?")]))
+_held_out = st.sets(st.sampled_from([audit.prompt_digest([user(text)]) for text in ("How?", "Why?")]))
 _tried = settings(
     max_examples=120, deadline=None, database=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
@@ -157,7 +166,7 @@ def test_any_rows_are_kept_or_dropped_once_and_nothing_raises(tokenizer, rows, h
     assert {r: len(ids) for r, ids in found.examples.items()} == {r: min(n, 3) for r, n in found.dropped.items()}
     assert set(found.decoded) == {reason for reason in found.dropped if reason.startswith("template")}
     json.dumps([found.examples, found.decoded], ensure_ascii=False).encode()  # can be written
-    keys = [data.prompt_key(row["prompt"]) for row in found.kept]
+    keys = [audit.prompt_digest(row["prompt"]) for row in kept_of(rows, found, tokenizer)]
     assert len(set(keys)) == len(keys) and not set(keys) & held_out and set(keys) <= found.prompts
 
 
@@ -167,20 +176,20 @@ def test_the_order_of_the_rows_changes_neither_what_is_kept_nor_what_is_counted(
     found, mixed = audit.audit_split(rows, tokenizer, 96, held_out), list(rows)
     shuffle.shuffle(mixed)
     other = audit.audit_split(mixed, tokenizer, 96, held_out)
-    assert as_text(other.kept) == as_text(found.kept)
+    assert as_text(kept_of(mixed, other, tokenizer)) == as_text(kept_of(rows, found, tokenizer))
     assert other.dropped == found.dropped and other.prompts == found.prompts
 
 
 @given(rows=_rows)
 @_tried
 def test_each_prompt_that_has_a_sound_row_keeps_one(tokenizer, rows):
-    alone = [row for one in rows for row in audit.audit_split([one], tokenizer, 96).kept]
-    kept = audit.audit_split(rows, tokenizer, 96).kept
+    alone = [row for one in rows for row in prepared([one], tokenizer, 96)]
+    kept = prepared(rows, tokenizer, 96)
     assert {data.prompt_key(row["prompt"]) for row in alone} == {data.prompt_key(row["prompt"]) for row in kept}
     assert not as_text(kept) - as_text(alone), "a kept row is one that stands alone"
 
 
 def test_the_answer_that_is_kept_is_the_one_that_was_given(tokenizer):
-    (kept,) = audit.audit_split([conversation([user("a"), assistant("b"), user("c")])], tokenizer, WIDE).kept
+    (kept,) = prepared([conversation([user("a"), assistant("b"), user("c")])], tokenizer, WIDE)
     assert [m["content"] for m in kept["prompt"]] == ["a", "b", "c"]
     assert kept["chosen"] == [assistant("Good answer.")] and kept["rejected"] == [assistant("Bad answer.")]

@@ -14,7 +14,9 @@ def run(cfg):
 
 
 def losses(trainer) -> list[float]:
-    return [row.get("loss", row.get("eval_loss")) for row in trainer.state.log_history if {"loss", "eval_loss"} & set(row)]
+    return [
+        row.get("loss", row.get("eval_loss")) for row in trainer.state.log_history if {"loss", "eval_loss"} & set(row)
+    ]
 
 
 def trained(cfg, run, tokenizer, pairs):

@@ -46,7 +46,9 @@ def test_our_loss_equals_trls_on_the_same_batch(cfg, tokenizer, pairs, tmp_path,
     assert abs(our_loss(trainer, batch, beta) - theirs) < 1e-4
 
 
-def test_answers_only_and_narrow_tiles_leave_loss_and_gradient_as_they_were(cfg, tokenizer, pairs, tmp_path, monkeypatch):
+def test_answers_only_and_narrow_tiles_leave_loss_and_gradient_as_they_were(
+    cfg, tokenizer, pairs, tmp_path, monkeypatch
+):
     results = {}
     for name, compact, tile in (("stock", lambda device: False, 32768), ("ours", lambda device: True, 64)):
         trainer = trainer_for(cfg, tokenizer, pairs, tmp_path)

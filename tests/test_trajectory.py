@@ -85,7 +85,9 @@ def test_a_wrong_mask_would_be_seen(longer, tokenizer, tmp_path, monkeypatch):
     theirs = trajectory(built(stock_trainer, cfg, tokenizer, pairs, tmp_path, monkeypatch), cfg)
     honest = prefix.pack
     monkeypatch.setattr(
-        prefix, "pack", lambda *batch: dataclasses.replace(p := honest(*batch), attention_mask=p.attention_mask | causal(p))
+        prefix,
+        "pack",
+        lambda *batch: dataclasses.replace(p := honest(*batch), attention_mask=p.attention_mask | causal(p)),
     )
     monkeypatch.setattr(prefix, "_obeys", lambda causal: True)
 

@@ -120,6 +120,11 @@ def prompt_key(prompt: list[dict]) -> str:
     return "\n".join(f"{m['role']}: {' '.join(m['content'].lower().split())}" for m in prompt)
 
 
+def prompt_digest(prompt: list[dict]) -> bytes:
+    """SHA-256 of `prompt_key`: 32 bytes, however long the prompt."""
+    return hashlib.sha256(prompt_key(prompt).encode()).digest()
+
+
 # --- its tokens ---------------------------------------------------------------------------------------------------
 
 
@@ -185,21 +190,21 @@ def _short(text: str, n: int = 80) -> str:
 
 @dataclass(frozen=True)
 class Audit:
-    """What became of every row of one split: `kept` in the source's order, the rest counted by reason.
+    """What became of every row of one split: the numbers of those `kept`, in order; the rest counted by reason.
 
-    `examples`: up to three ids per reason; `decoded`: up to three excerpts per template reason; `prompts`: the keys
-    of all prompts that a later split must not have.
+    `examples`: up to three ids per reason; `decoded`: up to three excerpts per template reason; `prompts`: digests of
+    all prompts that a later split must not have. No row itself: a source may be larger than memory.
     """
 
     rows: int
-    kept: list[dict]
+    kept: list[int]
     dropped: dict[str, int]
     examples: dict[str, list[str]]
     decoded: dict[str, list[str]]
-    prompts: set[str]
+    prompts: set[bytes]
 
 
-def audit_split(rows: Iterable[dict | None], tokenizer, max_tokens: int, held_out: Collection[str] = ()) -> Audit:
+def audit_split(rows: Iterable[dict | None], tokenizer, max_tokens: int, held_out: Collection[bytes] = ()) -> Audit:
     """Check every row of a split. The order of the rows decides the order of `kept` and of the examples, nothing else.
 
     Args:
@@ -220,13 +225,13 @@ def audit_split(rows: Iterable[dict | None], tokenizer, max_tokens: int, held_ou
         problem, excerpt = ("invalid text" if row is None else row_problem(row)), ""
         if problem is None:
             example = extract(row)
-            key = prompt_key(example["prompt"])
+            key = prompt_digest(example["prompt"])
             problem = "prompt in test" if key in held_out else None
         if problem is None:
             prompts.add(key)
             problem, excerpt = _add_token_counts(tokenizer, example, max_tokens)
         if problem is None:
-            sound.append((key, _content_hash(example), example, name))
+            sound.append((index, key, _content_hash(example), name))
             continue
         drop(problem, name)
         if excerpt and len(shown := decoded.setdefault(problem, [])) < 3:
@@ -234,12 +239,12 @@ def audit_split(rows: Iterable[dict | None], tokenizer, max_tokens: int, held_ou
 
     # Duplicates last: only a row that passed all else displaces another, so no prompt is lost to a bad twin.
     stays, kept = {}, []
-    for key, digest, *_ in sound:
+    for _, key, digest, _ in sound:
         stays[key] = min(digest, stays.get(key, digest))
-    for key, digest, example, name in sound:
+    for index, key, digest, name in sound:
         if stays[key] == digest:
-            stays[key] = ""  # an exact copy of it is a duplicate too
-            kept.append(example)
+            stays[key] = b""  # an exact copy of it is a duplicate too
+            kept.append(index)
         else:
             drop("duplicate prompt", name)
     assert total == len(kept) + dropped.total(), "every row is kept or dropped by one reason"
@@ -250,6 +255,14 @@ def audit_split(rows: Iterable[dict | None], tokenizer, max_tokens: int, held_ou
 def _name(row: dict | None, index: int) -> str:
     """The id a person finds the row by; broken Unicode in it is written as an escape."""
     return str((row or {}).get("prompt_id") or f"row {index}").encode(errors="backslashreplace").decode()[:16]
+
+
+def prepared_row(tokenizer, row: dict) -> dict:
+    """A row that the audit kept, as training wants it: extracted, with its token counts."""
+    example = extract(row)
+    problem, _ = _add_token_counts(tokenizer, example, max_tokens=2**62)
+    assert problem is None, problem
+    return example
 
 
 def _add_token_counts(tokenizer, example: dict, max_tokens: int) -> tuple[str | None, str]:
@@ -267,5 +280,5 @@ def _add_token_counts(tokenizer, example: dict, max_tokens: int) -> tuple[str | 
     return ("too long" if longest > max_tokens else None), ""
 
 
-def _content_hash(example: dict) -> str:
-    return hashlib.sha256(json.dumps(example, sort_keys=True).encode()).hexdigest()
+def _content_hash(example: dict) -> bytes:
+    return hashlib.sha256(json.dumps(example, sort_keys=True).encode()).digest()

@@ -31,9 +31,7 @@ def folder(run: artifacts.Run) -> Path:
 
 
 def fingerprint(config: Config, trainer) -> dict:
-    """What decides the adapter: config, the pairs as the trainer reads them, a sample of the base's weights, processes.
-
-    """
+    """What decides the adapter: config, pairs as the trainer reads them, a sample of the base's weights, processes."""
     return {
         "config": config.training_identity(),
         "pairs": digest_of_pairs(trainer.train_dataset),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator
@@ -23,10 +22,12 @@ from .audit import (  # noqa: F401  notebooks and modules find the parts of a ro
     audit_split,
     encode,
     extract,
+    prepared_row,
     prompt_key,
     row_problem,
 )
 from .config import Config
+from .embedded import sha256
 from .errors import DataError, first_line
 
 VERSION = 2  # raise it when the same source would give other rows: prepared data of another version is not reused
@@ -192,8 +193,9 @@ def prepare(config: Config, tokenizer) -> Prepared:
         if not found.kept:
             raise _nothing_left(f"{config.data} ({name})", found, raw[name].column_names)
         held_out |= found.prompts
-        shuffled = Dataset.from_list(found.kept).shuffle(seed=config.seed)
-        splits[name] = shuffled.select(range(min(limits[name], len(shuffled))))
+        shuffled = raw[name].select(found.kept).shuffle(seed=config.seed)
+        used = shuffled.select(range(min(limits[name], len(shuffled))))
+        splits[name] = Dataset.from_list([prepared_row(tokenizer, row) for row in used])
         report[name] = {
             "rows": found.rows,
             "dropped": found.dropped,
@@ -328,4 +330,4 @@ def _content(config: Config) -> str | list[str]:
         files = [path]
     else:
         return config.data
-    return [f"{p.name} {hashlib.sha256(p.read_bytes()).hexdigest()}" for p in files]
+    return [f"{p.name} {sha256(p)}" for p in files]

@@ -92,9 +92,7 @@ def _forward(decoder, input_ids: Tensor, attention_mask: Tensor, **kwargs):
 
 
 def _forward_packed(decoder, packed: Packed, **kwargs):
-    inputs = dict(
-        input_ids=packed.input_ids, attention_mask=packed.attention_mask, position_ids=packed.position_ids
-    )
+    inputs = dict(input_ids=packed.input_ids, attention_mask=packed.attention_mask, position_ids=packed.position_ids)
     outputs = type(decoder).forward(decoder, **inputs, **kwargs)
     rows = torch.arange(len(packed.input_ids), device=packed.columns.device).repeat(2)[:, None]
     outputs.last_hidden_state = outputs.last_hidden_state[rows, packed.columns]
@@ -115,4 +113,6 @@ def _obeys(causal) -> bool:
         return False
     finally:
         causal.train(training)
-    return bool((together - apart).norm() < 0.05 * apart.norm())  # rounding in 16 bits stays below, a wrong mask far above
+    return bool(
+        (together - apart).norm() < 0.05 * apart.norm()
+    )  # rounding in 16 bits stays below, a wrong mask far above

@@ -1,8 +1,9 @@
 """The reference's log-probabilities, computed before training and kept for the next one.
 
-The reference never changes, so its forward pass need not be in the training loop. Off by default: one epoch saves only
-the evaluations, and in 16 bits other batches round differently, so policy and reference are no longer equal to the
-last bit at step 0. On (`PRECOMPUTE_REFERENCE`), it pays with several epochs, or for several trainings on the same pairs.
+The reference never changes, so its forward passes need not be in the training loop. Off by default: in one epoch it
+saves only the evaluations' share, and in 16 bits other batches round differently, so that policy and reference are no
+longer equal to the last bit at step 0. It pays (`PRECOMPUTE_REFERENCE`) with several epochs, or with several trainings
+on the same pairs.
 """
 
 from __future__ import annotations
