@@ -44,7 +44,7 @@ def test_hidden_states_are_those_of_the_plain_pass(tiny_folder, batch):
     ids, mask = collated([chosen for chosen, _ in batch] + [rejected for _, rejected in batch])
     with torch.no_grad():
         plain = decoder(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
-        packed = prefix._forward(decoder, ids, mask, use_cache=False).last_hidden_state
+        packed = prefix.forward(decoder, ids, mask, use_cache=False).last_hidden_state
     assert packed.shape == plain.shape and packed.isfinite().all()
     assert torch.allclose(packed[mask.bool()], plain[mask.bool()], atol=1e-5)
 

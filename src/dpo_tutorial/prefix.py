@@ -73,21 +73,22 @@ def share_prefixes(model, max_tokens: int) -> bool:
     plain = causal.forward
 
     @functools.wraps(type(causal).forward)  # `generate` reads the signature
-    def forward(self, *args, fused_lm_head=False, **kwargs):
+    def scored(self, *args, fused_lm_head=False, **kwargs):
         if not fused_lm_head:
             return plain(*args, **kwargs)
         decoder = self.base_model
-        decoder.forward = functools.partial(_forward, decoder)
+        decoder.forward = functools.partial(forward, decoder)
         try:
             return plain(*args, fused_lm_head=True, **kwargs)
         finally:
             del decoder.forward  # the class's own comes back
 
-    causal.forward = types.MethodType(forward, causal)
+    causal.forward = types.MethodType(scored, causal)
     return True
 
 
-def _forward(decoder, input_ids: Tensor, attention_mask: Tensor, **kwargs):
+def forward(decoder, input_ids: Tensor, attention_mask: Tensor, **kwargs):
+    """The decoder's own forward pass over a collated batch, packed on the way in and unpacked on the way out."""
     return _forward_packed(decoder, pack(input_ids, attention_mask), **kwargs)
 
 

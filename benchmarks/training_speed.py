@@ -1,0 +1,627 @@
+"""Training speed beside stock TRL: `python benchmarks/training_speed.py [section …]` writes its .json, .md and .png.
+
+Every measurement is a process of its own (allocator and peak memory belong to a process), and what is compared takes
+turns, because timings of shared machines drift: read the ratios. Sections: compare, switches, order, growth, cuda.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+REPEATS = 3
+#: Architectures with random weights, for speed only. The last two are those of the GPU profiles.
+SHAPES = {
+    name: dict(
+        hidden_size=hidden, intermediate_size=wide, num_hidden_layers=layers, num_attention_heads=heads,
+        num_key_value_heads=groups, **more,
+    )
+    for name, hidden, wide, layers, heads, groups, more in (
+        ("30M", 384, 1024, 8, 6, 3, {}),
+        ("135M", 576, 1536, 30, 9, 3, {}),
+        ("360M", 960, 2560, 32, 15, 5, {}),
+        ("0.5B", 896, 4864, 24, 14, 2, {"vocab_size": 151936}),
+        ("7B", 3584, 18944, 28, 28, 4, {"vocab_size": 152064, "tie_word_embeddings": False}),
+    )
+}  # fmt: skip
+
+#: What `ours` is made of, one switch turned back at a time: (knobs of Config, arguments of DPOConfig, other switches).
+SWITCHES = {
+    "ours": ({}, {}, []),
+    "prompt computed once per answer": ({"prefix_sharing": False}, {}, []),
+    "TRL's LM head as it comes": ({}, {}, ["head"]),
+    "allocator as it comes": ({}, {}, ["allocator"]),
+    "2 pairs at a time, 4 times": ({"batch_size": 2, "grad_accum": 4}, {}, []),
+    "batches in random order": ({}, {"train_sampling_strategy": "random"}, []),
+    "gradient checkpointing": ({"gradient_checkpointing": True}, {}, []),
+    "reference precomputed": ({"precompute_reference": True}, {}, []),
+    "base not quantized": ({}, {}, ["16 bits"]),
+}
+
+
+# --- one measurement, in a process of its own -----------------------------------------------------------------------
+
+
+def settings(task: dict):
+    """The config of a task: the profile's own, but for what the task sets."""
+    import dataclasses
+
+    from dpo_tutorial import config
+
+    cfg = config.resolve(profile=task.get("profile", "cpu"))
+    return dataclasses.replace(cfg, **{"gradient_checkpointing": False} | task.get("knobs", {}))
+
+
+def full_length(tokenizer, tokens: int, pairs: int):
+    """Equal pairs whose prompt and chosen answer fill `tokens`; the rejected answer is 8 tokens shorter."""
+    from datasets import Dataset
+
+    from dpo_tutorial import data
+
+    def row(words: int) -> dict:
+        prompt = [{"role": "user", "content": "Say a." + " b" * (tokens // 4)}]
+        sides = {"chosen": "a" + " a" * words, "rejected": "b" + " a" * (words - 8)}
+        turns = {side: [{"role": "assistant", "content": text}] for side, text in sides.items()}
+        ids = {side: data.encode(tokenizer, prompt, turn) for side, turn in turns.items()}
+        counts = {f"{side}_tokens": len(answer) for side, (_, answer) in ids.items()}
+        return {"prompt": prompt, "prompt_tokens": len(ids["chosen"][0])} | turns | counts
+
+    first = row(8)
+    missing = tokens - first["prompt_tokens"] - first["chosen_tokens"]
+    return Dataset.from_list([row(8 + missing)] * pairs)
+
+
+def splits_of(task: dict, cfg, tokenizer) -> dict:
+    from dpo_tutorial import data
+
+    if "length" in task:
+        train = full_length(tokenizer, task["length"], task["pairs"])
+        return {"train": train, "val": train.select(range(task["val"])), "test": train}
+    found = data.prepare(cfg, tokenizer).splits
+    part = {name: split.select(range(min(task.get(name, len(split)), len(split)))) for name, split in found.items()}
+    return part | {"train": part["train"].select(range(min(task.get("pairs", 10**9), len(part["train"]))))}
+
+
+def stock_trainer(cfg, base, tokenizer, train_split, val, folder, **changes):
+    """`DPOTrainer` with its documented defaults; only what decides the result is set as in `cfg`.
+
+    Default are batches of 8 pairs, which is the effective batch here, in random order, and gradient checkpointing.
+    """
+    from trl import DPOConfig, DPOTrainer
+
+    from dpo_tutorial import environment, models
+
+    assert cfg.batch_size * cfg.grad_accum == DPOConfig.__dataclass_fields__["per_device_train_batch_size"].default
+    arguments = dict(
+        output_dir=str(folder), beta=cfg.beta, learning_rate=cfg.learning_rate, lr_scheduler_type=cfg.lr_scheduler,
+        warmup_steps=cfg.warmup_ratio, num_train_epochs=cfg.epochs, max_steps=cfg.max_steps, seed=cfg.seed,
+        bf16=cfg.dtype == "bf16", fp16=cfg.dtype == "fp16", use_cpu=environment.device() == "cpu", report_to="none",
+        save_strategy="no", logging_steps=1, eval_strategy="no" if val is None else "steps", eval_steps=0.5,
+    )  # fmt: skip
+    columns = ["prompt", "chosen", "rejected"]
+    return DPOTrainer(
+        model=base, args=DPOConfig(**arguments | changes), train_dataset=train_split.select_columns(columns),
+        eval_dataset=None if val is None else val.select_columns(columns), processing_class=tokenizer,
+        peft_config=models.lora_config(cfg),
+    )  # fmt: skip
+
+
+def counted(trainer) -> dict:
+    """Count what the training batches hold, and how many positions the decoder computes for them."""
+    seen, at_work = {"tokens": 0, "slots": 0, "positions": 0, "pairs": 0}, []
+    step = trainer.training_step
+
+    def training_step(model, inputs, *args, **kwargs):
+        seen["tokens"] += int(inputs["attention_mask"].sum())
+        seen["slots"] += inputs["attention_mask"].numel()
+        seen["pairs"] += len(inputs["input_ids"]) // 2
+        at_work.append(True)
+        try:
+            return step(model, inputs, *args, **kwargs)
+        finally:
+            at_work.clear()
+
+    def embedded(module, args, output):
+        seen["positions"] += args[0].numel() if at_work else 0
+
+    trainer.training_step = training_step
+    trainer.model.get_base_model().get_input_embeddings().register_forward_hook(embedded)
+    return seen
+
+
+def step_ends(trainer) -> list[float]:
+    """The time at the end of each optimizer step, filled in while the trainer runs."""
+    from transformers import TrainerCallback
+
+    ends = []
+
+    class Clock(TrainerCallback):
+        def on_step_end(self, *args, **kwargs):
+            ends.append(time.perf_counter())
+
+    trainer.add_callback(Clock())
+    return ends
+
+
+def train_once(task: dict, folder: Path) -> dict:
+    """A whole training by ours or by stock TRL: seconds by phase, tokens, memory, losses."""
+    import psutil
+    import torch
+
+    from dpo_tutorial import artifacts, environment, evaluate, models, reference, timing, train
+
+    phases = {"import": time.time() - psutil.Process().create_time()}
+    stock, switches = task["trainer"] == "stock", task.get("switches", [])
+    cfg = settings(task)
+    if stock or "allocator" in switches:
+        environment.tune_allocator = lambda: False
+    if "head" in switches:
+        train.fit_head_to_cpu = lambda: None
+    marks = [time.perf_counter()]
+
+    def mark(name: str) -> None:
+        environment.synchronize()
+        marks.append(time.perf_counter())
+        phases[name] = marks[-1] - marks[-2]
+
+    tokenizer = models.load_tokenizer(settings(task | {"knobs": {}}))
+    base = models.load_base(cfg, quantize="16 bits" not in switches)
+    mark("load")
+    splits = splits_of(task, cfg, tokenizer)
+    val = splits["val"] if task.get("val") else None
+    environment.seed_everything(cfg.seed)
+    build = stock_trainer if stock else train.build_trainer
+    trainer = build(
+        cfg, base, tokenizer, splits["train"], val, folder / "trainer", disable_tqdm=True, **task.get("arguments", {})
+    )
+    mark("tokenize")
+    if cfg.precompute_reference:
+        reference.precompute(trainer, cfg, artifacts.Run(cfg, folder / "run"))
+    mark("reference, before")
+    seen, ends, split = counted(trainer), step_ends(trainer), timing.TimeSplit(trainer)
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    environment.seed_everything(cfg.seed)
+    started = time.perf_counter()
+    trainer.train()
+    seconds = time.perf_counter() - started + phases["reference, before"]
+    steps = [b - a for a, b in zip([started, *ends], ends, strict=False)]
+    marks.append(time.perf_counter())
+    peak = environment.peak_memory_gib()
+    if task.get("generate"):
+        prompts = [row["prompt"] for row in splits["test"].select(range(task["generate"]))]
+        evaluate.generate(cfg, trainer.model, tokenizer, prompts, max_new_tokens=48)
+        mark("generate")
+    return {
+        "seconds": seconds, "pairs": seen["pairs"], "tokens": seen["tokens"], "positions": seen["positions"],
+        "padding": 1 - seen["tokens"] / seen["slots"], "peak_gib": peak, "steps": steps, "phases": phases | dict(split.seconds),
+        "losses": [row["loss"] for row in train.history(trainer)["train"]],
+        "rewards": [row["rewards/chosen"] for row in train.history(trainer)["train"]],
+        "pairs_per_second": seen["pairs"] / seconds, "tokens_per_second": seen["tokens"] / seconds,
+    }  # fmt: skip
+
+
+def raw_once(task: dict, folder: Path) -> dict:
+    """Forward and backward pass of the model with its adapter on full batches of 8 x 256 tokens, and nothing else."""
+    import torch
+    from peft import get_peft_model
+
+    from dpo_tutorial import environment, evaluate, models
+
+    cfg = settings(task)
+    model = get_peft_model(models.load_base(cfg), models.lora_config(cfg)).train()
+    rows, length = task.get("shape", [8, 256])
+    torch.manual_seed(0)
+    seconds = []
+    for _ in range(4):
+        ids = torch.randint(0, 2**8, (rows, length), device=model.device)
+        environment.synchronize()
+        started = time.perf_counter()
+        with evaluate.autocast(cfg):
+            loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        environment.synchronize()
+        seconds.append(time.perf_counter() - started)
+    return {
+        "seconds": statistics.median(seconds[1:]),
+        "tokens_per_second": rows * length / statistics.median(seconds[1:]),
+    }
+
+
+def prepare_once(task: dict, folder: Path) -> dict:
+    """Audit a source of so many rows and keep 400: does memory depend on the rows?"""
+    import psutil
+
+    from dpo_tutorial import data, environment, models
+
+    source = folder / f"rows-{task['rows']}.jsonl"
+    with source.open("w", encoding="utf-8") as stream:
+        for n in range(task["rows"]):
+            ask = {"role": "user", "content": f"Question {n}: " + "why is that so " * 20}
+            sides = {
+                side: [ask, {"role": "assistant", "content": f"{side} {n} " + "because it is " * 40}]
+                for side in ("chosen", "rejected")
+            }
+            row = {"prompt": ask["content"], "prompt_id": str(n), "score_chosen": 8.0, "score_rejected": 3.0} | sides
+            stream.write(json.dumps(row) + "\n")
+    cfg = settings(task | {"knobs": {"data": str(source)}})
+    tokenizer = models.load_tokenizer(cfg)
+    before, started = psutil.Process().memory_info().rss, time.perf_counter()
+    kept = data.prepare(cfg, tokenizer).splits["train"]
+    return {
+        "rows": task["rows"], "kept": len(kept), "seconds": time.perf_counter() - started,
+        "peak_mib": environment.peak_memory_gib() * 2**10 - before / 2**20,
+    }  # fmt: skip
+
+
+def make_once(task: dict, folder: Path) -> dict:
+    """Save a checkpoint of random weights, with the embedded model's tokenizer and, where not given, its vocabulary."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from dpo_tutorial import environment, models
+
+    tokenizer = models.load_tokenizer(settings(task))
+    shape = dict(vocab_size=len(tokenizer), tie_word_embeddings=True, max_position_embeddings=4096) | task["make"]
+    torch.manual_seed(0)
+    with torch.device(environment.device()):
+        torch.set_default_dtype(torch.bfloat16)
+        model = LlamaForCausalLM(LlamaConfig(eos_token_id=2, bos_token_id=None, pad_token_id=2, **shape))
+    model.save_pretrained(task["path"])
+    tokenizer.save_pretrained(task["path"])
+    return {"weights": sum(p.numel() for p in model.parameters())}
+
+
+KINDS = {"train": train_once, "raw": raw_once, "prepare": prepare_once, "make": make_once}
+
+
+def child(task: dict, timeout: float = 3600) -> dict:
+    """Run one task in a process of its own; what it prints last is its result."""
+    tunables = (
+        {} if task.get("trainer") == "stock" else {"GLIBC_TUNABLES": "glibc.malloc.tcache_count=0"}
+    )  # as `make run`
+    done = subprocess.run(
+        [sys.executable, __file__, "--task", json.dumps(task)], capture_output=True, text=True, timeout=timeout,
+        env=os.environ | tunables | {"TOKENIZERS_PARALLELISM": "false", "DPO_TUTORIAL_HEADLESS": "1"},
+    )  # fmt: skip
+    if done.returncode:
+        raise SystemExit(f"{task}\n{done.stderr[-4000:]}")
+    result = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("RESULT "))[7:])
+    about = {k: v for k, v in task.items() if k not in ("path", "make")}
+    print(f"{about} {result.get('pairs_per_second', result.get('seconds', 0)):.2f}", file=sys.stderr, flush=True)
+    return result
+
+
+# --- sections -------------------------------------------------------------------------------------------------------
+
+
+def compare(options) -> dict:
+    """Ours, stock TRL and the raw passes in turn."""
+    share = 1 if options.pairs is None else options.pairs / 329
+    task = {"kind": "train", "pairs": options.pairs or 10**9, "val": round(48 * share) or 1, "generate": 4}
+    found = {"ours": [], "stock": [], "raw": []}
+    for _ in range(options.repeats):
+        found["ours"].append(child(task | {"trainer": "ours"}))
+        found["stock"].append(child(task | {"trainer": "stock"}))
+        found["raw"].append(child({"kind": "raw"}))
+    return found
+
+
+def switches(options) -> dict:
+    """Ours with one switch turned back, each beside a run of ours."""
+    found = {name: [] for name in SWITCHES}
+    for _ in range(2):
+        for name, (knobs, arguments, other) in SWITCHES.items():
+            found[name].append(
+                child(
+                    {"kind": "train", "trainer": "ours", "pairs": 48, "knobs": knobs, "arguments": arguments}
+                    | {"switches": other, "val": 8}
+                )
+            )
+    return found
+
+
+def order(options) -> dict:
+    """Losses step by step on the same batches in the same order: ours, without our hooks, and that padded otherwise."""
+    plain = {"kind": "train", "trainer": "ours", "pairs": 48, "arguments": {"logging_steps": 1}}
+    stock = plain | {
+        "knobs": {"prefix_sharing": False, "gradient_checkpointing": True},
+        "switches": ["head", "allocator"],
+    }
+    return {
+        "ours": child(plain),
+        "stock": child(stock),
+        "stock, padded to a multiple of 64": child(stock | {"arguments": {"pad_to_multiple_of": 64}}),
+    }
+
+
+def growth(options) -> dict:
+    """Seconds and memory by pairs, by length, by size of the model, and memory by rows of the source."""
+    found = {"pairs": [], "length": [], "size": [], "rows": []}
+    with tempfile.TemporaryDirectory() as folder:
+        weights = {}
+        for name in ("30M", "135M", "360M"):
+            weights[name] = child({"kind": "make", "make": SHAPES[name], "path": f"{folder}/{name}"})["weights"]
+
+        def run(name: str, pairs: int, length: int) -> dict:
+            knobs = {"model": f"{folder}/{name}", "max_tokens": length}
+            result = child(
+                {"kind": "train", "trainer": "ours", "pairs": pairs, "val": 0, "length": length, "knobs": knobs}
+            )
+            steady = statistics.mean(result["steps"][1:])  # the first step also fills caches
+            return {
+                "weights": weights[name], "pairs": pairs, "length": length, "tokens": result["tokens"],
+                "seconds": steady * len(result["steps"]), "peak_gib": result["peak_gib"],
+            }  # fmt: skip
+
+        for _ in range(2):
+            found["pairs"] += [run("30M", pairs, 128) for pairs in (32, 128, 512)]
+            found["length"] += [run("30M", 32, length) for length in (128, 256, 512)]
+            found["size"] += [run(name, 24, 256) for name in ("30M", "135M", "360M")]
+    found["rows"] = [child({"kind": "prepare", "rows": rows}) for rows in (1000, 4000, 16000)]
+    return found
+
+
+def cuda(options) -> dict | None:
+    """Ours and stock TRL on a GPU, for the shapes of its profiles; None where there is no GPU."""
+    import torch
+
+    if not torch.cuda.is_available() and not options.shapes:
+        return None
+    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name in options.shapes or ("0.5B", "7B"):
+            child({"kind": "make", "make": SHAPES[name], "path": f"{folder}/{name}"})
+            for dtype in options.dtypes:
+                knobs = {"model": f"{folder}/{name}", "max_tokens": options.length, "dtype": dtype, "batch_size": 4}
+                knobs |= {"grad_accum": 2, "gradient_checkpointing": name == "7B"}
+                task = {
+                    "kind": "train",
+                    "pairs": options.pairs or 32,
+                    "val": 0,
+                    "length": options.length,
+                    "knobs": knobs,
+                }
+                for which in ("ours", "stock"):
+                    result = child(task | {"trainer": which})
+                    flops = model_flops(name, knobs, result)
+                    found.setdefault(f"{name}, {dtype}", {}).setdefault(which, []).append(result | {"flops": flops})
+    return found
+
+
+def model_flops(name: str, knobs: dict, result: dict) -> float:
+    """Multiplications and additions per second that a step needs, recomputation and padding not counted.
+
+    Per token: 2 per weight for each forward pass (policy, reference) and 2 for the gradient of the inputs; weights of
+    the base have no gradient of their own, and what the adapter adds is below 3%.
+    """
+    s = SHAPES[name]
+    head = s["hidden_size"] // s["num_attention_heads"] * s["num_key_value_heads"]
+    block = s["hidden_size"] * (2 * s["hidden_size"] + 2 * head + 3 * s["intermediate_size"])
+    return 3 * 2 * s["num_hidden_layers"] * block * result["tokens_per_second"]
+
+
+SECTIONS = {"compare": compare, "switches": switches, "order": order, "growth": growth, "cuda": cuda}
+
+
+# --- what is shown --------------------------------------------------------------------------------------------------
+
+
+def slope(rows: list[dict], x: str, y: str) -> float:
+    """Exponent of y in x, by least squares on logarithms: 1 is in proportion."""
+    import numpy as np
+
+    return float(np.polyfit(np.log([row[x] for row in rows]), np.log([row[y] for row in rows]), 1)[0])
+
+
+def table(head: list[str], rows: list[list]) -> str:
+    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in [head, ["---"] * len(head), *rows])
+
+
+def middle(runs: list[dict], key: str) -> float:
+    return statistics.median(run[key] for run in runs)
+
+
+def spread(values: list[float], digits: int = 1) -> str:
+    return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+
+
+def by_repeat(runs: list[dict], others: list[dict], key: str) -> list[float]:
+    """run / other, repeat by repeat."""
+    return [a[key] / b[key] for a, b in zip(runs, others, strict=True)]
+
+
+def compare_page(found: dict) -> str:
+    ours, stock, raw = found["ours"], found["stock"], found["raw"]
+    rows = [
+        [
+            name, f"{middle(runs, 'pairs_per_second'):.2f}", f"{middle(runs, 'tokens_per_second'):,.0f}",
+            f"{middle(runs, 'padding'):.0%}", f"{middle(runs, 'positions') / middle(runs, 'tokens'):.2f}",
+            f"{middle(runs, 'peak_gib'):.1f}",
+        ]
+        for name, runs in (("ours", ours), ("stock TRL", stock))
+    ]  # fmt: skip
+    names = list(dict.fromkeys(phase for run in ours + stock for phase in run["phases"]))
+    seconds = [
+        [n, *(f"{statistics.median(r['phases'].get(n, 0) for r in runs):.1f}" for runs in (ours, stock))] for n in names
+    ]
+    columns = ["", "pairs/s", "tokens/s", "padding", "positions computed per token", "peak GiB"]
+    return f"""## Ours and stock TRL
+
+{len(ours)} trainings each, in turn, of {ours[0]["pairs"]} pairs of the `cpu` profile, two evaluations included; medians.
+
+{table(columns, rows)}
+
+**Pairs per second, ours / stock: {spread(by_repeat(ours, stock, "pairs_per_second"))}.**
+Peak memory, ours / stock: {spread(by_repeat(ours, stock, "peak_gib"), 2)}.
+
+The bare forward and backward pass on full batches of 8 x 256 tokens, measured between them, makes
+{middle(raw, "tokens_per_second"):,.0f} tokens/s. Our training, everything included, runs at {spread(by_repeat(ours, raw, "tokens_per_second"), 2)}
+of that rate. A token counts as often as it stands in a sequence; a pair's prompt is computed once, and the LM head on
+answers only, which is how a training with two forward passes can come near a bare loop with one.
+
+Seconds by phase; both compute the reference in the loop.
+
+{table(["phase", "ours", "stock TRL"], seconds)}"""
+
+
+def switches_page(found: dict) -> str:
+    base = found["ours"]
+    rows = [
+        [
+            name, f"{middle(runs, 'pairs_per_second'):.2f}",
+            f"{statistics.median(by_repeat(runs, base, 'pairs_per_second')):.2f}", f"{middle(runs, 'peak_gib'):.1f}",
+        ]
+        for name, runs in found.items()
+    ]  # fmt: skip
+    return f"""## What each part brings
+
+Ours with one part changed, {len(base)} trainings of {base[0]["pairs"]} pairs each, in turn.
+
+{table(["", "pairs/s", "of ours", "peak GiB"], rows)}
+
+"Base not quantized" is the most that dequantizing each weight once, and keeping it, could bring."""
+
+
+def order_page(found: dict) -> str:
+    stock, padded = found["stock"], "stock, padded to a multiple of 64"
+
+    def apart(name: str, key: str) -> str:
+        return f"{max(abs(a - b) for a, b in zip(stock[key], found[name][key], strict=True)):.4f}"
+
+    rows = [[name, apart(name, "losses"), apart(name, "rewards")] for name in ("ours", padded)]
+    return f"""## The same training
+
+{len(stock["losses"])} steps of 8 pairs, the same batches in the same order, in the compute type of this machine's profile. Largest
+difference of a step from a training without our hooks (the prompt twice, TRL's head, checkpointing on):
+
+{table(["", "loss", "chosen reward"], rows)}
+
+The second row is what other padding alone does: rounding. In float32 the difference is below 1e-4
+(`tests/test_trajectory.py`, `tests/test_prefix.py`)."""
+
+
+def growth_page(found: dict) -> str:
+    less, more = (statistics.mean(r["peak_gib"] for r in found["pairs"] if r["pairs"] == n) for n in (32, 512))
+    rows = [
+        [what, values, y, f"{slope(found[group], x, key):.2f}"]
+        for what, values, y, group, x, key in (
+            ("pairs", "32, 128, 512", "seconds", "pairs", "tokens", "seconds"),
+            ("length", "128, 256, 512 tokens", "seconds", "length", "tokens", "seconds"),
+            ("weights", "30M, 135M, 360M", "seconds", "size", "weights", "seconds"),
+            ("rows of the source", "1,000, 4,000, 16,000", "seconds", "rows", "rows", "seconds"),
+            ("pairs", "32, 128, 512", "peak memory", "pairs", "pairs", "peak_gib"),
+        )
+    ]
+    audit = ", ".join(f"{row['peak_mib']:,.0f}" for row in found["rows"])
+    return f"""## How cost grows
+
+Random weights, pairs of equal length. Exponent fitted on logarithms: 1 is in proportion, 0 is not at all.
+
+{table(["grows with", "values", "what", "exponent"], rows)}
+
+![Seconds and memory by pairs, length and weights, with the fitted lines](training_speed.png)
+
+Sixteen times the pairs take {more - less:+.2f} GiB of memory ({less:.2f} to {more:.2f}). The audit of 1,000, 4,000 and 16,000 rows, of
+which 400 are kept for training, takes {audit} MiB: rows stay on disk, and digests of 64 bytes in memory."""
+
+
+def cuda_page(found: dict | None) -> str:
+    head = "## On a GPU\n\n"
+    if not found:
+        return (
+            head + "Not measured: no CUDA machine was at hand. `tests/test_training_speed.py` runs the code on a CPU."
+        )
+    rows = [
+        [
+            f"{name}, {which}", f"{middle(runs, 'tokens_per_second'):,.0f}", f"{middle(runs, 'peak_gib'):.1f}",
+            f"{middle(runs, 'flops') / 1e12:.1f}",
+        ]
+        for name, pair in found.items() for which, runs in pair.items()
+    ]  # fmt: skip
+    return head + table(["", "tokens/s", "peak GiB", "model TFLOP/s"], rows)
+
+
+PAGES = {
+    "compare": compare_page, "switches": switches_page, "order": order_page, "growth": growth_page, "cuda": cuda_page,
+}  # fmt: skip
+
+
+def page(record: dict) -> str:
+    hardware, sections = record["hardware"], record["sections"]
+    versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
+    where = hardware.get("gpu") or f"{hardware['cpu']}, {hardware['cores']} cores, {hardware['memory_gib']} GiB"
+    parts = [write(sections.get(name)) for name, write in PAGES.items() if name in sections or name == "cuda"]
+    return "\n\n".join(
+        [
+            "# Training speed, beside stock TRL",
+            "`make bench`. SmolLM2-135M-Instruct in NF4, LoRA on all linear layers, where nothing else is said.\n"
+            "Timings of shared machines drift: read the ratios.",
+            *parts,
+            f"{where}; {versions}.\n",
+        ]
+    )
+
+
+def figure(found: dict, path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    panels = [
+        ("pairs", "tokens", "seconds", "Seconds by tokens of more pairs"),
+        ("length", "tokens", "seconds", "Seconds by tokens of longer pairs"),
+        ("size", "weights", "seconds", "Seconds by weights"),
+        ("pairs", "pairs", "peak_gib", "Peak GiB by pairs"),
+    ]  # fmt: skip
+    fig, axes = plt.subplots(1, len(panels), figsize=(13, 3.2), layout="constrained")
+    for axis, (group, x, y, title) in zip(axes, panels, strict=True):
+        rows = sorted(found[group], key=lambda row: row[x])
+        xs, ys = [row[x] for row in rows], [row[y] for row in rows]
+        power = slope(rows, x, y)
+        scale = statistics.geometric_mean(b / a**power for a, b in zip(xs, ys, strict=True))
+        axis.loglog(xs, ys, "o", color="#0072B2")
+        axis.loglog([xs[0], xs[-1]], [scale * v**power for v in (xs[0], xs[-1])], "-", color="#D55E00")
+        axis.set(title=f"{title}\nexponent {power:.2f}", xlabel=x)
+        axis.set_ylim(min(ys) / 2, max(ys) * 2)
+    fig.savefig(path, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("sections", nargs="*", choices=[*SECTIONS, []], help="default: all")
+    parser.add_argument("--task", help="one measurement; for the processes this one starts")
+    parser.add_argument("--repeats", type=int, default=REPEATS)
+    parser.add_argument("--pairs", type=int, default=64, help="training pairs of `compare`; 0: the whole profile")
+    parser.add_argument("--length", type=int, default=1024, help="tokens of a sequence in `cuda`")
+    parser.add_argument("--shapes", nargs="*", choices=list(SHAPES), help="of `cuda`")
+    parser.add_argument("--dtypes", nargs="*", default=["bf16", "fp16"], help="of `cuda`")
+    options = parser.parse_args()
+    options.pairs = options.pairs or None
+    if options.task:
+        task = json.loads(options.task)
+        with tempfile.TemporaryDirectory() as folder:
+            print("RESULT " + json.dumps(KINDS[task["kind"]](task, Path(folder))))
+        return
+    from dpo_tutorial import environment
+
+    environment.hand_over_measurements()  # every process computes in one type
+    target = Path(__file__).with_suffix(".json")
+    record = json.loads(target.read_text()) if target.exists() else {"sections": {}}
+    for name in options.sections or SECTIONS:
+        record["sections"][name] = SECTIONS[name](options)
+        record |= {"versions": environment.versions(), "hardware": environment.hardware()}
+        target.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        target.with_suffix(".md").write_text(page(record), encoding="utf-8")
+        if name == "growth":
+            figure(record["sections"]["growth"], target.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()
