@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV   := .venv
 PY     := $(VENV)/bin/python
 STAMP  := $(VENV)/.installed
+GUIDE  := build/guide
 
 # A typed value as one word of the shell, whatever is in it; neither make nor the shell may read it as a command.
 quoted = '$(subst ','\'',$(value $(1)))'
@@ -12,7 +13,7 @@ unexport PROFILE MODEL DATA SEED ARTIFACTS STRICT FRESH REPO
 PARAMETERS := $(foreach name,PROFILE MODEL DATA SEED ARTIFACTS STRICT FRESH,$(if $(and $(filter command,$(origin $(name))),$(value $(name))),-p $(name) $(call quoted,$(name))))
 
 .DEFAULT_GOAL := help
-.PHONY: help run test notebooks lint badges clean
+.PHONY: help run test notebooks lint badges guide clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
@@ -41,5 +42,18 @@ notebooks: $(STAMP)  ## run the cpu profile and write its outputs into notebooks
 badges: $(STAMP)  ## stamp the Colab badges: REPO=owner/name
 	$(PY) -m dpo_tutorial.badges $(if $(value REPO),$(call quoted,REPO))
 
-clean:  ## remove results and the environment (not the model cache)
-	rm -rf artifacts $(VENV)
+# The guide needs no torch, so it has an environment of its own. Its sources lie as in the repository, for the links
+# between them; only the start page moves to the root.
+$(VENV)-guide/.installed: docs/requirements.txt
+	test -x $(VENV)-guide/bin/python || $(PYTHON) -m venv $(VENV)-guide
+	$(VENV)-guide/bin/python -m pip install --quiet --disable-pip-version-check -r docs/requirements.txt
+	touch $@
+
+guide: $(VENV)-guide/.installed  ## the notebooks as a site in build/guide/html, looked at in a browser
+	rm -rf $(GUIDE) && mkdir -p $(GUIDE)/source
+	cp -r README.md docs/index.md docs notebooks benchmarks $(GUIDE)/source
+	$(VENV)-guide/bin/python -m sphinx --quiet --fail-on-warning --keep-going -c docs -d $(GUIDE)/doctrees $(GUIDE)/source $(GUIDE)/html
+	$(VENV)-guide/bin/python -m pytest --noconftest -m guide tests/test_guide.py
+
+clean:  ## remove results, the guide and the environments (not the model cache)
+	rm -rf artifacts build $(VENV) $(VENV)-guide

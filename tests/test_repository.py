@@ -64,7 +64,7 @@ def python_files():
 # --- pins ----
 
 
-@pytest.mark.parametrize("name", ["requirements.txt", "constraints.txt"])
+@pytest.mark.parametrize("name", ["requirements.txt", "constraints.txt", "docs/requirements.txt"])
 def test_every_requirement_is_one_exact_pin(name):
     assert lines(name)
     for line in lines(name):
@@ -75,6 +75,12 @@ def test_every_requirement_is_one_exact_pin(name):
 def test_constraints_agree_with_every_requirement():
     constraints = pins("constraints.txt")
     assert {n: (v, constraints.get(n)) for n, v in pins("requirements.txt").items() if constraints.get(n) != v} == {}
+
+
+def test_the_guide_has_the_same_version_of_whatever_both_environments_hold():
+    constraints = pins("constraints.txt")
+    shared = {n: (v, constraints[n]) for n, v in pins("docs/requirements.txt").items() if n in constraints}
+    assert shared and {n: both for n, both in shared.items() if both[0] != both[1]} == {}
 
 
 def test_every_dependency_of_the_package_has_a_pin_in_its_range():
@@ -131,7 +137,7 @@ def uploads(job):
 
 def test_every_workflow_is_yaml_with_triggers_and_jobs():
     paths = sorted((ROOT / ".github" / "workflows").glob("*.y*ml"))
-    assert [p.name for p in paths] == ["cpu.yml", "gpu.yml"]
+    assert [p.name for p in paths] == ["cpu.yml", "gpu.yml", "pages.yml"]
     for path in paths:
         parsed, job = workflow(path.name)
         assert parsed[True], "`on:` is read as true by YAML"
@@ -154,6 +160,16 @@ def test_the_gpu_workflow_runs_a_profile_on_a_gpu_runner_and_uploads_always():
     (upload,) = uploads(job)
     assert upload["if"] == "always()"
     assert "artifacts/*/executed" in upload["with"]["path"]
+
+
+def test_the_pages_workflow_publishes_what_make_guide_built_and_tested():
+    parsed, job = workflow("pages.yml")
+    assert parsed[True]["push"] == {"branches": ["main"]} and "pull_request" not in parsed[True]
+    assert commands(job) == ["make guide"]
+    assert job["permissions"] == {"contents": "read", "pages": "write", "id-token": "write"}
+    (upload,) = [step for step in job["steps"] if "upload-pages-artifact" in step.get("uses", "")]
+    assert upload["with"]["path"] in planned("guide").split()
+    assert job["steps"][-1]["uses"].startswith("actions/deploy-pages@")
 
 
 def test_the_profiles_offered_by_the_gpu_workflow_exist_and_need_a_gpu():
