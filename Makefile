@@ -13,7 +13,7 @@ unexport PROFILE MODEL DATA SEED ARTIFACTS STRICT FRESH REPO
 PARAMETERS := $(foreach name,PROFILE MODEL DATA SEED ARTIFACTS STRICT FRESH,$(if $(and $(filter command,$(origin $(name))),$(value $(name))),-p $(name) $(call quoted,$(name))))
 
 .DEFAULT_GOAL := help
-.PHONY: help run test notebooks lint badges guide clean
+.PHONY: help run test notebooks lint badges bench guide clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
@@ -41,6 +41,9 @@ notebooks: $(STAMP)  ## run the cpu profile and write its outputs into notebooks
 
 badges: $(STAMP)  ## stamp the Colab badges: REPO=owner/name
 	$(PY) -m dpo_tutorial.badges $(if $(value REPO),$(call quoted,REPO))
+
+bench: $(STAMP)  ## training speed beside stock TRL, in about an hour on two cores: SECTIONS="compare growth"
+	$(PY) benchmarks/training_speed.py $(SECTIONS)
 
 # The guide needs no torch, so it has an environment of its own. Its sources lie as in the repository, for the links
 # between them; only the start page moves to the root.

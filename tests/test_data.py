@@ -957,3 +957,28 @@ def test_the_card_says_how_easy_the_set_is():
     found = statistics.rate(sum(right), len(right))
     span = f"{found['rate']:.2f} (95% interval {found['low']:.2f} to {found['high']:.2f}, {found['n']} pairs)"
     assert span in CARD
+
+
+# --- the pair that is followed ----
+
+
+def test_the_running_example_is_the_first_usable_test_row_with_its_token_counts(cfg, tokenizer, tmp_path):
+    rows = [pair(f"Question {n}?", "yes " * (n + 1), "no") for n in range(24)]
+    folder = tmp_path / "set"
+    folder.mkdir()
+    bad = pair("Bad?", "same", "same")
+    for split, part in (("train_prefs", rows[:16]), ("test_prefs", [bad, *rows[16:]])):
+        lines = "".join(json.dumps(row) + "\n" for row in part)
+        (folder / f"{split}.jsonl").write_text(lines)
+    cfg = dataclasses.replace(cfg, data=str(folder), data_revision=None)
+    found = data.running_example(cfg, tokenizer)
+    assert found["prompt_id"] == "Question 16?"
+    test = data.prepare(cfg, tokenizer).splits["test"]
+    assert found in [dict(row) for row in test]
+
+
+def test_without_a_usable_test_row_the_running_example_is_an_error(cfg, tokenizer, tmp_path):
+    bad = [pair(f"Bad {n}?", "same", "same") for n in range(12)]
+    (tmp_path / "bad.jsonl").write_text("".join(json.dumps(row) + "\n" for row in bad))
+    with pytest.raises(DataError, match="No usable pair"):
+        data.running_example(dataclasses.replace(cfg, data=str(tmp_path / "bad.jsonl"), data_revision=None), tokenizer)

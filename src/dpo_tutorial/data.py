@@ -211,6 +211,21 @@ def prepare(config: Config, tokenizer) -> Prepared:
     return Prepared(DatasetDict({k: splits[k] for k in order}), report, choices)
 
 
+def running_example(config: Config, tokenizer) -> dict:
+    """The pair that all six notebooks follow: the first usable row of the test split, as `prepare` makes rows.
+
+    Of the test split, so that the adapter has not been trained on it.
+
+    Raises:
+        DataError: as `prepare`.
+    """
+    split = load_preferences(config)[0]["test"]
+    for row in _rows(split):
+        if (found := audit_split([row], tokenizer, config.max_tokens)).kept:
+            return prepared_row(tokenizer, row)
+    raise _nothing_left(f"{config.data} (test)", found, split.column_names)
+
+
 def _rows(split: Dataset) -> Iterator[dict | None]:
     """Every row by its number, None where its bytes are not UTF-8: iterating a `Dataset` would stop there."""
     for index in range(len(split)):
