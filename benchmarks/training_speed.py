@@ -199,7 +199,8 @@ def train_once(task: dict, folder: Path) -> dict:
         mark("generate")
     return {
         "seconds": seconds, "pairs": seen["pairs"], "tokens": seen["tokens"], "positions": seen["positions"],
-        "padding": 1 - seen["tokens"] / seen["slots"], "peak_gib": peak, "steps": steps, "phases": phases | dict(split.seconds),
+        "padding": 1 - seen["tokens"] / seen["slots"], "peak_gib": peak, "steps": steps,
+        "phases": phases | dict(split.seconds),
         "losses": [row["loss"] for row in train.history(trainer)["train"]],
         "rewards": [row["rewards/chosen"] for row in train.history(trainer)["train"]],
         "pairs_per_second": seen["pairs"] / seconds, "tokens_per_second": seen["tokens"] / seconds,
@@ -450,10 +451,12 @@ def compare_page(found: dict) -> str:
     seconds = [
         [n, *(f"{statistics.median(r['phases'].get(n, 0) for r in runs):.1f}" for runs in (ours, stock))] for n in names
     ]
+    near = spread(by_repeat(ours, raw, "tokens_per_second"), 2)
     columns = ["", "pairs/s", "tokens/s", "padding", "positions computed per token", "peak GiB"]
     return f"""## Ours and stock TRL
 
-{len(ours)} trainings each, in turn, of {ours[0]["pairs"]} pairs of the `cpu` profile, two evaluations included; medians.
+{len(ours)} trainings each, in turn, of {ours[0]["pairs"]} pairs of the `cpu` profile, two evaluations included.
+Medians:
 
 {table(columns, rows)}
 
@@ -461,7 +464,7 @@ def compare_page(found: dict) -> str:
 Peak memory, ours / stock: {spread(by_repeat(ours, stock, "peak_gib"), 2)}.
 
 The bare forward and backward pass on full batches of 8 x 256 tokens, measured between them, makes
-{middle(raw, "tokens_per_second"):,.0f} tokens/s. Our training, everything included, runs at {spread(by_repeat(ours, raw, "tokens_per_second"), 2)}
+{middle(raw, "tokens_per_second"):,.0f} tokens/s. Our training, everything included, runs at {near}
 of that rate. A token counts as often as it stands in a sequence; a pair's prompt is computed once, and the LM head on
 answers only, which is how a training with two forward passes can come near a bare loop with one.
 
@@ -497,8 +500,8 @@ def order_page(found: dict) -> str:
     rows = [[name, apart(name, "losses"), apart(name, "rewards")] for name in ("ours", padded)]
     return f"""## The same training
 
-{len(stock["losses"])} steps of 8 pairs, the same batches in the same order, in the compute type of this machine's profile. Largest
-difference of a step from a training without our hooks (the prompt twice, TRL's head, checkpointing on):
+{len(stock["losses"])} steps of 8 pairs, the same batches in the same order, in the compute type that this machine takes.
+Largest difference of a step from a training without our hooks (the prompt twice, TRL's head, checkpointing on):
 
 {table(["", "loss", "chosen reward"], rows)}
 
@@ -527,8 +530,8 @@ Random weights, pairs of equal length. Exponent fitted on logarithms: 1 is in pr
 
 ![Seconds and memory by pairs, length and weights, with the fitted lines](training_speed.png)
 
-Sixteen times the pairs take {more - less:+.2f} GiB of memory ({less:.2f} to {more:.2f}). The audit of 1,000, 4,000 and 16,000 rows, of
-which 400 are kept for training, takes {audit} MiB: rows stay on disk, and digests of 64 bytes in memory."""
+Sixteen times the pairs take {more - less:+.2f} GiB of memory ({less:.2f} to {more:.2f}).
+The audit of 1,000, 4,000 and 16,000 rows, of which 400 are kept for training, takes {audit} MiB: rows stay on disk, and digests of 64 bytes in memory."""
 
 
 def cuda_page(found: dict | None) -> str:
