@@ -263,7 +263,7 @@ def prepare_once(task: dict, folder: Path) -> dict:
 def make_once(task: dict, folder: Path) -> dict:
     """Save a checkpoint of random weights, with the embedded model's tokenizer and, where not given, its vocabulary."""
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import AutoModelForCausalLM, LlamaConfig
 
     from dpo_tutorial import environment, models
 
@@ -271,8 +271,8 @@ def make_once(task: dict, folder: Path) -> dict:
     shape = dict(vocab_size=len(tokenizer), tie_word_embeddings=True, max_position_embeddings=4096) | task["make"]
     torch.manual_seed(0)
     with torch.device(environment.device()):
-        torch.set_default_dtype(torch.bfloat16)
-        model = LlamaForCausalLM(LlamaConfig(eos_token_id=2, bos_token_id=None, pad_token_id=2, **shape))
+        found = LlamaConfig(eos_token_id=2, bos_token_id=None, pad_token_id=2, **shape)
+        model = AutoModelForCausalLM.from_config(found, dtype=torch.bfloat16)
     model.save_pretrained(task["path"])
     tokenizer.save_pretrained(task["path"])
     return {"weights": sum(p.numel() for p in model.parameters())}
@@ -500,7 +500,7 @@ def order_page(found: dict) -> str:
     rows = [[name, apart(name, "losses"), apart(name, "rewards")] for name in ("ours", padded)]
     return f"""## The same training
 
-{len(stock["losses"])} steps of 8 pairs, the same batches in the same order, in the compute type that this machine takes.
+{len(stock["losses"])} steps of 8 pairs, the same batches in the same order, in this machine's compute type.
 Largest difference of a step from a training without our hooks (the prompt twice, TRL's head, checkpointing on):
 
 {table(["", "loss", "chosen reward"], rows)}
@@ -531,7 +531,8 @@ Random weights, pairs of equal length. Exponent fitted on logarithms: 1 is in pr
 ![Seconds and memory by pairs, length and weights, with the fitted lines](training_speed.png)
 
 Sixteen times the pairs take {more - less:+.2f} GiB of memory ({less:.2f} to {more:.2f}).
-The audit of 1,000, 4,000 and 16,000 rows, of which 400 are kept for training, takes {audit} MiB: rows stay on disk, and digests of 64 bytes in memory."""
+The audit of 1,000, 4,000 and 16,000 rows, of which 400 are kept for training, takes {audit} MiB:
+rows stay on disk, and digests of 64 bytes in memory."""
 
 
 def cuda_page(found: dict | None) -> str:

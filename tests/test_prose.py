@@ -1,4 +1,4 @@
-"""The notebooks as reading matter: their length, their balance of words and code, and figures that something supports."""
+"""The notebooks as reading matter: length, balance of words and code, and figures that something supports."""
 
 import re
 import statistics
@@ -76,8 +76,10 @@ def test_the_questionnaire_has_five_questions_with_folded_answers(path):
 
 #: Numbers that name something and measure nothing: years, equations, sections, papers, notebooks, exercises.
 NAMES = re.compile(
-    r"\b(?:19|20)\d\d\b|\b(?:eqs?|sections?|appendix|table|figure|exercises?|notebooks?|questions?|arXiv|trl#)\W{0,2}[\d.]+"
-    r"(?:(?:,| and| to) [\d.]+)*|\b0[1-6]\b|\(★+, \d+ minutes\)|^#+ .*$|^\*?\*?\d\.|SmolLM2?-\S+|Qwen\S+|\b[A-Za-z]+\d\w*",
+    r"\b(?:19|20)\d\d\b"
+    r"|\b(?:eqs?|sections?|appendix|table|figure|exercises?|notebooks?|questions?|arXiv|trl#)\W{0,2}[\d.]+"
+    r"(?:(?:,| and| to) [\d.]+)*|\b0[1-6]\b|\(★+, \d+ minutes\)|^#+ .*$|^\*?\*?\d\."
+    r"|SmolLM2?-\S+|Qwen\S+|\b[A-Za-z]+\d\w*",
     re.MULTILINE | re.IGNORECASE,
 )
 NUMBER = re.compile(r"(?<![\w.])[−-]?\d[\d,]*(?:\.\d+)?(?:e-?\d+)?")

@@ -1,0 +1,142 @@
+"""The speed benchmark: its page, its promises, and its code on a tiny model, the GPU section's included."""
+
+import argparse
+import copy
+import json
+from pathlib import Path
+
+import pytest
+from conftest import script
+from transformers import AutoConfig
+
+FOLDER = Path(__file__).parents[1] / "benchmarks"
+RECORD = json.loads((FOLDER / "training_speed.json").read_text(encoding="utf-8"))
+SECTIONS = RECORD["sections"]
+
+
+@pytest.fixture(scope="module")
+def speed():
+    return script("benchmarks/training_speed.py")
+
+
+def test_the_page_is_the_one_that_the_record_gives(speed):
+    assert set(SECTIONS) >= {"compare", "switches", "order", "growth"}
+    assert (FOLDER / "training_speed.md").read_text(encoding="utf-8") == speed.page(RECORD)
+
+
+def test_it_is_two_and_a_half_times_stock_trl_and_near_the_bare_passes_in_less_memory(speed):
+    ours, stock, raw = (SECTIONS["compare"][name] for name in ("ours", "stock", "raw"))
+    assert len(ours) == len(stock) == len(raw) >= 3
+    assert min(speed.by_repeat(ours, stock, "pairs_per_second")) >= 2.5
+    assert min(speed.by_repeat(ours, raw, "tokens_per_second")) >= 0.6
+    assert max(speed.by_repeat(ours, stock, "peak_gib")) < 1
+
+
+def test_each_switch_that_is_on_by_default_pays(speed):
+    found = SECTIONS["switches"]
+    assert set(found) == set(speed.SWITCHES)
+    for name in ("prompt computed once per answer", "TRL's LM head as it comes", "allocator as it comes"):
+        assert speed.middle(found[name], "pairs_per_second") < speed.middle(found["ours"], "pairs_per_second"), name
+
+
+def test_the_losses_are_stock_trls_within_what_other_padding_does(speed):
+    found = SECTIONS["order"]
+    for key in ("losses", "rewards"):
+        ours, floor = (
+            max(abs(a - b) for a, b in zip(found["stock"][key], found[name][key], strict=True))
+            for name in ("ours", "stock, padded to a multiple of 64")
+        )
+        assert ours <= 3 * floor, key
+
+
+def test_time_grows_in_proportion_to_tokens_and_memory_not_with_pairs(speed):
+    found = SECTIONS["growth"]
+    assert 0.85 < speed.slope(found["pairs"], "tokens", "seconds") < 1.15
+    assert speed.slope(found["length"], "tokens", "seconds") < 1.3, "attention has a part that grows with the square"
+    assert abs(speed.slope(found["pairs"], "pairs", "peak_gib")) < 0.1
+    rows = [row["peak_mib"] for row in found["rows"]]
+    assert rows[-1] < rows[0] + 100, "sixteen times the rows: the source stays on disk"
+
+
+def test_the_readme_quotes_the_recorded_ratios(speed):
+    readme = (FOLDER.parent / "README.md").read_text(encoding="utf-8")
+    ours, stock = SECTIONS["compare"]["ours"], SECTIONS["compare"]["stock"]
+    assert f"{speed.spread(speed.by_repeat(ours, stock, 'pairs_per_second'))} times stock TRL" in readme
+
+
+def test_without_a_gpu_the_page_says_not_measured(speed):
+    record = copy.deepcopy(RECORD)
+    record["sections"]["cuda"] = None
+    assert "Not measured" in speed.page(record)
+
+
+def test_the_shapes_of_the_gpu_section_have_the_sizes_they_are_named_after(speed):
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    for name, low, high in (("30M", 25e6, 40e6), ("135M", 134e6, 136e6), ("360M", 355e6, 370e6), ("0.5B", 4.8e8, 5.1e8),
+                            ("7B", 7.5e9, 7.7e9)):  # fmt: skip
+        with torch.device("meta"):
+            model = LlamaForCausalLM(
+                LlamaConfig(**dict(vocab_size=49152, tie_word_embeddings=True) | speed.SHAPES[name])
+            )
+        assert low < sum(p.numel() for p in model.parameters()) < high, name
+
+
+@pytest.mark.parametrize("trainer", ["ours", "stock"])
+def test_one_measurement_on_a_tiny_model(speed, tiny_folder, tmp_path, monkeypatch, trainer):
+    from dpo_tutorial import environment, train
+
+    monkeypatch.setattr(environment, "tune_allocator", environment.tune_allocator)  # the task switches it off for good
+    monkeypatch.setattr(train, "fit_head_to_cpu", train.fit_head_to_cpu)
+    monkeypatch.setattr(speed, "splits_of", tiny_splits(speed, tiny_folder))
+    knobs = {"model": str(tiny_folder), "dtype": "fp32", "max_tokens": 128}
+    found = speed.train_once({"trainer": trainer, "pairs": 16, "val": 2, "length": 96, "knobs": knobs}, tmp_path)
+    assert found["pairs"] == 16 and len(found["losses"]) == len(found["steps"]) == 2
+    assert found["positions"] < found["tokens"] * 2 if trainer == "ours" else found["positions"] >= found["tokens"] * 2
+    assert {"import", "load", "tokenize", "backward", "evaluation"} <= set(found["phases"])
+    assert found["losses"][0] == pytest.approx(0.6931, abs=1e-3) and found["peak_gib"] > 0
+
+
+def tiny_splits(speed, folder):
+    """The tiny model's tokenizer instead of the embedded one's."""
+
+    def splits(task, cfg, tokenizer):
+        from dpo_tutorial import models
+
+        train = speed.full_length(models.load_tokenizer(cfg), task["length"], task["pairs"])
+        return {"train": train, "val": train.select(range(task["val"])), "test": train}
+
+    return splits
+
+
+def test_the_gpu_section_runs_on_a_cpu_and_is_shown(speed, monkeypatch):
+    """Its loop, its settings and its table; each measurement is replaced."""
+    asked = []
+
+    def child(task):
+        asked.append(task)
+        return {"tokens_per_second": 100.0, "peak_gib": 1.0, "weights": 1}
+
+    monkeypatch.setattr(speed, "child", child)
+    options = argparse.Namespace(shapes=["0.5B", "7B"], dtypes=["bf16", "fp16"], length=1024, pairs=None)
+    found = speed.cuda(options)
+    assert set(found) == {"0.5B, bf16", "0.5B, fp16", "7B, bf16", "7B, fp16"}
+    trained = [task for task in asked if task["kind"] == "train"]
+    assert {task["trainer"] for task in trained} == {"ours", "stock"} and len(trained) == 8
+    assert all(task["knobs"]["batch_size"] * task["knobs"]["grad_accum"] == 8 for task in trained)
+    page = speed.cuda_page(found)
+    assert "Not measured" not in page and page.count("| 100 |") == 8
+
+
+def test_a_checkpoint_of_random_weights_is_saved_with_its_tokenizer(speed, tiny_folder, tmp_path, monkeypatch):
+    from dpo_tutorial import models
+
+    tokenizer = models.load_tokenizer(speed.settings({"knobs": {"model": str(tiny_folder)}}))
+    monkeypatch.setattr(models, "load_tokenizer", lambda cfg: tokenizer)
+    shape = dict(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1
+    )
+    made = speed.make_once({"make": shape, "path": str(tmp_path / "made")}, tmp_path)
+    found = AutoConfig.from_pretrained(tmp_path / "made")
+    assert made["weights"] > 0 and found.hidden_size == 32 and found.vocab_size == len(tokenizer)
