@@ -229,6 +229,35 @@ def alt_text(figure: Figure) -> str:
     return figure.get_label()
 
 
+#: The six notebooks, and what each hands on.
+PIPELINE = (
+    ("01 setup", "config, seeds"),
+    ("02 load 4-bit", "base in NF4"),
+    ("03 attach LoRA", "adapter on / off"),
+    ("04 prepare pairs", "prompt, chosen, rejected"),
+    ("05 train DPO", "trained adapter"),
+    ("06 compare", "verdict"),
+)
+
+
+def pipeline() -> Figure:
+    """Map of the six notebooks: a box each, and under it what it hands on."""
+    said = "; ".join(f"{name} gives {gives}" for name, gives in PIPELINE)
+    figure, (axis,) = _figure(height=1.7, alt=f"Six notebooks in a row. {said}.")
+    for place, (name, gives) in enumerate(PIPELINE):
+        number, title = name.split(" ", 1)
+        box = dict(boxstyle="round,pad=0.5", facecolor="white", edgecolor=BLUE, linewidth=1.5)
+        axis.text(place, 0.62, f"{number}\n{title}", ha="center", va="center", fontsize=8, color="black", bbox=box)
+        axis.text(place, 0.08, gives.replace(", ", ",\n", 1), ha="center", va="center", fontsize=7, color=GREY)
+        if place:
+            axis.annotate(
+                "", (place - 0.40, 0.62), (place - 0.60, 0.62), arrowprops={"arrowstyle": "->", "color": ORANGE}
+            )
+    axis.set(xlim=(-0.5, len(PIPELINE) - 0.5), ylim=(-0.1, 1.1))
+    axis.axis("off")
+    return figure
+
+
 def bars(values: dict[str, float], unit: str, title: str) -> Figure:
     """Horizontal bars with their values written out."""
     written = {k: f"{v:,.0f} {unit}" if abs(v) >= 100 else f"{v:.3g} {unit}" for k, v in values.items()}
