@@ -88,7 +88,7 @@ class Config:
     epochs: float = _knob(1.0, "dpo", "passes over the training pairs")
     max_steps: int = _knob(-1, "dpo", "stop after so many optimizer steps; -1: by epochs", "steps")
     batch_size: int = _knob(4, "dpo", "pairs per forward pass", "pairs")
-    grad_accum: int = _knob(4, "dpo", "forward passes per optimizer step")
+    grad_accum: int = _knob(4, "dpo", "batches per optimizer step")
     max_grad_norm: float = _knob(1.0, "dpo", "gradient clipping")
     precompute_reference: bool = _knob(False, "dpo", "reference log-probabilities once, before training, and kept")
     prefix_sharing: bool = _knob(True, "dpo", "compute the prompt of a pair once, not once per answer")
