@@ -259,6 +259,10 @@ FIGURES = {
     ),
     "lengths": (lambda: show.lengths([10, 20, 30, 99], 64), ["4 pair", "median 25", "limit 64", "1 over"]),
     "nf4_levels": (lambda: show.nf4_levels(np.linspace(-1, 1, 640), np.linspace(-1, 1, 16)), ["640", "16"]),
+    "lora_shapes": (
+        lambda: show.lora_shapes("q_proj", 576, 192, 16, 32),
+        ["W is 576 × 192, 110,592 frozen", "times 2, B is 576 × 16 and A is 16 × 192", "12,288 trainable", "11.1%"],
+    ),
     "training_curves": (lambda: show.training_curves(HISTORY), ["3 steps", "0.693", "0.412", "0.87"]),
     "margins": (
         lambda: show.margins([{"margin": m} for m in (1.0, 2.0, -0.5, 0.0)]),
@@ -366,6 +370,16 @@ def test_nf4_levels_draws_one_line_per_level():
     levels = np.array([-1.0, -0.3, 0.0, 0.4, 1.0])
     axis = show.nf4_levels(np.linspace(-1, 1, 64), levels).axes[0]
     assert [line.get_xdata()[0] for line in axis.lines] == list(levels)
+
+
+def test_lora_shapes_are_drawn_to_scale_and_labelled_with_their_sizes():
+    axis = show.lora_shapes("gate_proj", 1536, 576, 16, 32).axes[0]
+    drawn = {p.get_label(): (p.get_height(), p.get_width()) for p in axis.patches}
+    assert drawn == {"W": (1536, 576), "B": (1536, 16), "A": (16, 576)} and axis.get_aspect() == 1
+    assert [t.get_text() for t in axis.texts] == ["W: 1,536 × 576", "B: 1,536 × 16", "A: 16 × 576", "+ 2 ·"]
+    edges = [(p.get_x(), p.get_x() + p.get_width()) for p in axis.patches]
+    assert edges == sorted(edges) and all(a[1] < b[0] for a, b in zip(edges, edges[1:], strict=False))
+    assert inside(axis, edges[-1][1])
 
 
 def test_margins_counts_every_pair_and_marks_zero():

@@ -300,6 +300,30 @@ def nf4_levels(weights: np.ndarray, levels: np.ndarray) -> Figure:
     return figure
 
 
+def lora_shapes(name: str, d_out: int, d_in: int, rank: int, alpha: int) -> Figure:
+    """One layer's frozen W beside its trainable B and A, to scale, with their sizes."""
+    frozen, trainable = d_out * d_in, rank * (d_out + d_in)
+    alt = (
+        f"{name}, to scale: W is {d_out:,} × {d_in:,}, {frozen:,} frozen weights. Beside it, times {alpha / rank:g}, "
+        f"B is {d_out:,} × {rank:,} and A is {rank:,} × {d_in:,}, together {trainable:,} trainable weights, "
+        f"{trainable / frozen:.1%} of W."
+    )
+    gap = 0.5 * max(d_out, d_in)  # wide enough for the labels, also beside a tall W
+    across, down = 2 * d_in + rank + 2 * gap, d_out + 0.4 * gap
+    figure, (axis,) = _figure(width=8, height=1 + min(3.5, 7.8 * down / across), alt=alt)
+    left = 0.0
+    for part, rows, columns, color in (("W", d_out, d_in, GREY), ("B", d_out, rank, BLUE), ("A", rank, d_in, BLUE)):
+        axis.add_patch(plt.Rectangle((left, 0), columns, rows, facecolor=color, edgecolor=color, label=part))
+        axis.text(left + columns / 2, -0.1 * gap, f"{part}: {rows:,} × {columns:,}", ha="center", va="bottom")
+        left += columns + gap
+    axis.text(d_in + gap / 2, d_out / 2, f"+ {alpha / rank:g} ·", ha="center", va="center", fontsize=14)
+    axis.set(xlim=(-0.02 * across, 1.02 * across), ylim=(d_out, -0.4 * gap), xticks=[], yticks=[], aspect="equal")
+    axis.set_title(f"{name}: {frozen:,} frozen weights (grey), {trainable:,} trainable (blue)")
+    axis.set_xlabel("to scale: rows downwards, columns across")
+    axis.spines[:].set_visible(False)
+    return figure
+
+
 def training_curves(history: dict[str, list[dict]]) -> Figure:
     """Loss, accuracy, and rewards of chosen and rejected, by optimizer step; validation as dots."""
     train, evaluated = history["train"], history["eval"]
