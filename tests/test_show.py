@@ -78,6 +78,12 @@ def test_answers_show_hostile_prompts_answers_and_labels_as_text():
     assert "hidden" not in page.text
 
 
+def test_a_question_late_in_a_conversation_is_marked_as_such():
+    prompt = [{"role": r, "content": t} for r, t in (("user", "Why?"), ("assistant", "So."), ("user", "And then?"))]
+    said = {"text": "Later.", "finished": True}
+    assert Page(show.answers([prompt], [said], [said])).cells[3] == "[question 2 of a conversation] And then?"
+
+
 def test_answers_of_different_counts_are_refused():
     with pytest.raises(ValueError):
         show.answers([[{"content": "a"}]], [], [])
@@ -186,7 +192,7 @@ def test_the_held_out_table_has_both_columns_with_intervals():
     after |= dict.fromkeys(("margin", "reward_chosen", "reward_rejected"), mean)
     before = after | {"accuracy": {"rate": 0.5, "low": 0.4, "high": 0.6}, "ties": 98}
     cells = Page(show.held_out_table(before, after)).cells
-    assert cells[3:6] == ["accuracy", "0.50 (0.40 to 0.60)", "0.90 (0.80 to 0.95)"]
+    assert cells[3:6] == ["accuracy", "0.50 by construction", "0.90 (0.80 to 0.95)"]
     assert cells[6:9] == ["ties", "98", "2"] and cells[9:12] == ["margin", "0", "1.25 (1.00 to 1.50)"]
 
 

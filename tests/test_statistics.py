@@ -209,6 +209,13 @@ def test_form_compares_the_same_prompts_before_and_after():
     assert found["change"]["finished"]["p"] == pytest.approx(scipy.stats.binomtest(0, 2).pvalue)
 
 
+def test_equal_length_cuts_both_answers_to_the_words_of_the_shorter_and_keeps_their_line_breaks():
+    before, after = [answer("a\n\nb c  d"), answer("x"), answer("gone")], [answer("e f g"), answer("x y"), answer("")]
+    cut = statistics.equal_length(before, after)
+    assert [[a["text"] for a in side] for side in cut] == [["a\n\nb c", "x", ""], ["e f g", "x", ""]]
+    assert before[0]["text"] == "a\n\nb c  d" and cut[0][0]["tokens"] == before[0]["tokens"]
+
+
 def test_rules_hold_the_rates_and_the_paired_change():
     checks = {"short": lambda a: a["tokens"] < 10}
     found = statistics.rules([answer("x", 20)] * 8, [answer("x", 5)] * 7 + [answer("x", 20)], checks)
@@ -235,7 +242,43 @@ def test_the_verdict_follows_the_numbers(hits, words):
             "no opener": {"low": 0.7, "high": 1.0, "p": 1e-6}, "plain words": {"low": -0.1, "high": 0.2, "p": 1.0},
         },
     }  # fmt: skip
-    said = statistics.verdict(held_out, rules, {"floor": 0.05, "within": 3})
+    said = statistics.verdict(held_out, rules, {"spread": 0.0255, "floor": 0.05, "within": 3})
     assert words in said[0] and "3 of 60 margins" in said[1] and "Both sides became less likely" in said[2]
     assert "no opener 8% → 96%" in said[3] and "plain words" not in said[3] and "plain words" in said[4]
     assert len(statistics.verdict(held_out, rules)) == 4, "nothing is said of noise that was not measured"
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "words"),
+    [(0.1, 0.4, "does better (+0.25"), (-0.4, -0.1, "does worse (-0.25"), (-0.1, 0.2, "shows no advantage (+0.05")],
+)
+def test_the_verdict_names_the_opponent_the_distance_and_what_is_left_at_equal_length(low, high, words):
+    base, trained = [answer("one\n\ntwo", 80)] * 8, [answer("one", 40)] * 7 + [answer("one", 42)]
+    checks = {"one paragraph": lambda a: "\n" not in a["text"], "says one": lambda a: "one" in a["text"]}
+    held_out = {
+        "accuracy": statistics.rate(58, 60), "reward_chosen": {"mean": 1.0}, "reward_rejected": {"mean": -1.0},
+    }  # fmt: skip
+    against = {
+        "words": statistics.rate(50, 60), "difference": {"difference": (low + high) / 2, "low": low, "high": high}
+    }  # fmt: skip
+    said = statistics.verdict(
+        held_out, statistics.rules(base, trained, checks), words=against,
+        kl={"per_answer": {"mean": 9.0, "low": 6.0, "high": 12.0}, "per_token": {"mean": 0.1}},
+        form=statistics.form(base, trained),
+        same_length=statistics.rules(*statistics.equal_length(base, trained), checks),
+    )  # fmt: skip
+    assert "Word counting scores 0.83" in said[1] and words in said[1]
+    assert "9.0 nats from the base (6.0 to 12.0), 0.10 a token" in said[3]
+    assert "one paragraph 0% → 100%" in said[4] and said[5] == "Answers became shorter: 80 → 40 tokens."
+    assert said[6] == "At equal length, no change is shown for: one paragraph 100% → 100%." and "says one" in said[7]
+
+
+def test_a_rule_that_moves_at_equal_length_too_is_said_to():
+    base, trained = [answer("Sure! yes it is so")] * 8, [answer("yes")] * 8
+    checks = {"no opener": lambda a: "Sure" not in a["text"]}
+    held_out = {
+        "accuracy": statistics.rate(58, 60), "reward_chosen": {"mean": 1.0}, "reward_rejected": {"mean": -1.0},
+    }  # fmt: skip
+    same_length = statistics.rules(*statistics.equal_length(base, trained), checks)
+    said = statistics.verdict(held_out, statistics.rules(base, trained, checks), same_length=same_length)
+    assert "At equal length, it moved too for: no opener 0% → 100%." in said

@@ -280,20 +280,23 @@ def compare(config: Config, policy, tokenizer, splits, beta: float) -> tuple[lis
 def derive(records, prompts, before, after, *, noise, kl, outside, words, shown) -> dict:
     """The report, derived from what was measured: statistics with intervals, and the conclusion in words."""
     held_out = statistics.summarise(records)
-    rules = statistics.rules(before, after, house_style.RULES)
+    rules, form = statistics.rules(before, after, house_style.RULES), statistics.form(before, after)
+    same_length = statistics.rules(*statistics.equal_length(before, after), house_style.OF_TEXT)
+    against_words = {
+        "words": statistics.rate(sum(words), len(words)),
+        "difference": statistics.paired_difference(words, statistics.right([r["margin"] for r in records])),
+    }
     return {
         "held_out": {"before": statistics.summarise(statistics.untrained(records)), "after": held_out},
         "noise": noise,
-        "against_words": {
-            "words": statistics.rate(sum(words), len(words)),
-            "difference": statistics.paired_difference(words, statistics.right([r["margin"] for r in records])),
-        },
+        "against_words": against_words,
         "by_position": statistics.reward_by_position(records),
         "kl": {"inside": kl, "outside": outside["kl"]},
         "rules": rules,
-        "form": statistics.form(before, after),
+        "form": form,
+        "same_length": same_length,
         "outside": outside,
-        "verdict": statistics.verdict(held_out, rules, noise),
+        "verdict": statistics.verdict(held_out, rules, noise, against_words, kl, form, same_length),
         "token_rewards": shown,
         "answers": [{"prompt": p, "before": b, "after": a} for p, b, a in zip(prompts, before, after, strict=True)],
     }

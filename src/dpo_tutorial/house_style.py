@@ -37,6 +37,9 @@ RULES: dict[str, Callable[[dict], bool]] = {
     "ends complete": lambda a: a["finished"] and a["text"].rstrip().endswith((".", "?", ")", "`", '"', "”", "'")),
 }
 
+#: The rules that judge the text alone; "ends complete" also asks whether the token limit cut it.
+OF_TEXT = {name: check for name, check in RULES.items() if name != "ends complete"}
+
 
 def _is_json(text: str) -> bool:
     try:

@@ -6,6 +6,7 @@ Nothing here runs a model. Every figure comes with an interval; the formulas are
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -243,6 +244,17 @@ def rules(before: Sequence[dict], after: Sequence[dict], checks: dict[str, Calla
     return _compare(before, after, checks, shares=set(checks))
 
 
+def equal_length(before: Sequence[dict], after: Sequence[dict]) -> tuple[list[dict], list[dict]]:
+    """Both answers to a prompt cut to as many words as the shorter one has: what still differs is not their length."""
+    cut: tuple[list[dict], list[dict]] = ([], [])
+    for both in zip(before, after, strict=True):
+        words = [list(re.finditer(r"\S+", answer["text"])) for answer in both]
+        n = min(map(len, words))
+        for answers, answer, found in zip(cut, both, words, strict=True):
+            answers.append(answer | {"text": answer["text"][: found[n - 1].end() if n else 0]})
+    return cut
+
+
 def _compare(before, after, values: dict[str, Callable], shares: set[str]) -> dict[str, dict]:
     found: dict[str, dict] = {"before": {}, "after": {}, "change": {}}
     for name, value in values.items():
@@ -256,11 +268,21 @@ def _compare(before, after, values: dict[str, Callable], shares: set[str]) -> di
 # --- in words -----------------------------------------------------------------------------------------------------
 
 
-def verdict(held_out: dict, rules: dict[str, dict], noise: dict | None = None) -> list[str]:
-    """What changed and what did not, one sentence each, drawn from the numbers.
+def verdict(
+    held_out: dict,
+    rules: dict[str, dict],
+    noise: dict | None = None,
+    words: dict | None = None,
+    kl: dict | None = None,
+    form: dict[str, dict] | None = None,
+    same_length: dict[str, dict] | None = None,
+) -> list[str]:
+    """What changed and what did not, one sentence each, drawn from the numbers; nothing of what was not measured.
 
     Args:
-        held_out: as `summarise`; rules: as `rules`; noise: as `evaluate.noise_floor`, where it was measured.
+        held_out: as `summarise`; rules: as `rules`; noise: as `evaluate.noise_floor`; form: as `form`.
+        words: `words`, the bag of words' accuracy as `rate`, and `difference`, policy minus that, paired.
+        kl: as `evaluate.kl_from_reference`; same_length: as `rules`, of the answers that `equal_length` gives.
     """
     a, chosen, rejected = held_out["accuracy"], held_out["reward_chosen"]["mean"], held_out["reward_rejected"]["mean"]
     span = f"{a['rate']:.2f} (95% interval {a['low']:.2f} to {a['high']:.2f}, {a['n']} pairs)"
@@ -270,10 +292,17 @@ def verdict(held_out: dict, rules: dict[str, dict], noise: dict | None = None) -
         said = [f"The policy prefers the rejected answers: accuracy {span}. Look for swapped labels."]
     else:
         said = [f"No effect is shown on held-out pairs: accuracy {span} includes 0.50."]
+    if words:
+        gap = words["difference"]
+        judged = "does better" if gap["low"] > 0 else "does worse" if gap["high"] < 0 else "shows no advantage"
+        said.append(
+            f"Word counting scores {words['words']['rate']:.2f} on the same pairs: as a judge the policy {judged} "
+            f"({gap['difference']:+.2f}, {gap['low']:+.2f} to {gap['high']:+.2f})."
+        )
     if noise:
         said.append(
-            f"Rounding alone moves a margin by up to {noise['floor']:.2g}; {noise['within']} of {a['n']} margins are "
-            "smaller than that and say nothing."
+            f"Rounding alone moves a margin by {noise['spread']:.2g} (root mean square). Below {noise['floor']:.2g} "
+            f"its sign says nothing: so it is with {noise['within']} of {a['n']} margins."
         )
     if chosen > 0 > rejected:
         said.append(
@@ -286,6 +315,12 @@ def verdict(held_out: dict, rules: dict[str, dict], noise: dict | None = None) -
         )
     else:
         said.append(f"Rewards: chosen {chosen:+.2f}, rejected {rejected:+.2f}.")
+    if kl:
+        nats = kl["per_answer"]
+        said.append(
+            f"On answers of its own the policy is {nats['mean']:.1f} nats from the base ({nats['low']:.1f} to "
+            f"{nats['high']:.1f}), {kl['per_token']['mean']:.2f} a token."
+        )
     lines = {
         name: f"{name} {old['rate']:.0%} → {rules['after'][name]['rate']:.0%}" for name, old in rules["before"].items()
     }
@@ -294,6 +329,14 @@ def verdict(held_out: dict, rules: dict[str, dict], noise: dict | None = None) -
     n = next(iter(rules["before"].values()))["n"]
     if shifted:
         said.append(f"In {n} generated answers the rate moved beyond chance for: {'; '.join(shifted)}.")
+    if form and moved(form["change"]["tokens"]):
+        old, new = (form[when]["tokens"]["mean"] for when in ("before", "after"))
+        said.append(f"Answers became {'shorter' if new < old else 'longer'}: {old:.0f} → {new:.0f} tokens.")
+    for name, change in (same_length or {"change": {}})["change"].items():
+        if moved(rules["change"][name]):
+            old, new = (same_length[when][name]["rate"] for when in ("before", "after"))
+            shown = "it moved too" if moved(change) else "no change is shown"
+            said.append(f"At equal length, {shown} for: {name} {old:.0%} → {new:.0%}.")
     said.append(
         f"Not shown to move with {n} answers: {'; '.join(still)}."
         if still
