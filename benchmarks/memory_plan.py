@@ -140,8 +140,8 @@ one tile of logits (`footprint.logit_bytes`).
 - **Estimated:** holes. glibc cannot give freed, aligned memory to the next request of the same size once a small object
   sits in its slack. How much that wastes varies a little from run to run. Where evaluation is the peak, the term also
   has what training freed and the heap keeps.
-- The logits can be the largest term: without Triton, TRL's backward pass holds eight copies of a tile of 32,768 words
-  for every answer token. Checkpointing does not touch them; fewer pairs at a time do.
+- Logits stay small: without Triton, TRL's backward pass holds eight copies of a tile, which we make 512 tokens x 4,096
+  words (`train.fit_head_to_cpu`); at TRL's own 32,768 words they were the largest term.
 """
 
 

@@ -401,6 +401,7 @@ def test_trl_still_decides_by_the_function_we_replace_whether_to_score_completio
     source = inspect.getsource(trl.trainer.utils)
     assert re.search(r"compact = _use_triton\(\w+\.device\)", source)
     assert re.search(r"^ +_CHUNKED_LOGPROB_CHUNK_SIZE,$", source, re.MULTILINE), "an argument of each call"
+    assert "range(0, N, TOKEN_CHUNK_SIZE)" in inspect.getsource(trl.kernels.chunked_logprob), "read at each call"
 
 
 def test_a_4bit_layer_still_has_the_switch_we_turn_off():

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+import trl.kernels.chunked_logprob
 import trl.trainer.utils
 from conftest import pair
 from datasets import Dataset, concatenate_datasets
@@ -50,10 +51,14 @@ def test_answers_only_and_narrow_tiles_leave_loss_and_gradient_as_they_were(
     cfg, tokenizer, pairs, tmp_path, monkeypatch
 ):
     results = {}
-    for name, compact, tile in (("stock", lambda device: False, 32768), ("ours", lambda device: True, 64)):
+    for name, compact, tokens, words in (
+        ("stock", lambda device: False, 4096, 32768),
+        ("ours", lambda device: True, 8, 64),
+    ):
         trainer = trainer_for(cfg, tokenizer, pairs, tmp_path)
         monkeypatch.setattr(trl.trainer.utils, "_use_triton", compact)
-        monkeypatch.setattr(trl.trainer.utils, "_CHUNKED_LOGPROB_CHUNK_SIZE", tile)
+        monkeypatch.setattr(trl.trainer.utils, "_CHUNKED_LOGPROB_CHUNK_SIZE", words)
+        monkeypatch.setattr(trl.kernels.chunked_logprob, "TOKEN_CHUNK_SIZE", tokens)
         batch = next(iter(trainer.get_train_dataloader()))
         loss = trainer.compute_loss(trainer.model, batch)
         loss.backward()

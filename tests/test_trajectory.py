@@ -18,6 +18,7 @@ def stock_trainer(cfg, tokenizer, pairs, tmp_path, monkeypatch, **changes) -> DP
     """TRL without our hooks: its own head, prompts computed twice, checkpointing on as by its default."""
     monkeypatch.setattr(trl.trainer.utils, "_use_triton", chunked_logprob._use_triton)
     monkeypatch.setattr(trl.trainer.utils, "_CHUNKED_LOGPROB_CHUNK_SIZE", 32768)
+    monkeypatch.setattr(chunked_logprob, "TOKEN_CHUNK_SIZE", 4096)
     arguments = train.dpo_config(cfg, tmp_path / "stock", gradient_checkpointing=True, **changes)
     trainer = DPOTrainer(
         model=models.load_base(cfg), args=arguments, train_dataset=train._columns(pairs), processing_class=tokenizer,

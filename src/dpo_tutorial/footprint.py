@@ -18,8 +18,7 @@ from .config import Config
 from .errors import ModelUnsuitableError, first_line
 
 FP32 = 4
-TILE_TOKENS = 4096  # TRL makes logits in tiles of at most so many tokens,
-TILE_WORDS = {"cuda": 32768, "cpu": 8192}  # and so many words; on a CPU by `train.fit_head_to_cpu`
+TILE = {"cuda": (4096, 32768), "cpu": (512, 4096)}  # tokens x words of logits that TRL's head makes at a time
 
 
 @dataclass(frozen=True)
@@ -137,7 +136,8 @@ def logit_bytes(shape: Shape, size: int, answers: int, cuda: bool) -> tuple[int,
     With Triton all happens inside the tile. In plain torch, forward adds three float32 copies of it and a mask of one
     byte, backward seven and a mask (`trl.kernels.chunked_logprob`, `_forward_tile` and `_backward_tile`).
     """
-    tile = min(answers, TILE_TOKENS) * min(shape.vocabulary, TILE_WORDS["cuda" if cuda else "cpu"])
+    tokens, words = TILE["cuda" if cuda else "cpu"]
+    tile = min(answers, tokens) * min(shape.vocabulary, words)
     gradient = FP32 * shape.hidden * answers
     if cuda:
         return size * tile, size * tile + gradient

@@ -10,6 +10,7 @@ import math
 from pathlib import Path
 
 import torch
+import trl.kernels.chunked_logprob
 import trl.trainer.utils
 from accelerate import PartialState
 from datasets import Dataset
@@ -96,15 +97,18 @@ def _columns(split: Dataset) -> Dataset:
 
 
 def fit_head_to_cpu() -> None:
-    """Have TRL's LM head project only the tokens of the answers on a CPU too, and in narrower tiles.
+    """Have TRL's LM head project only the tokens of the answers on a CPU too, and in smaller tiles.
 
     TRL 1.16 asks for Triton before it leaves prompt and padding out, because on some accelerators a changing shape
-    costs a recompilation; a CPU has none. Its tiles are 32,768 words wide for a GPU's sake; in plain torch, where each
-    step of the arithmetic fills another tile, narrower ones stay in the cache and take less memory. The loss is the
-    same (`test_train.py` compares); what it saves is in `benchmarks/training_speed.md`.
+    costs a recompilation; a CPU has none. Its tiles of 4,096 tokens x 32,768 words are for a GPU; in plain torch each
+    step of the arithmetic fills another tile, and small ones stay in the cache and below the size that the allocator
+    fetches from the kernel each time (`environment.tune_allocator`). The loss is the same (`test_train.py` compares);
+    what it saves is in `benchmarks/training_speed.md`.
     """
     trl.trainer.utils._use_triton = lambda device: True
-    trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE = footprint.TILE_WORDS["cpu"]
+    tokens, words = footprint.TILE["cpu"]
+    trl.kernels.chunked_logprob.TOKEN_CHUNK_SIZE = tokens
+    trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE = words
 
 
 def cast_trainable_to_fp32(model) -> None:
