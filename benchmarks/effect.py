@@ -293,8 +293,8 @@ def page(record: dict) -> str:
     parts = [
         "# Does it work, and with which settings?",
         "Written by `benchmarks/effect.py`, which has the commands. Recorded with 2 pairs at a time and 4 passes a "
-        "step, before prefix sharing; since then it is 4 and 2. A step sees as many pairs, in another order, and its loss is "
-        "the same up to rounding ([training_speed.md](training_speed.md)).",
+        "step, before prefix sharing; since then it is 4 and 2. A step sees as many pairs, in another order, and its "
+        "loss is the same up to rounding ([training_speed.md](training_speed.md)).",
     ]
     for name in SECTIONS:
         if name in record:
