@@ -269,6 +269,7 @@ FIGURES = {
         lambda: show.lora_shapes("q_proj", 576, 192, 16, 32),
         ["W is 576 × 192, 110,592 frozen", "times 2, B is 576 × 16 and A is 16 × 192", "12,288 trainable", "11.1%"],
     ),
+    "pipeline": (show.pipeline, ["Six notebooks", "01 setup gives config, seeds", "06 compare gives verdict"]),
     "training_curves": (lambda: show.training_curves(HISTORY), ["3 steps", "0.693", "0.412", "0.87"]),
     "margins": (
         lambda: show.margins([{"margin": m} for m in (1.0, 2.0, -0.5, 0.0)]),
@@ -316,6 +317,14 @@ def test_a_figure_names_its_numbers_in_its_alt_text(name):
     assert isinstance(figure, Figure)
     for part in said:
         assert part in show.alt_text(figure)
+
+
+@pytest.mark.parametrize("values", [(1.0, 2.0, -0.5), (0.0, 0.0), (0.3,), (0.1, 5.0)])
+def test_no_bar_of_the_margins_straddles_zero_and_none_is_lost(values):
+    (axis,) = show.margins([{"margin": v} for v in values]).axes
+    bars = axis.patches
+    assert sum(bar.get_height() for bar in bars) == len(values)
+    assert all(bar.get_x() >= -1e-9 or bar.get_x() + bar.get_width() <= 1e-9 for bar in bars)
 
 
 def test_every_function_that_makes_a_figure_is_tested_here():

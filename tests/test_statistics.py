@@ -282,3 +282,17 @@ def test_a_rule_that_moves_at_equal_length_too_is_said_to():
     same_length = statistics.rules(*statistics.equal_length(base, trained), checks)
     said = statistics.verdict(held_out, statistics.rules(base, trained, checks), same_length=same_length)
     assert "At equal length, it moved too for: no opener 0% → 100%." in said
+
+
+def test_more_repetition_at_equal_length_is_said():
+    base = [answer("a b c d e f g h i j")] * 8
+    trained = [answer("a b c a b c a b c a")] * 7 + [answer("a b a b a b a b a b")]
+    held_out = {
+        "accuracy": statistics.rate(58, 60), "reward_chosen": {"mean": 1.0}, "reward_rejected": {"mean": -1.0},
+    }  # fmt: skip
+    checks = {"says a": lambda a: "a" in a["text"]}
+    cut = statistics.equal_length(base, trained)
+    said = statistics.verdict(held_out, statistics.rules(base, trained, checks), same_form=statistics.form(*cut))
+    assert any(s.startswith("At equal length the policy repeats itself more: its longest repeat is +") for s in said)
+    again = statistics.verdict(held_out, statistics.rules(base, base, checks), same_form=statistics.form(base, base))
+    assert not any("repeats itself" in s for s in again)

@@ -281,7 +281,8 @@ def derive(records, prompts, before, after, *, noise, kl, outside, words, shown)
     """The report, derived from what was measured: statistics with intervals, and the conclusion in words."""
     held_out = statistics.summarise(records)
     rules, form = statistics.rules(before, after, house_style.RULES), statistics.form(before, after)
-    same_length = statistics.rules(*statistics.equal_length(before, after), house_style.OF_TEXT)
+    cut = statistics.equal_length(before, after)
+    same_length, same_form = statistics.rules(*cut, house_style.OF_TEXT), statistics.form(*cut)
     against_words = {
         "words": statistics.rate(sum(words), len(words)),
         "difference": statistics.paired_difference(words, statistics.right([r["margin"] for r in records])),
@@ -295,8 +296,9 @@ def derive(records, prompts, before, after, *, noise, kl, outside, words, shown)
         "rules": rules,
         "form": form,
         "same_length": same_length,
+        "same_form": same_form,
         "outside": outside,
-        "verdict": statistics.verdict(held_out, rules, noise, against_words, kl, form, same_length),
+        "verdict": statistics.verdict(held_out, rules, noise, against_words, kl, form, same_length, same_form),
         "token_rewards": shown,
         "answers": [{"prompt": p, "before": b, "after": a} for p, b, a in zip(prompts, before, after, strict=True)],
     }

@@ -261,8 +261,9 @@ def pipeline() -> Figure:
             axis.annotate(
                 "", (place - 0.40, 0.62), (place - 0.60, 0.62), arrowprops={"arrowstyle": "->", "color": ORANGE}
             )
-    axis.set(xlim=(-0.5, len(PIPELINE) - 0.5), ylim=(-0.1, 1.1))
-    axis.axis("off")
+    axis.set(xlim=(-0.5, len(PIPELINE) - 0.5), ylim=(-0.1, 1.1), xticks=[], yticks=[])
+    axis.set(xlabel="what each hands on to the next", title="Six notebooks, one pipeline")
+    axis.spines[:].set_visible(False)
     return figure
 
 
@@ -274,7 +275,7 @@ def bars(values: dict[str, float], unit: str, title: str) -> Figure:
     shown = axis.barh(list(values), list(values.values()), color=BLUE)
     axis.bar_label(shown, labels=list(written.values()), padding=4)
     axis.invert_yaxis()
-    axis.set(xlabel=unit, title=title, xlim=(0, 1.2 * max(values.values())))
+    axis.set(xlabel=unit, title=title, xlim=(0, 1.3 * max(values.values())))
     return figure
 
 
@@ -370,7 +371,10 @@ def margins(records: Sequence[dict]) -> Figure:
     figure, (axis,) = _figure(
         alt=f"Margins of {len(values)} held-out pairs after training; {right} above 0, mean {np.mean(values):.2f}"
     )
-    axis.hist(values, bins=24, color=BLUE)
+    width = (max(values) - min(values)) / 24 or 1.0
+    first = np.floor(min(values) / width)
+    edges = width * np.arange(first, max(np.ceil(max(values) / width), first + 1) + 1)  # 0 is one of them
+    axis.hist(values, bins=edges, color=BLUE)
     axis.axvline(0, color=ORANGE, linewidth=2, label="before training: all 0")
     axis.set(xlabel="margin = reward(chosen) − reward(rejected)", ylabel="pairs", title="Held-out margins")
     axis.legend()
@@ -445,7 +449,10 @@ def by_length_gap(parts: Sequence[dict], overall: dict) -> Figure:
     axis.axhline(overall["rate"], color=GREY, linestyle=":", label="all pairs")
     axis.axhline(0.5, color=ORANGE, linewidth=1, label="chance")
     axis.set_xticks(range(len(parts)), names)
-    axis.set(ylim=(-0.02, 1.05), xlabel="tokens of chosen minus tokens of rejected", title="Accuracy by length gap")
+    axis.set(
+        ylim=(-0.02, 1.05), xlabel="tokens of chosen minus tokens of rejected", ylabel="share right",
+        title="Accuracy by length gap",
+    )  # fmt: skip
     axis.legend()
     return figure
 

@@ -276,13 +276,15 @@ def verdict(
     kl: dict | None = None,
     form: dict[str, dict] | None = None,
     same_length: dict[str, dict] | None = None,
+    same_form: dict[str, dict] | None = None,
 ) -> list[str]:
     """What changed and what did not, one sentence each, drawn from the numbers; nothing of what was not measured.
 
     Args:
         held_out: as `summarise`; rules: as `rules`; noise: as `evaluate.noise_floor`; form: as `form`.
         words: `words`, the bag of words' accuracy as `rate`, and `difference`, policy minus that, paired.
-        kl: as `evaluate.kl_from_reference`; same_length: as `rules`, of the answers that `equal_length` gives.
+        kl: as `evaluate.kl_from_reference`.
+        same_length, same_form: as `rules` and `form`, of the answers that `equal_length` gives.
     """
     a, chosen, rejected = held_out["accuracy"], held_out["reward_chosen"]["mean"], held_out["reward_rejected"]["mean"]
     span = f"{a['rate']:.2f} (95% interval {a['low']:.2f} to {a['high']:.2f}, {a['n']} pairs)"
@@ -337,6 +339,11 @@ def verdict(
             old, new = (same_length[when][name]["rate"] for when in ("before", "after"))
             shown = "it moved too" if moved(change) else "no change is shown"
             said.append(f"At equal length, {shown} for: {name} {old:.0%} → {new:.0%}.")
+    if same_form and moved(repeat := same_form["change"]["longest repeat (words)"]):
+        said.append(
+            f"At equal length the policy repeats itself {'more' if repeat['difference'] > 0 else 'less'}: its longest "
+            f"repeat is {repeat['difference']:+.1f} words ({repeat['low']:+.1f} to {repeat['high']:+.1f})."
+        )
     said.append(
         f"Not shown to move with {n} answers: {'; '.join(still)}."
         if still
