@@ -32,11 +32,11 @@ def test_it_is_two_and_a_half_times_stock_trl_and_near_the_bare_passes_in_less_m
     assert max(speed.by_repeat(ours, stock, "peak_gib")) < 1
 
 
-def test_each_switch_that_is_on_by_default_pays(speed):
+def test_head_and_prefix_sharing_pay_and_checkpointing_costs(speed):
     found = SECTIONS["switches"]
     assert set(found) == set(speed.SWITCHES)
-    for name in ("prompt computed once per answer", "TRL's LM head as it comes", "allocator as it comes"):
-        assert speed.middle(found[name], "pairs_per_second") < speed.middle(found["ours"], "pairs_per_second"), name
+    for name in ("prompt computed once per answer", "TRL's LM head as it comes", "gradient checkpointing"):
+        assert speed.fastest(found[name]) < 0.95 * speed.fastest(found["ours"]), name
 
 
 def test_the_losses_are_stock_trls_within_what_other_padding_does(speed):
