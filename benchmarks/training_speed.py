@@ -609,6 +609,11 @@ def figure(found: dict, path: Path) -> None:
         axis.loglog([xs[0], xs[-1]], [scale * v**power for v in (xs[0], xs[-1])], "-", color="#D55E00")
         axis.set(title=f"{title}\nexponent {power:.2f}", xlabel=x)
         axis.set_ylim(min(ys) / 2, max(ys) * 2)
+        axis.minorticks_off()
+        seen = sorted(set(xs))
+        axis.set_xticks(seen, [f"{v / 1e6:.0f}M" if v > 1e6 else f"{v:,}" for v in seen])
+        ends = [min(ys), max(ys)] if max(ys) > 1.5 * min(ys) else [max(ys)]
+        axis.set_yticks(ends, [f"{v:.3g}" for v in ends])
     fig.savefig(path, dpi=110)
 
 
