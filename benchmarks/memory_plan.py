@@ -128,10 +128,11 @@ settings with checkpointing are off by up to 15%.
 
 All batches of a setting have one length. In a real run lengths differ, and the heap grows beyond the plan on a CPU.
 Measured before prefix sharing: in the first 22 steps of the `cpu` profile (predicted 2.4 GiB) the resident set stood at
-2.4 GiB up to step 10 and at 3.3 from step 11 on, where the sampler starts again with the longest pairs, which do not fit into the holes that short ones
-left. Without glibc's per-thread cache (`GLIBC_TUNABLES=glibc.malloc.tcache_count=0`, as `make run` starts its kernels)
-it was 2.1 and 2.7. Handing all free memory back after each step held the peak at 2.8 in 13 steps, and 8 steps took
-85 s instead of 75. One run each; not kept in `memory_plan.json`.
+2.4 GiB up to step 10 and at 3.3 from step 11 on, where the sampler starts again with the longest pairs, which do not
+fit into the holes that short ones left. Without glibc's per-thread cache
+(`GLIBC_TUNABLES=glibc.malloc.tcache_count=0`, as `make run` starts its kernels) it was 2.1 and 2.7. Handing all free
+memory back after each step held the peak at 2.8 in 13 steps, and 8 steps took 85 s instead of 75. One run each; not
+kept in `memory_plan.json`.
 
 On CUDA: not measured. The formulae differ there where the code does: no process, no holes, and a head that works inside
 one tile of logits (`footprint.logit_bytes`).
