@@ -645,6 +645,7 @@ def main() -> None:
         target.with_suffix(".md").write_text(page(record), encoding="utf-8")
         if name == "growth":
             figure(record["sections"]["growth"], target.with_suffix(".png"))
+    print(page(record))
 
 
 if __name__ == "__main__":
