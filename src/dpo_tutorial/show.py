@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from IPython.display import HTML, Image
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from . import dpo
 
@@ -562,7 +563,8 @@ def dropped_rows(report: dict[str, dict]) -> Figure:
     if reasons:
         parts.bar_label(last, labels=[f"{n:,.0f}" for n in total], padding=3)
         parts.set_xlim(0, 1.15 * total.max())
-        parts.legend()
+        parts.xaxis.set_major_locator(MaxNLocator(integer=True))
+        parts.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=3, frameon=False)
     else:
         parts.set(xticks=[], yticks=[])
     for axis in (whole, parts):
