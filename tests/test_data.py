@@ -320,7 +320,7 @@ def test_encode_gives_both_answers_the_same_prompt(tokenizer):
 def test_encode_refuses_a_template_whose_prompt_changes_once_an_answer_follows(tokenizer):
     other = copy.deepcopy(tokenizer)
     other.chat_template = "{{ messages | length }} turns: " + tokenizer.chat_template
-    with pytest.raises(DataError, match="renders the prompt differently"):
+    with pytest.raises(DataError, match="prompt's tokens change"):
         data.encode(other, [user("hi")], [assistant("ho")])
 
 

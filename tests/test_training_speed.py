@@ -84,30 +84,18 @@ def test_the_shapes_of_the_gpu_section_have_the_sizes_they_are_named_after(speed
 
 
 @pytest.mark.parametrize("trainer", ["ours", "stock"])
-def test_one_measurement_on_a_tiny_model(speed, tiny_folder, tmp_path, monkeypatch, trainer):
-    from dpo_tutorial import environment, train
+def test_one_measurement_on_a_tiny_model(speed, tiny_folder, tokenizer, tmp_path, monkeypatch, trainer):
+    from dpo_tutorial import environment, models, train
 
     monkeypatch.setattr(environment, "tune_allocator", environment.tune_allocator)  # the task switches it off for good
     monkeypatch.setattr(train, "fit_head_to_cpu", train.fit_head_to_cpu)
-    monkeypatch.setattr(speed, "splits_of", tiny_splits(speed, tiny_folder))
+    monkeypatch.setattr(models, "load_tokenizer", lambda cfg: tokenizer)
     knobs = {"model": str(tiny_folder), "dtype": "fp32", "max_tokens": 128}
     found = speed.train_once({"trainer": trainer, "pairs": 16, "val": 2, "length": 96, "knobs": knobs}, tmp_path)
     assert found["pairs"] == 16 and len(found["losses"]) == len(found["steps"]) == 2
     assert found["positions"] < found["tokens"] * 2 if trainer == "ours" else found["positions"] >= found["tokens"] * 2
     assert {"import", "load", "tokenize", "backward", "evaluation"} <= set(found["phases"])
     assert found["losses"][0] == pytest.approx(0.6931, abs=1e-3) and found["peak_gib"] > 0
-
-
-def tiny_splits(speed, folder):
-    """The tiny model's tokenizer instead of the embedded one's."""
-
-    def splits(task, cfg, tokenizer):
-        from dpo_tutorial import models
-
-        train = speed.full_length(models.load_tokenizer(cfg), task["length"], task["pairs"])
-        return {"train": train, "val": train.select(range(task["val"])), "test": train}
-
-    return splits
 
 
 def test_the_gpu_section_runs_on_a_cpu_and_is_shown(speed, monkeypatch):

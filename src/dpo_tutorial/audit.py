@@ -151,7 +151,7 @@ def encode(tokenizer, prompt: list[dict], answer: list[dict]) -> tuple[list[int]
         same = next((i for i, (a, b) in enumerate(zip(before, whole, strict=False)) if a != b), len(whole))
         old, new = (_short(tokenizer.decode(ids[same : same + 24])) for ids in (before, whole))
         raise DataError(
-            f"The chat template renders the prompt differently once an answer follows: {old!r} becomes {new!r}.",
+            f"The prompt's tokens change once an answer follows: {old!r} becomes {new!r}.",
             "Use a template whose prompt is a prefix of the whole conversation.",
         )
     return before, whole[len(before) :]
