@@ -65,6 +65,11 @@ def keep_alt_texts(app, docname, source):
     source[0] = json.dumps(notebook)
 
 
+def readme_is_the_start_page(app, docname, source):
+    """The start page takes the README in, so links to it, and into it, lead there."""
+    source[0] = source[0].replace("](../README.md", "](../index.md")
+
+
 def lead_out(app, doctree):
     """A link to a file that is no page leads to the repository; a badge that lies on a server becomes its text."""
     here = posixpath.dirname(app.env.docname)
@@ -89,5 +94,6 @@ def name_levels(app, pagename, templatename, context, doctree):
 def setup(app):
     app.connect("builder-inited", copy_mathjax)
     app.connect("source-read", keep_alt_texts)
+    app.connect("source-read", readme_is_the_start_page)
     app.connect("doctree-read", lead_out, priority=400)  # before images are collected
     app.connect("html-page-context", name_levels, priority=900)  # after the theme has written its navigation
