@@ -78,7 +78,8 @@ def one(name: str, folder: Path) -> dict:
 
     from dpo_tutorial import config, environment, models, planner, train
 
-    knobs = dict(gradient_checkpointing=False) | SETTINGS[name]
+    asked = dict(gradient_checkpointing=False) | SETTINGS[name]
+    knobs = dict(asked)
     cfg = dataclasses.replace(config.Config(**config.PROFILES["cpu"] | dict(profile="cpu")), grad_accum=1)
     tokenizer = models.load_tokenizer(cfg)
     if knobs.get("model") == "qwen2":
@@ -95,7 +96,7 @@ def one(name: str, folder: Path) -> dict:
     trainer.train()
     measured = round(environment.peak_memory_gib() * 2**30)
     return {
-        "settings": knobs | {"answer_tokens": answer, "evaluates": evaluates},
+        "settings": asked | {"answer_tokens": answer, "evaluates": evaluates},
         "phases": planned.phases, "peak": planned.peak, "predicted": planned.total, "measured": measured,
         "ratio": round(planned.total / measured, 3),
     }  # fmt: skip
