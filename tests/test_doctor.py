@@ -310,7 +310,7 @@ def test_data_on_disk_needs_no_network_but_must_be_there(monkeypatch, nothing_he
         ("'<|im_end|>\n'", "'<|im_end|><|im_end|>\n'", "fail", "template eos"),
         ("'<|im_end|>\n'", "'\n'", "fail", "template eos"),
         ("{{ '<|im_start|>assistant\n' }}", "", "fail", "template mask"),
-        ("'<|im_start|>assistant\n'", "'<|im_start|>model\n'", "fail", "differently"),
+        ("'<|im_start|>assistant\n'", "'<|im_start|>model\n'", "fail", "tokens change"),
         (None, None, "fail", "no chat template"),
     ],
 )
