@@ -978,7 +978,14 @@ def test_the_running_example_is_the_first_usable_test_row_with_its_token_counts(
 
 
 def test_without_a_usable_test_row_the_running_example_is_an_error(cfg, tokenizer, tmp_path):
-    bad = [pair(f"Bad {n}?", "same", "same") for n in range(12)]
+    bad = [pair(f"Bad {n}?", "same", "same") for n in range(24)]
     (tmp_path / "bad.jsonl").write_text("".join(json.dumps(row) + "\n" for row in bad))
-    with pytest.raises(DataError, match="No usable pair"):
+    with pytest.raises(DataError, match=r"No usable pair is left.*: [23] chosen equals rejected"):
         data.running_example(dataclasses.replace(cfg, data=str(tmp_path / "bad.jsonl"), data_revision=None), tokenizer)
+
+
+def test_an_empty_test_split_has_no_running_example(cfg, tokenizer, monkeypatch):
+    empty = Dataset.from_dict({name: [] for name in data.COLUMNS})
+    monkeypatch.setattr(data, "load_preferences", lambda config: ({"test": empty}, []))
+    with pytest.raises(DataError, match="it has no row"):
+        data.running_example(cfg, tokenizer)

@@ -221,8 +221,9 @@ def running_example(config: Config, tokenizer) -> dict:
     """
     split = load_preferences(config)[0]["test"]
     for row in _rows(split):
-        if (found := audit_split([row], tokenizer, config.max_tokens)).kept:
+        if audit_split([row], tokenizer, config.max_tokens).kept:
             return prepared_row(tokenizer, row)
+    found = audit_split(_rows(split), tokenizer, config.max_tokens)
     raise _nothing_left(f"{config.data} (test)", found, split.column_names)
 
 
