@@ -32,32 +32,7 @@ SETTINGS = {
         dtype="fp32", batch_size=2, max_tokens=256, model="qwen2"
     ),
 }
-STEPS, SHORTER = 2, 8
-
-
-def full_length(tokenizer, tokens: int, pairs: int):
-    """`pairs` equal pairs whose prompt and chosen answer fill `tokens` exactly."""
-    from datasets import Dataset
-
-    from dpo_tutorial import data
-
-    prompt = [{"role": "user", "content": "Say a."}]
-
-    def answer(first: str, words: int) -> tuple[list[dict], int, int]:
-        turn = [{"role": "assistant", "content": first + " a" * words}]
-        asked, answered = data.encode(tokenizer, prompt, turn)
-        return turn, len(asked), len(answered)
-
-    _, asked, answered = answer("a", 0)
-    words = tokens - asked - answered
-    chosen, asked, longest = answer("a", words)
-    rejected, _, shortest = answer("b", words - SHORTER)
-    assert asked + longest == tokens and longest - shortest == SHORTER
-    row = dict(
-        prompt=prompt, chosen=chosen, rejected=rejected, prompt_tokens=asked, chosen_tokens=longest,
-        rejected_tokens=shortest,
-    )  # fmt: skip
-    return Dataset.from_list([row] * pairs), longest
+STEPS = 2
 
 
 def qwen2(tokenizer, folder: Path) -> str:
@@ -76,6 +51,8 @@ def qwen2(tokenizer, folder: Path) -> str:
 def one(name: str, folder: Path) -> dict:
     import dataclasses
 
+    from training_speed import full_length
+
     from dpo_tutorial import config, environment, models, planner, train
 
     asked = dict(gradient_checkpointing=False) | SETTINGS[name]
@@ -88,7 +65,8 @@ def one(name: str, folder: Path) -> dict:
             qwen2(tokenizer, folder / "qwen2")
             return {}
     cfg = dataclasses.replace(cfg, **knobs, max_steps=STEPS)
-    pairs, answer = full_length(tokenizer, cfg.max_tokens, STEPS * cfg.batch_size)
+    pairs = full_length(tokenizer, cfg.max_tokens, STEPS * cfg.batch_size)
+    answer = pairs[0]["chosen_tokens"]
     evaluates = "evaluation" in name
     planned = planner.plan(cfg, answer=answer, evaluates=evaluates)
     val = pairs.select(range(2 * cfg.batch_size)) if evaluates else None
@@ -111,7 +89,9 @@ def page(record: dict) -> str:
          f"{r['predicted'] / 2**20:,.0f}", f"{r['measured'] / 2**20:,.0f}", f"{r['ratio']:.2f}"]
         for name, r in found.items()
     ]  # fmt: skip
-    table = "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows])
+    from dpo_tutorial.report import markdown_table  # after the children, as below
+
+    table = markdown_table(head, rows)
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
     return f"""# Peak memory of training on a CPU: predicted before loading, and measured
 

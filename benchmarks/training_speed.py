@@ -48,39 +48,48 @@ SWITCHES = {
 
 
 def settings(task: dict):
-    """The config of a task: the profile's own, but for what the task sets."""
+    """The config of a task: the `cpu` profile's own, but for what the task sets."""
     import dataclasses
 
     from dpo_tutorial import config
 
-    cfg = config.resolve(profile=task.get("profile", "cpu"))
+    cfg = config.resolve(profile="cpu")
     return dataclasses.replace(cfg, **{"gradient_checkpointing": False} | task.get("knobs", {}))
 
 
-def full_length(tokenizer, tokens: int, pairs: int):
-    """Equal pairs whose prompt and chosen answer fill `tokens`; the rejected answer is 8 tokens shorter."""
+def full_length(tokenizer, tokens: int, pairs: int, asked: str = ""):
+    """`pairs` equal pairs whose prompt and chosen answer fill `tokens`; the rejected answer is 8 tokens shorter.
+
+    Args:
+        asked: what the prompt has beside its shortest form.
+    """
     from datasets import Dataset
 
     from dpo_tutorial import data
 
-    def row(words: int) -> dict:
-        prompt = [{"role": "user", "content": "Say a." + " b" * (tokens // 4)}]
-        sides = {"chosen": "a" + " a" * words, "rejected": "b" + " a" * (words - 8)}
-        turns = {side: [{"role": "assistant", "content": text}] for side, text in sides.items()}
-        ids = {side: data.encode(tokenizer, prompt, turn) for side, turn in turns.items()}
-        counts = {f"{side}_tokens": len(answer) for side, (_, answer) in ids.items()}
-        return {"prompt": prompt, "prompt_tokens": len(ids["chosen"][0])} | turns | counts
+    prompt = [{"role": "user", "content": "Say a." + asked}]
 
-    first = row(8)
-    missing = tokens - first["prompt_tokens"] - first["chosen_tokens"]
-    return Dataset.from_list([row(8 + missing)] * pairs)
+    def answer(first: str, words: int) -> tuple[list[dict], int, int]:
+        turn = [{"role": "assistant", "content": first + " a" * words}]
+        before, after = data.encode(tokenizer, prompt, turn)
+        return turn, len(before), len(after)
+
+    _, before, shortest = answer("a", 0)
+    words = tokens - before - shortest
+    (chosen, _, longer), (rejected, _, shorter) = answer("a", words), answer("b", words - 8)
+    assert before + longer == tokens and longer - shorter == 8
+    row = dict(
+        prompt=prompt, chosen=chosen, rejected=rejected, prompt_tokens=before, chosen_tokens=longer,
+        rejected_tokens=shorter,
+    )  # fmt: skip
+    return Dataset.from_list([row] * pairs)
 
 
 def splits_of(task: dict, cfg, tokenizer) -> dict:
     from dpo_tutorial import data
 
     if "length" in task:
-        train = full_length(tokenizer, task["length"], task["pairs"])
+        train = full_length(tokenizer, task["length"], task["pairs"], asked=" b" * (task["length"] // 4))
         return {"train": train, "val": train.select(range(task["val"])), "test": train}
     found = data.prepare(cfg, tokenizer).splits
     part = {name: split.select(range(min(task.get(name, len(split)), len(split)))) for name, split in found.items()}
@@ -216,7 +225,7 @@ def raw_once(task: dict, folder: Path) -> dict:
 
     cfg = settings(task)
     model = get_peft_model(models.load_base(cfg), models.lora_config(cfg)).train()
-    rows, length = task.get("shape", [8, 256])
+    rows, length = 8, 256
     torch.manual_seed(0)
     seconds = []
     for _ in range(4):
@@ -281,14 +290,14 @@ def make_once(task: dict, folder: Path) -> dict:
 KINDS = {"train": train_once, "raw": raw_once, "prepare": prepare_once, "make": make_once}
 
 
-def child(task: dict, timeout: float = 3600) -> dict:
+def child(task: dict) -> dict:
     """Run one task in a process of its own; what it prints last is its result."""
-    tunables = (
-        {} if task.get("trainer") == "stock" else {"GLIBC_TUNABLES": "glibc.malloc.tcache_count=0"}
-    )  # as `make run`
+    # as `make run` has it; not imported from there, because a child's peak memory counts from its parent's size on
+    env = os.environ | {"TOKENIZERS_PARALLELISM": "false", "DPO_TUTORIAL_HEADLESS": "1"}
+    if task.get("trainer") != "stock":
+        env["GLIBC_TUNABLES"] = "glibc.malloc.tcache_count=0"
     done = subprocess.run(
-        [sys.executable, __file__, "--task", json.dumps(task)], capture_output=True, text=True, timeout=timeout,
-        env=os.environ | tunables | {"TOKENIZERS_PARALLELISM": "false", "DPO_TUTORIAL_HEADLESS": "1"},
+        [sys.executable, __file__, "--task", json.dumps(task)], capture_output=True, text=True, env=env,
     )  # fmt: skip
     if done.returncode:
         raise SystemExit(f"{task}\n{done.stderr[-4000:]}")
@@ -329,7 +338,7 @@ def switches(options) -> dict:
 
 def order(options) -> dict:
     """Losses step by step on the same batches in the same order: ours, without our hooks, and that padded otherwise."""
-    plain = {"kind": "train", "trainer": "ours", "pairs": 48, "arguments": {"logging_steps": 1}}
+    plain = {"kind": "train", "trainer": "ours", "pairs": 48}
     stock = plain | {
         "knobs": {"prefix_sharing": False, "gradient_checkpointing": True},
         "switches": ["head", "allocator"],
@@ -390,12 +399,12 @@ def cuda(options) -> dict | None:
                 }
                 for which in ("ours", "stock"):
                     result = child(task | {"trainer": which})
-                    flops = model_flops(name, knobs, result)
+                    flops = model_flops(name, result)
                     found.setdefault(f"{name}, {dtype}", {}).setdefault(which, []).append(result | {"flops": flops})
     return found
 
 
-def model_flops(name: str, knobs: dict, result: dict) -> float:
+def model_flops(name: str, result: dict) -> float:
     """Multiplications and additions per second that a step needs, recomputation and padding not counted.
 
     Per token: 2 per weight for each forward pass (policy, reference) and 2 for the gradient of the inputs; weights of
@@ -425,7 +434,9 @@ def slope(rows: list[dict], x: str, y: str) -> float:
 
 
 def table(head: list[str], rows: list[list]) -> str:
-    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in [head, ["---"] * len(head), *rows])
+    from dpo_tutorial.report import markdown_table  # after the measurements: it would make the parent larger
+
+    return markdown_table(head, rows)
 
 
 def middle(runs: list[dict], key: str) -> float:

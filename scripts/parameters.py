@@ -4,6 +4,7 @@ import dataclasses
 from pathlib import Path
 
 from dpo_tutorial import config, run
+from dpo_tutorial.report import markdown_table
 
 TARGET = Path(__file__).parents[1] / "docs" / "parameters.md"
 HEAD = """# Parameters
@@ -31,17 +32,13 @@ def page() -> str:
             continue
         values = [config.PROFILES[p].get(f.name, f.default) for p in config.PROFILES]
         own = ["" if v == f.default else shown(v) for v in values]
-        kind = (
-            "text"
-            if f.default is None
-            else {"str": "text", "tuple": "names"}.get(type(f.default).__name__, type(f.default).__name__)
-        )
+        kind = type(f.default).__name__
+        kind = {"NoneType": "text", "str": "text", "tuple": "names"}.get(kind, kind)
         rows.append(
             [f"`{f.name.upper()}`", "•" if f.name.upper() in in_notebooks else "", kind, f.metadata["unit"]]
             + [shown(f.default), *own, f.metadata["help"]]
         )
-    lines = [" | ".join(row) for row in [head, ["---"] * len(head), *rows]]
-    return HEAD + "\n" + "\n".join(f"| {line} |" for line in lines) + "\n"
+    return f"{HEAD}\n{markdown_table(head, rows)}\n"
 
 
 if __name__ == "__main__":

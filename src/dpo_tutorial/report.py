@@ -98,3 +98,8 @@ def _list(lines: Sequence[str]) -> str:
 def _picture(figure) -> str:
     data = base64.b64encode(show.picture(figure).data).decode()
     return f'<p><img alt="{html.escape(show.alt_text(figure))}" src="data:image/png;base64,{data}"></p>'
+
+
+def markdown_table(head: Sequence, rows: Sequence[Sequence]) -> str:
+    """A table in Markdown, for records and command lines; each value is written as its text."""
+    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in [head, ["---"] * len(head), *rows])

@@ -74,6 +74,18 @@ def literal(value: str) -> bool | int | float | str:
     return value
 
 
+def resolve(parameters: dict[str, str], paths: list[Path]) -> tuple[dict, config.Config]:
+    """What a command line gives: the notebooks' parameters as literals, and the config they make.
+
+    Raises:
+        ConfigError: unknown profile or parameter, or a value of the wrong type or range.
+    """
+    given = {k: literal(v) for k, v in parameters.items() if v != ""}
+    check_parameters(given, paths)
+    names = set(config.known_parameters())
+    return given, config.resolve(**{k: v for k, v in given.items() if k in names})
+
+
 def run_all(parameters: dict[str, str], paths: list[Path] | None = None) -> dict:
     """Execute the notebooks in order into `<artifacts>/<profile>/executed/`.
 
@@ -86,10 +98,7 @@ def run_all(parameters: dict[str, str], paths: list[Path] | None = None) -> dict
         NotebookError: a notebook failed; names the cell and the partial notebook. Later ones do not run.
     """
     paths = paths or notebooks()
-    given = {k: literal(v) for k, v in parameters.items() if v != ""}
-    check_parameters(given, paths)
-    names = set(config.known_parameters())
-    resolved = config.resolve(**{k: v for k, v in given.items() if k in names})
+    given, resolved = resolve(parameters, paths)
     run = artifacts.Run(resolved)
     models.load_tokenizer(resolved)  # a missing model or data file is found now, not after minutes
     data.load_preferences(resolved)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from pathlib import Path
 
-from . import artifacts, config, environment, run
+from . import artifacts, run
 from .errors import ConfigError, exit_code
+from .report import markdown_table
 
 #: Of a sweep only what the knob can change runs; 05 makes the data it needs.
 NOTEBOOKS = ("05_train_dpo", "06_compare")
@@ -29,13 +31,10 @@ def sweep(knob: str, values: list[str], parameters: dict[str, str]) -> list[dict
     if knob in parameters or len(set(values)) < len(values):
         raise ConfigError(f"{knob} has a value twice.", "Give each value once, after the knob's name.")
     paths = [path for path in run.notebooks() if path.stem in NOTEBOOKS]
-    run.check_parameters(parameters | {knob: values[0]}, paths)
-    names = set(config.known_parameters())
-    own = {k: run.literal(v) for k, v in parameters.items() if k in names and v != ""}
-    root = Path(own.pop("ARTIFACTS", config.Config().artifacts)) / f"sweep-{knob.lower()}"
-    for value in values:
-        resolved = config.resolve(**own | {knob: run.literal(value)})
-    table, rows = artifacts.Run(resolved, environment.project_root() / root / resolved.profile), []
+    for value in values:  # all are right before the first one runs
+        _, resolved = run.resolve(parameters | {knob: value}, paths)
+    root = Path(resolved.artifacts) / f"sweep-{knob.lower()}"
+    table, rows = artifacts.Run(dataclasses.replace(resolved, artifacts=str(root))), []
     for value in values:
         folder = {"ARTIFACTS": str(root / value.replace("/", "_"))}
         rows.append(_row(knob, value, run.run_all(parameters | {knob: value} | folder, paths)))
@@ -59,8 +58,7 @@ def _row(knob: str, value: str, summary: dict) -> dict:
 
 def markdown(rows: list[dict]) -> str:
     """The rows as a table."""
-    lines = [list(rows[0]), ["---"] * len(rows[0]), *([str(v) for v in row.values()] for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+    return markdown_table(list(rows[0]), [list(row.values()) for row in rows]) + "\n"
 
 
 def main(argv: list[str] | None = None) -> int:
