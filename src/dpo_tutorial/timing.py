@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from transformers import TrainerCallback
 from trl import DPOTrainer
 
@@ -29,20 +30,20 @@ class TimeSplit(TrainerCallback):
         self.seconds: Counter[str] = Counter()
         self._open: list[str] = []
         self._since = 0.0
-        self._model = trainer.model
         causal = trainer.model.get_base_model()
         for owner, name, phase in (
             (trainer, "train", lambda: REST),
             (trainer, "evaluate", lambda: EVALUATION),
             (trainer, "compute_loss", lambda: POLICY),
-            (causal, "forward", lambda: POLICY if self._adapter_is_on() else REFERENCE),
+            (
+                causal,
+                "forward",
+                lambda: POLICY if torch.is_grad_enabled() else REFERENCE,
+            ),  # only the reference has none
             (trainer.accelerator, "backward", lambda: BACKWARD),
         ):
             setattr(owner, name, self._watched(getattr(owner, name), phase))
         trainer.add_callback(self)
-
-    def _adapter_is_on(self) -> bool:
-        return self._model.get_model_status().enabled is not False
 
     def _watched(self, plain, phase):
         @functools.wraps(plain)  # `generate` reads the signature of forward
