@@ -336,15 +336,15 @@ def test_a_check_that_breaks_is_a_finding_and_the_others_go_on():
 
 
 def test_plain_text_has_neither_home_nor_secret(monkeypatch):
-    monkeypatch.setattr(Path, "home", lambda: Path("/home/alice"))
-    monkeypatch.setattr(environment, "project_root", lambda: Path("/home/alice/dpo"))
+    monkeypatch.setattr(Path, "home", lambda: Path("/srv/alice"))
+    monkeypatch.setattr(environment, "project_root", lambda: Path("/srv/alice/dpo"))
     monkeypatch.setenv("JUDGE_API_KEY", "sk-0123456789")
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
     shown = doctor.plain(
-        "/home/alice/x, /home/alice/dpo/artifacts, /home/alice2/z, /mnt/home/alice; sk-0123456789, hf_otherToken99, "
+        "/srv/alice/x, /srv/alice/dpo/artifacts, /srv/alice2/z, /mnt/srv/alice; sk-0123456789, hf_otherToken99, "
         "false; https://alice:word@index.example/simple"
     )
-    assert shown == "~/x, ./artifacts, /home/alice2/z, /mnt/home/alice; …, …, false; https://index.example/simple"
+    assert shown == "~/x, ./artifacts, /srv/alice2/z, /mnt/srv/alice; …, …, false; https://index.example/simple"
 
 
 @pytest.mark.parametrize("options", [[], ["--json"]])

@@ -405,8 +405,12 @@ def test_nothing_copies_the_environment_or_asks_for_a_token_or_a_name(path):
 
 # --- what a notebook shows ----
 
+FOLDERS = [
+    "home", "root", "Users", "tmp", "work", "content", "mnt", "media", "opt", "var", "usr", "private", "srv",
+    "workspace",
+]  # fmt: skip
 PRIVATE = {
-    "folder": r"(?<![\w.~</-])/(?:home|root|Users|tmp|work|content|mnt|media|opt|var|usr|private|srv|workspace)/\S+",
+    "folder": rf"(?<![\w.~</-])/(?:{'|'.join(FOLDERS)})/\S+",
     "Windows folder": r"\b[A-Za-z]:\\{1,2}\w",
     "file address": r"file://",
     "hub token": r"\bhf_[A-Za-z0-9]{8,}",
@@ -422,8 +426,8 @@ def private(text):
 @pytest.mark.parametrize(
     "text",
     [
-        "saved in /home/ana/dpo/adapter",
-        "<td>/root/.cache/x</td>",
+        *(f"saved in /{folder}/ana/dpo/adapter" for folder in FOLDERS),
+        *(f"<td>/{folder}/.cache/x</td>" for folder in FOLDERS),
         'File "/usr/lib/python3.11/ast.py", line 1',
         "'/tmp/ipykernel_7/1.py'",
         "/content/drive/MyDrive",
