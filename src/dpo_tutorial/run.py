@@ -151,13 +151,16 @@ def _execute(path: Path, target: Path, parameters: dict) -> None:
 @contextmanager
 def training_lines(progress: Path, every: float = 20.0) -> Iterator[None]:
     """Print the newest line of the training log every few seconds: a kernel's long cell says nothing by itself."""
-    done, began = threading.Event(), time.time()
+    done = threading.Event()
+    # An earlier run's log is known by its own stamp: a file's clock may be some milliseconds behind time.time().
+    earlier = progress.stat().st_mtime_ns if progress.exists() else None
 
     def watch() -> None:
-        last = None
-        while not done.wait(every):
+        last, ended = None, False
+        while not ended:
+            ended = done.wait(every)  # one look more after the end: the last step is always shown
             try:
-                if progress.stat().st_mtime < began:
+                if progress.stat().st_mtime_ns == earlier:
                     continue
                 lines = progress.read_text(encoding="utf-8").splitlines()
             except FileNotFoundError:
