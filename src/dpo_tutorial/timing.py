@@ -31,15 +31,15 @@ class TimeSplit(TrainerCallback):
         self._open: list[str] = []
         self._since = 0.0
         causal = trainer.model.get_base_model()
+
+        def scoring() -> str:  # only the reference is scored without a gradient
+            return POLICY if torch.is_grad_enabled() else REFERENCE
+
         for owner, name, phase in (
             (trainer, "train", lambda: REST),
             (trainer, "evaluate", lambda: EVALUATION),
             (trainer, "compute_loss", lambda: POLICY),
-            (
-                causal,
-                "forward",
-                lambda: POLICY if torch.is_grad_enabled() else REFERENCE,
-            ),  # only the reference has none
+            (causal, "forward", scoring),
             (trainer.accelerator, "backward", lambda: BACKWARD),
         ):
             setattr(owner, name, self._watched(getattr(owner, name), phase))
