@@ -162,7 +162,7 @@ def train_once(task: dict, folder: Path) -> dict:
     import psutil
     import torch
 
-    from dpo_tutorial import artifacts, environment, evaluate, models, reference, timing, train
+    from dpo_tutorial import artifacts, environment, evaluate, models, planner, reference, timing, train
 
     phases = {"import": time.time() - psutil.Process().create_time()}
     stock, switches = task["trainer"] == "stock", task.get("switches", [])
@@ -180,10 +180,14 @@ def train_once(task: dict, folder: Path) -> dict:
 
     tokenizer = models.load_tokenizer(settings(task | {"knobs": {}}))
     base = models.load_base(cfg, quantize="16 bits" not in switches)
+    if "attention" in task:
+        base.set_attn_implementation(task["attention"])
     mark("load")
     splits = splits_of(task, cfg, tokenizer)
     val = splits["val"] if task.get("val") else None
     environment.seed_everything(cfg.seed)
+    if "planned" in switches:
+        cfg, _ = planner.choose_checkpointing(cfg, environment.free_memory_gib() * 2**30)
     build = stock_trainer if stock else train.build_trainer
     trainer = build(
         cfg, base, tokenizer, splits["train"], val, folder / "trainer", disable_tqdm=True, **task.get("arguments", {})
@@ -212,6 +216,7 @@ def train_once(task: dict, folder: Path) -> dict:
         "phases": phases | dict(split.seconds),
         "losses": [row["loss"] for row in train.history(trainer)["train"]],
         "rewards": [row["rewards/chosen"] for row in train.history(trainer)["train"]],
+        "checkpointing": trainer.args.gradient_checkpointing,
         "pairs_per_second": seen["pairs"] / seconds, "tokens_per_second": seen["tokens"] / seconds,
     }  # fmt: skip
 
@@ -287,11 +292,33 @@ def make_once(task: dict, folder: Path) -> dict:
     return {"weights": sum(p.numel() for p in model.parameters())}
 
 
-KINDS = {"train": train_once, "raw": raw_once, "prepare": prepare_once, "make": make_once}
+def matmul_once(task: dict, folder: Path) -> dict:
+    """What the device reaches at best: one large product of dense matrices, again and again."""
+    import torch
+
+    from dpo_tutorial import environment
+
+    n, dtype = task["size"], {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[task["dtype"]]
+    a = torch.randn(n, n, device=environment.device()).to(dtype)
+    seconds = []
+    for _ in range(10):
+        environment.synchronize()
+        started = time.perf_counter()
+        a @ a
+        environment.synchronize()
+        seconds.append(time.perf_counter() - started)
+    return {"seconds": min(seconds), "flops": 2 * n**3 / min(seconds)}
 
 
-def child(task: dict) -> dict:
-    """Run one task in a process of its own; what it prints last is its result."""
+KINDS = {"train": train_once, "raw": raw_once, "prepare": prepare_once, "make": make_once, "matmul": matmul_once}
+
+
+def child(task: dict, may_fail: bool = False) -> dict:
+    """Run one task in a process of its own; what it prints last is its result.
+
+    Args:
+        may_fail: an error becomes the result, `{"failed": its last line}`, instead of the end.
+    """
     # as `make run` has it; not imported from there, because a child's peak memory counts from its parent's size on
     env = os.environ | {"TOKENIZERS_PARALLELISM": "false", "DPO_TUTORIAL_HEADLESS": "1"}
     if task.get("trainer") != "stock":
@@ -299,11 +326,15 @@ def child(task: dict) -> dict:
     done = subprocess.run(
         [sys.executable, __file__, "--task", json.dumps(task)], capture_output=True, text=True, env=env,
     )  # fmt: skip
-    if done.returncode:
+    if done.returncode and not may_fail:
         raise SystemExit(f"{task}\n{done.stderr[-4000:]}")
-    result = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("RESULT "))[7:])
+    if done.returncode:
+        result = {"failed": (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]}
+    else:
+        result = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("RESULT "))[7:])
     about = {k: v for k, v in task.items() if k not in ("path", "make")}
-    print(f"{about} {result.get('pairs_per_second', result.get('seconds', 0)):.2f}", file=sys.stderr, flush=True)
+    said = result.get("failed") or f"{result.get('pairs_per_second', result.get('seconds', 0)):.2f}"
+    print(f"{about} {said}", file=sys.stderr, flush=True)
     return result
 
 
@@ -377,30 +408,66 @@ def growth(options) -> dict:
     return found
 
 
+#: Who trains on the GPU: (trainer, knobs of Config, other switches). Batches start at the first size that is tried.
+ON_GPU = {
+    "ours": ("ours", {}, ["planned"]),
+    "ours, checkpointing": ("ours", {}, []),
+    "ours, 1 pair at a time": ("ours", {"batch_size": 1}, []),
+    "stock TRL": ("stock", {}, []),
+}
+EFFECTIVE_BATCH = 8  # pairs a step, TRL's default
+
+
+def attentions() -> list[str]:
+    """torch's attention, and FlashAttention where it is installed."""
+    from transformers.utils import is_flash_attn_2_available
+
+    return ["sdpa", *(["flash_attention_2"] if is_flash_attn_2_available() else [])]
+
+
+def largest_batch(task: dict) -> dict:
+    """Train with 8 pairs at a time, or as many as memory allows, halved until it fits; as many pairs a step as ever."""
+    size = task["knobs"].get("batch_size", EFFECTIVE_BATCH)
+    while True:
+        sizes = {"batch_size": size, "grad_accum": EFFECTIVE_BATCH // size}
+        changed = {"per_device_train_batch_size": size, "gradient_accumulation_steps": EFFECTIVE_BATCH // size}
+        result = child(
+            task | {"knobs": task["knobs"] | sizes, "arguments": changed if task["trainer"] == "stock" else {}},
+            may_fail=True,
+        )
+        if size == 1 or "out of memory" not in result.get("failed", ""):
+            return result | {"batch_size": size}
+        size //= 2
+
+
 def cuda(options) -> dict | None:
-    """Ours and stock TRL on a GPU, for the shapes of its profiles; None where there is no GPU."""
+    """Ours and stock TRL on a GPU, for the shapes of its profiles, in turn; None where there is no GPU."""
     import torch
 
     if not torch.cuda.is_available() and not options.shapes:
         return None
-    found = {}
+    best = {dtype: child({"kind": "matmul", "dtype": dtype, "size": options.matmul}) for dtype in options.dtypes}
+    found = {"matmul": best, "runs": {}}
     with tempfile.TemporaryDirectory() as folder:
         for name in options.shapes or ("0.5B", "7B"):
             child({"kind": "make", "make": SHAPES[name], "path": f"{folder}/{name}"})
-            for dtype in options.dtypes:
-                knobs = {"model": f"{folder}/{name}", "max_tokens": options.length, "dtype": dtype, "batch_size": 4}
-                knobs |= {"grad_accum": 2, "gradient_checkpointing": name == "7B"}
-                task = {
-                    "kind": "train",
-                    "pairs": options.pairs or 32,
-                    "val": 0,
-                    "length": options.length,
-                    "knobs": knobs,
+            tasks = {
+                f"{name}, {dtype}, {attention}, {which}": {
+                    "kind": "train", "trainer": trainer, "switches": others, "attention": attention, "val": 0,
+                    "pairs": options.pairs or 32, "length": options.length,
+                    "knobs": dict(model=f"{folder}/{name}", max_tokens=options.length, dtype=dtype,
+                                  gradient_checkpointing=True) | knobs,
                 }
-                for which in ("ours", "stock"):
-                    result = child(task | {"trainer": which})
-                    flops = model_flops(name, result)
-                    found.setdefault(f"{name}, {dtype}", {}).setdefault(which, []).append(result | {"flops": flops})
+                for dtype in options.dtypes for attention in attentions()
+                for which, (trainer, knobs, others) in ON_GPU.items()
+            }  # fmt: skip
+            for _ in range(options.repeats):
+                for about, task in tasks.items():
+                    result = largest_batch(task)
+                    if "failed" not in result:
+                        flops = model_flops(name, result)
+                        result |= {"flops": flops, "utilisation": flops / best[task["knobs"]["dtype"]]["flops"]}
+                    found["runs"].setdefault(about, []).append(result)
     return found
 
 
@@ -567,14 +634,26 @@ def cuda_page(found: dict | None) -> str:
         return (
             head + "Not measured: no CUDA machine was at hand. `tests/test_training_speed.py` runs the code on a CPU."
         )
-    rows = [
-        [
-            f"{name}, {which}", f"{middle(runs, 'tokens_per_second'):,.0f}", f"{middle(runs, 'peak_gib'):.1f}",
-            f"{middle(runs, 'flops') / 1e12:.1f}",
-        ]
-        for name, pair in found.items() for which, runs in pair.items()
-    ]  # fmt: skip
-    return head + table(["", "tokens/s", "peak GiB", "model TFLOP/s"], rows)
+    rows = []
+    for about, runs in found["runs"].items():
+        failed = next((run["failed"] for run in runs if "failed" in run), None)
+        rows.append(
+            [about, str(runs[0]["batch_size"]), f"fails: {failed[:90]}", "", "", "", ""]
+            if failed
+            else [
+                about, str(runs[0]["batch_size"]), "on" if runs[0]["checkpointing"] else "off",
+                f"{middle(runs, 'tokens_per_second'):,.0f}", f"{middle(runs, 'peak_gib'):.1f}",
+                f"{middle(runs, 'flops') / 1e12:.1f}", f"{middle(runs, 'utilisation'):.0%}",
+            ]
+        )  # fmt: skip
+    repeats = len(next(iter(found["runs"].values())))
+    best = ", ".join(f"{run['flops'] / 1e12:.3g} TFLOP/s in {dtype}" for dtype, run in found["matmul"].items())
+    head += (
+        f"{repeats} training(s) each, in turn, with {EFFECTIVE_BATCH} pairs a step, as many at a time as fit.\n"
+        f"Utilisation is of what one large product of dense matrices reaches here: {best}.\n\n"
+    )
+    columns = ["", "pairs at a time", "checkpointing", "tokens/s", "peak GiB", "model TFLOP/s", "utilisation"]
+    return head + table(columns, rows)
 
 
 PAGES = {
@@ -636,6 +715,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=64, help="training pairs of `compare`; 0: the whole profile")
     parser.add_argument("--length", type=int, default=1024, help="tokens of a sequence in `cuda`")
     parser.add_argument("--shapes", nargs="*", choices=list(SHAPES), help="of `cuda`")
+    parser.add_argument("--matmul", type=int, default=8192, help="rows of the matrices of `cuda`")
     parser.add_argument("--dtypes", nargs="*", default=["bf16", "fp16"], help="of `cuda`")
     options = parser.parse_args()
     options.pairs = options.pairs or None
