@@ -42,7 +42,7 @@ notebooks: $(STAMP)  ## run the cpu profile and write its outputs into notebooks
 badges: $(STAMP)  ## stamp the Colab badges: REPO=owner/name
 	$(PY) -m dpo_tutorial.badges $(if $(value REPO),$(call quoted,REPO))
 
-bench: $(STAMP)  ## training speed beside stock TRL, about 40 minutes on two cores
+bench: $(STAMP)  ## training speed beside stock TRL, about an hour on two cores
 	$(PY) benchmarks/training_speed.py
 
 # The guide needs no torch, so it has an environment of its own. Its sources lie as in the repository, for the links

@@ -41,6 +41,7 @@ SWITCHES = {
     "gradient checkpointing": ({"gradient_checkpointing": True}, {}, []),
     "reference precomputed": ({"precompute_reference": True}, {}, []),
     "base not quantized": ({}, {}, ["16 bits"]),
+    "blocks compiled": ({}, {}, ["compiled"]),
 }
 
 
@@ -192,6 +193,9 @@ def train_once(task: dict, folder: Path) -> dict:
     trainer = build(
         cfg, base, tokenizer, splits["train"], val, folder / "trainer", disable_tqdm=True, **task.get("arguments", {})
     )
+    if "compiled" in switches:
+        for layer in trainer.model.get_base_model().base_model.layers:
+            layer.compile(dynamic=True)  # one program for all layers and lengths
     mark("tokenize")
     if cfg.precompute_reference:
         reference.precompute(trainer, cfg, artifacts.Run(cfg, folder / "run"))
@@ -217,8 +221,28 @@ def train_once(task: dict, folder: Path) -> dict:
         "losses": [row["loss"] for row in train.history(trainer)["train"]],
         "rewards": [row["rewards/chosen"] for row in train.history(trainer)["train"]],
         "checkpointing": trainer.args.gradient_checkpointing,
+        **({"untouched": untouched(trainer)} if task.get("untouched") else {}),
         "pairs_per_second": seen["pairs"] / seconds, "tokens_per_second": seen["tokens"] / seconds,
     }  # fmt: skip
+
+
+def untouched(trainer) -> float:
+    """Share of the linear layers' outputs that stay as the base made them when the adapter's is added, on one pair."""
+    import torch
+    from peft.tuners.lora import LoraLayer
+
+    shares = []
+
+    def compare(layer, args, output):
+        shares.append((output == layer.base_layer(args[0])).float().mean().item())
+
+    watched = [m.register_forward_hook(compare) for m in trainer.model.modules() if isinstance(m, LoraLayer)]
+    batch = trainer._prepare_inputs(trainer.data_collator([trainer.train_dataset[0]]))
+    with torch.no_grad(), trainer.compute_loss_context_manager():
+        trainer.model.eval()(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+    for handle in watched:
+        handle.remove()
+    return statistics.mean(shares)
 
 
 def raw_once(task: dict, folder: Path) -> dict:
@@ -321,6 +345,7 @@ def child(task: dict, may_fail: bool = False) -> dict:
     """
     # as `make run` has it; not imported from there, because a child's peak memory counts from its parent's size on
     env = os.environ | {"TOKENIZERS_PARALLELISM": "false", "DPO_TUTORIAL_HEADLESS": "1"}
+    env["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"  # what compiling costs a first run
     if task.get("trainer") != "stock":
         env["GLIBC_TUNABLES"] = "glibc.malloc.tcache_count=0"
     done = subprocess.run(
@@ -353,6 +378,11 @@ def compare(options) -> dict:
     return found
 
 
+def whole(options) -> dict:
+    """The same for every pair of the profile, once."""
+    return compare(argparse.Namespace(pairs=None, repeats=1))
+
+
 def switches(options) -> dict:
     """Ours with one switch turned back, each beside a run of ours."""
     found = {name: [] for name in SWITCHES}
@@ -368,8 +398,8 @@ def switches(options) -> dict:
 
 
 def order(options) -> dict:
-    """Losses step by step on the same batches in the same order: ours, without our hooks, and that padded otherwise."""
-    plain = {"kind": "train", "trainer": "ours", "pairs": 48}
+    """Losses step by step on the same batches in the same order: ours, without our hooks, and what rounding does."""
+    plain = {"kind": "train", "trainer": "ours", "pairs": 48, "untouched": True}
     stock = plain | {
         "knobs": {"prefix_sharing": False, "gradient_checkpointing": True},
         "switches": ["head", "allocator"],
@@ -378,6 +408,8 @@ def order(options) -> dict:
         "ours": child(plain),
         "stock": child(stock),
         "stock, padded to a multiple of 64": child(stock | {"arguments": {"pad_to_multiple_of": 64}}),
+        "ours, float32": child(plain | {"knobs": {"dtype": "fp32"}}),
+        "ours, blocks compiled": child(plain | {"switches": ["compiled"], "untouched": False}),
     }
 
 
@@ -483,7 +515,7 @@ def model_flops(name: str, result: dict) -> float:
     return 3 * 2 * s["num_hidden_layers"] * block * result["tokens_per_second"]
 
 
-SECTIONS = {"compare": compare, "switches": switches, "order": order, "growth": growth, "cuda": cuda}
+SECTIONS = {"compare": compare, "whole": whole, "switches": switches, "order": order, "growth": growth, "cuda": cuda}
 
 
 # --- what is shown --------------------------------------------------------------------------------------------------
@@ -555,6 +587,17 @@ Seconds by phase; both compute the reference in the loop.
 {table(["phase", "ours", "stock TRL"], seconds)}"""
 
 
+def whole_page(found: dict) -> str:
+    (ours,), (stock,), (raw,) = (found[name] for name in ("ours", "stock", "raw"))
+    speed, memory = (ours[key] / stock[key] for key in ("pairs_per_second", "peak_gib"))
+    near = ours["tokens_per_second"] / raw["tokens_per_second"]
+    return f"""## The whole profile
+
+All {ours["pairs"]} pairs, each trained on once, evaluations included; ours, stock TRL, then the bare passes, one run
+each. Ours / stock: {speed:.1f} in pairs per second, {memory:.2f} in peak memory ({ours["peak_gib"]:.1f} and
+{stock["peak_gib"]:.1f} GiB). Ours / bare passes: {near:.2f} in tokens per second."""
+
+
 def fastest(runs: list[dict]) -> float:
     """Pairs per second of the best run: other work on the machine only ever slows."""
     return max(run["pairs_per_second"] for run in runs)
@@ -568,6 +611,11 @@ def switches_page(found: dict) -> str:
         ]
         for name, runs in found.items()
     ]  # fmt: skip
+    ours, compiled = (
+        statistics.median(step for run in found[name] for step in run["steps"][1:])
+        for name in ("ours", "blocks compiled")
+    )
+    extra = statistics.median(run["steps"][0] for run in found["blocks compiled"]) - ours
     return f"""## What each part brings
 
 Ours with one part changed, trainings of {found["ours"][0]["pairs"]} pairs, in turn,
@@ -576,12 +624,15 @@ Ours with one part changed, trainings of {found["ours"][0]["pairs"]} pairs, in t
 {table(["", "pairs/s", "of ours", "peak GiB", "all runs"], rows)}
 
 - The head brings most, because answers are scored twice and a vocabulary is wide; prefix sharing comes next.
-- Differences of a few hundredths are noise: the order of the batches and the allocator show none here. The allocator
-  mattered while the head's tiles were large ([cpu_step.md](cpu_step.md)).
+- Differences of a few hundredths are noise: the order of the batches shows none here. How much the allocator brings
+  differs by machine; it mattered more while the head's tiles were large ([cpu_step.md](cpu_step.md)).
 - "Reference precomputed" pays even in one epoch, because its batches are larger. It stays off: in 16 bits it is not
   exact.
 - "Base not quantized" is the most that dequantizing each weight once, and keeping it, could bring, for four times the
-  memory of the linear layers. Not kept."""
+  memory of the linear layers. Not kept.
+- "Blocks compiled" is `torch.compile` on each decoder layer: a step takes {compiled / ours:.2f} of the time, the
+  first one {extra:.0f} seconds longer, which {extra / (ours - compiled):.0f} steps win back; the `cpu` profile has 42.
+  It also needs a C++ compiler. Not kept."""
 
 
 def order_page(found: dict) -> str:
@@ -599,7 +650,29 @@ Largest difference of a step from a training without our hooks (the prompt twice
 {table(["", "loss", "chosen reward"], rows)}
 
 The second row is what other padding alone does: rounding. In float32 the difference is below 1e-4
-(`tests/test_trajectory.py`, `tests/test_prefix.py`)."""
+(`tests/test_trajectory.py`, `tests/test_prefix.py`).
+{young_adapter(found) if "ours, float32" in found else ""}"""
+
+
+def young_adapter(found: dict) -> str:
+    rows = [
+        [
+            name, f"{run['losses'][-1]:.3f}", f"{run['rewards'][-1]:.3f}",
+            f"{run['untouched']:.0%}" if "untouched" in run else "",
+        ]
+        for name, run in found.items()
+    ]  # fmt: skip
+    offset = found["ours, blocks compiled"]["rewards"][1]
+    return f"""
+What rounding hides, at step {len(found["ours"]["losses"])}:
+
+{table(["", "loss", "chosen reward", "outputs untouched"], rows)}
+
+A layer's output is rounded before the adapter's is added, and in bfloat16 a sum less than half a step away falls back
+to it: "untouched" is the share of outputs that stay as the base made them. So the first steps show less reward than
+the weights hold, in stock TRL as in ours; the gradient passes all the same. Float32 shows it. Compiled blocks add
+before they round, but their policy and reference are two programs: the chosen reward is {offset:+.3f} at step 2,
+before anything is learnt. After a whole training little is left of it ([effect.md](effect.md), the float32 table)."""
 
 
 def growth_page(found: dict) -> str:
@@ -657,7 +730,8 @@ def cuda_page(found: dict | None) -> str:
 
 
 PAGES = {
-    "compare": compare_page, "switches": switches_page, "order": order_page, "growth": growth_page, "cuda": cuda_page,
+    "compare": compare_page, "whole": whole_page, "switches": switches_page, "order": order_page,
+    "growth": growth_page, "cuda": cuda_page,
 }  # fmt: skip
 
 
@@ -733,9 +807,9 @@ def main() -> None:
         record["sections"][name] = SECTIONS[name](options)
         record |= {"versions": environment.versions(), "hardware": environment.hardware()}
         target.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        target.with_suffix(".md").write_text(page(record), encoding="utf-8")
-        if name == "growth":
-            figure(record["sections"]["growth"], target.with_suffix(".png"))
+    target.with_suffix(".md").write_text(page(record), encoding="utf-8")
+    if "growth" in record["sections"]:
+        figure(record["sections"]["growth"], target.with_suffix(".png"))
     print(page(record))
 
 

@@ -20,7 +20,7 @@ def speed():
 
 
 def test_the_page_is_the_one_that_the_record_gives(speed):
-    assert set(SECTIONS) >= {"compare", "switches", "order", "growth"}
+    assert set(SECTIONS) >= {"compare", "whole", "switches", "order", "growth"}
     assert (FOLDER / "training_speed.md").read_text(encoding="utf-8") == speed.page(RECORD)
 
 
@@ -30,6 +30,10 @@ def test_it_is_two_and_a_half_times_stock_trl_and_near_the_bare_passes_in_less_m
     assert min(speed.by_repeat(ours, stock, "pairs_per_second")) >= 2.5
     assert min(speed.by_repeat(ours, raw, "tokens_per_second")) >= 0.6
     assert max(speed.by_repeat(ours, stock, "peak_gib")) < 1
+    (ours,), (stock,), (raw,) = (SECTIONS["whole"][name] for name in ("ours", "stock", "raw"))
+    assert ours["pairs"] == stock["pairs"] > 300
+    assert ours["pairs_per_second"] / stock["pairs_per_second"] >= 2.5
+    assert ours["tokens_per_second"] / raw["tokens_per_second"] >= 0.6
 
 
 def test_head_and_prefix_sharing_pay_and_checkpointing_costs(speed):
@@ -49,6 +53,13 @@ def test_the_losses_are_stock_trls_within_what_other_padding_does(speed):
         assert ours <= 3 * floor, key
 
 
+def test_bfloat16_hides_a_young_adapter_and_float32_does_not(speed):
+    found = SECTIONS["order"]
+    ours, stock, exact = found["ours"], found["stock"], found["ours, float32"]
+    assert ours["untouched"] > 0.5 and stock["untouched"] > 0.5 > 0.05 > exact["untouched"]
+    assert max(ours["rewards"][-1], stock["rewards"][-1]) < exact["rewards"][-1]
+
+
 def test_time_grows_in_proportion_to_tokens_and_memory_not_with_pairs(speed):
     found = SECTIONS["growth"]
     assert 0.85 < speed.slope(found["pairs"], "tokens", "seconds") < 1.15
@@ -60,8 +71,25 @@ def test_time_grows_in_proportion_to_tokens_and_memory_not_with_pairs(speed):
 
 def test_the_readme_quotes_the_recorded_ratios(speed):
     readme = (FOLDER.parent / "README.md").read_text(encoding="utf-8")
-    ours, stock = SECTIONS["compare"]["ours"], SECTIONS["compare"]["stock"]
-    assert f"{speed.spread(speed.by_repeat(ours, stock, 'pairs_per_second'))} times stock TRL" in readme
+    ours, stock, raw = (SECTIONS["compare"][name] for name in ("ours", "stock", "raw"))
+    (all_ours,), (all_stock,) = SECTIONS["whole"]["ours"], SECTIONS["whole"]["stock"]
+    found, head = SECTIONS["switches"], "TRL's LM head as it comes"
+
+    def of_ours(name: str) -> str:
+        return f"{speed.fastest(found[name]) / speed.fastest(found['ours']):.2f}"
+
+    for quoted in (
+        f"{speed.spread(speed.by_repeat(ours, stock, 'pairs_per_second'))} times stock TRL",
+        f"the whole profile, once: {all_ours['pairs_per_second'] / all_stock['pairs_per_second']:.1f}",
+        f"{speed.spread(speed.by_repeat(ours, stock, 'peak_gib'), 2)} of its peak memory",
+        f"{speed.spread(speed.by_repeat(ours, raw, 'tokens_per_second'), 2)} of the token rate",
+        f"Without that: {of_ours(head)} of the speed",
+        f"Without: {of_ours('prompt computed once per answer')}.",
+        f"With it: {of_ours('gradient checkpointing')}.",
+        f"({of_ours('reference precomputed')} of the speed)",
+    ):
+        assert quoted in readme
+    assert f"the `cpu` profile has {len(all_ours['steps'])}." in speed.page(RECORD)
 
 
 def test_without_a_gpu_the_page_says_not_measured(speed):
@@ -91,7 +119,9 @@ def test_one_measurement_on_a_tiny_model(speed, tiny_folder, tokenizer, tmp_path
     monkeypatch.setattr(train, "fit_head_to_cpu", train.fit_head_to_cpu)
     monkeypatch.setattr(models, "load_tokenizer", lambda cfg: tokenizer)
     knobs = {"model": str(tiny_folder), "dtype": "fp32", "max_tokens": 128}
-    found = speed.train_once({"trainer": trainer, "pairs": 16, "val": 2, "length": 96, "knobs": knobs}, tmp_path)
+    task = {"trainer": trainer, "pairs": 16, "val": 2, "length": 96, "knobs": knobs, "untouched": True}
+    found = speed.train_once(task, tmp_path)
+    assert found["untouched"] < 0.2, "in float32 nearly every output moves"
     assert found["pairs"] == 16 and len(found["losses"]) == len(found["steps"]) == 2
     assert found["positions"] < found["tokens"] * 2 if trainer == "ours" else found["positions"] >= found["tokens"] * 2
     assert {"import", "load", "tokenize", "backward", "evaluation"} <= set(found["phases"])
