@@ -171,6 +171,8 @@ def test_a_page_fits_and_everybody_can_use_it(page, width, scheme, visit, axe):
     tab = visit(page, width, scheme)
     wide = tab.evaluate("document.documentElement.scrollWidth")
     assert wide == WIDTHS[width], "the page goes sideways"
+    cut = "[...document.querySelectorAll('div.math')].filter(e => e.scrollHeight > e.clientHeight).length"
+    assert tab.evaluate(cut) == 0, "an equation is cut off below"
     tab.evaluate(axe)
     found = tab.evaluate("axe.run(document, {resultTypes: ['violations']})")["violations"]
     grave = [(v["id"], v["nodes"][0]["html"]) for v in found if v["impact"] in ("serious", "critical")]
