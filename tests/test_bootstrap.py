@@ -10,7 +10,6 @@ import zipfile
 from pathlib import Path
 
 import nbformat
-import pytest
 
 ROOT = Path(__file__).parents[1]
 TORCH, NUMPY = "2.9.1+cu126", "2.3.5"  # other ones than ours
@@ -36,7 +35,6 @@ def stand_in(folder: Path, name: str, version: str) -> Path:
     return wheel
 
 
-@pytest.mark.slow
 def test_the_bootstrap_cell_installs_everything_and_leaves_torch_and_numpy_alone(tmp_path):
     venv.create(tmp_path / "colab", with_pip=True)
     python = tmp_path / "colab" / "bin" / "python"
