@@ -35,13 +35,14 @@ SWEEP = {
 }
 
 
-def keep(part: str, results: dict, versions: dict | None = None, hardware: dict | None = None) -> None:
+def keep(part: str, results: dict, trained: dict, versions: dict | None = None, hardware: dict | None = None) -> None:
+    """Add a part to the record. `trained` is the config that was trained with, from which the page has the step."""
     record = json.loads(RECORD.read_text()) if RECORD.exists() else {}
-    cfg = config.resolve(profile="cpu")
     made = {
         "versions": versions or environment.versions(),
         "hardware": hardware or environment.hardware(),
-        "step": f"{cfg.batch_size} pairs at a time, {cfg.grad_accum} times a step, prefix sharing",
+        "step": f"{trained['batch_size']} pairs at a time, {trained['grad_accum']} times a step, "
+        f"{'' if trained['prefix_sharing'] else 'no '}prefix sharing",
     }
     record[part] = made | {"results": results}
     RECORD.write_text(json.dumps(record, indent=1) + "\n")
@@ -95,7 +96,7 @@ def sweep() -> None:
     longest_first = sorted(("base", *SWEEP), key=lambda name: -SWEEP.get(name, {}).get("epochs", 1))
     with ThreadPoolExecutor(2) as pool:
         results = dict(pool.map(run, longest_first))
-    keep("sweep", {name: results[name] for name in ("base", *SWEEP)})
+    keep("sweep", {name: results[name] for name in ("base", *SWEEP)}, config.resolve(profile="cpu").identity())
 
 
 def choose(results: dict) -> str | None:
@@ -128,20 +129,26 @@ def rules_kept(result: dict) -> dict:
     return {"mean": sum(rates) / len(rates), "standard_error": error, "n": n}
 
 
+def score_adapter(cfg, adapter: Path, beta: float) -> tuple[dict, dict]:
+    """An adapter on the test pairs of `cfg`: what the report says of them, and the account of what was dropped."""
+    tokenizer = models.load_tokenizer(cfg)
+    prepared = data.prepare(cfg, tokenizer)
+    policy = models.load_policy(cfg, adapter)
+    records = evaluate.score_pairs(cfg, policy, tokenizer, prepared.splits["test"], beta)
+    return statistics.summarise(records), prepared.report["test"]
+
+
 def seeds(folders: list[str]) -> None:
     """What `make run` saved in each folder."""
     results, machines = {}, []
+    exact = config.resolve(profile="cpu", dtype="fp32")
     for folder in folders:
         run = artifacts.Run(config.resolve(profile="cpu", artifacts=folder))
         comparison, summary = run.read_json("comparison.json"), run.read_json("summary.json")
         trained = run.require_adapter()["config"]
         after = comparison["held_out"]["after"]
-        exact = config.resolve(profile="cpu", artifacts=folder, dtype="fp32")
-        tokenizer = models.load_tokenizer(exact)
-        test = data.prepare(exact, tokenizer).splits["test"]
-        scored = evaluate.score_pairs(exact, models.load_policy(exact, run.adapter), tokenizer, test, trained["beta"])
         results[str(trained["seed"])] = {
-            "float32": statistics.summarise(scored),
+            "float32": score_adapter(exact, run.adapter, trained["beta"])[0],
             **{name: after[name] for name in ("accuracy", "reward_chosen", "reward_rejected", "margin")},
             **{name: comparison[name] for name in ("kl", "rules", "form")},
             "outside": comparison["outside"]["kept"],
@@ -152,7 +159,7 @@ def seeds(folders: list[str]) -> None:
         machines.append((summary["versions"], summary["hardware"]))
     assert len(results) == len(folders), "two folders hold the same seed"
     assert all(versions == machines[0][0] for versions, _ in machines), "the runs used different versions"
-    keep("seeds", results, *machines[0])
+    keep("seeds", results, trained, *machines[0])
 
 
 def ultrafeedback(rows: str, folder: str) -> None:
@@ -160,11 +167,8 @@ def ultrafeedback(rows: str, folder: str) -> None:
     run = artifacts.Run(config.resolve(profile="cpu", artifacts=folder))
     trained = run.require_adapter()["config"]
     cfg = config.resolve(profile="cpu", data=rows, max_tokens=1024, max_test=1000, dtype=trained["dtype"])
-    tokenizer = models.load_tokenizer(cfg)
-    prepared = data.prepare(cfg, tokenizer)
-    policy = models.load_policy(cfg, run.adapter)
-    found = statistics.summarise(evaluate.score_pairs(cfg, policy, tokenizer, prepared.splits["test"], trained["beta"]))
-    keep("ultrafeedback", found | {"report": prepared.report["test"], "seed": trained["seed"]})
+    found, report = score_adapter(cfg, run.adapter, trained["beta"])
+    keep("ultrafeedback", found | {"report": report, "seed": trained["seed"]}, trained)
 
 
 def swapped() -> None:
@@ -179,7 +183,7 @@ def swapped() -> None:
     environment.seed_everything(cfg.seed)
     trainer.train()
     found = statistics.summarise(evaluate.score_pairs(cfg, trainer.model, tokenizer, splits["test"]))
-    keep("swapped", found | {"seed": cfg.seed})
+    keep("swapped", found | {"seed": cfg.seed}, cfg.identity())
 
 
 # --- the page -----------------------------------------------------------------------------------------------------
@@ -208,7 +212,7 @@ def made_on(part: dict) -> str:
     return (
         f"{hardware['cores']} cores, {hardware['memory_gib']:g} GiB, matrices multiplied "
         f"{hardware.get('cpu_bf16_speedup', '?')} times as fast in bfloat16 as in float32; {packages}; "
-        f"{part.get('step', '2 pairs at a time, 4 times a step, before prefix sharing')}."
+        f"{part['step']}."
     )
 
 

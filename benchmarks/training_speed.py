@@ -366,21 +366,24 @@ def child(task: dict, may_fail: bool = False) -> dict:
 # --- sections -------------------------------------------------------------------------------------------------------
 
 
-def compare(options) -> dict:
-    """Ours, stock TRL and the raw passes in turn."""
-    share = 1 if options.pairs is None else options.pairs / 329
-    task = {"kind": "train", "pairs": options.pairs or 10**9, "val": round(48 * share) or 1, "generate": 4}
+def in_turn(pairs: int | None, repeats: int) -> dict:
+    """Ours, stock TRL and the raw passes in turn, on so many pairs of the profile; None: on all."""
+    share = 1 if pairs is None else pairs / 329
+    task = {"kind": "train", "pairs": pairs or 10**9, "val": round(48 * share) or 1, "generate": 4}
     found = {"ours": [], "stock": [], "raw": []}
-    for _ in range(options.repeats):
+    for _ in range(repeats):
         found["ours"].append(child(task | {"trainer": "ours"}))
         found["stock"].append(child(task | {"trainer": "stock"}))
         found["raw"].append(child({"kind": "raw"}))
     return found
 
 
+def compare(options) -> dict:
+    return in_turn(options.pairs, options.repeats)
+
+
 def whole(options) -> dict:
-    """The same for every pair of the profile, once."""
-    return compare(argparse.Namespace(pairs=None, repeats=1))
+    return in_turn(None, 1)
 
 
 def switches(options) -> dict:
@@ -651,7 +654,7 @@ Largest difference of a step from a training without our hooks (the prompt twice
 
 The second row is what other padding alone does: rounding. In float32 the difference is below 1e-4
 (`tests/test_trajectory.py`, `tests/test_prefix.py`).
-{young_adapter(found) if "ours, float32" in found else ""}"""
+{young_adapter(found)}"""
 
 
 def young_adapter(found: dict) -> str:
@@ -808,7 +811,7 @@ def main() -> None:
         record |= {"versions": environment.versions(), "hardware": environment.hardware()}
         target.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     target.with_suffix(".md").write_text(page(record), encoding="utf-8")
-    if "growth" in record["sections"]:
+    if "growth" in (options.sections or SECTIONS):
         figure(record["sections"]["growth"], target.with_suffix(".png"))
     print(page(record))
 

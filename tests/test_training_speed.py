@@ -25,15 +25,13 @@ def test_the_page_is_the_one_that_the_record_gives(speed):
 
 
 def test_it_is_two_and_a_half_times_stock_trl_and_near_the_bare_passes_in_less_memory(speed):
-    ours, stock, raw = (SECTIONS["compare"][name] for name in ("ours", "stock", "raw"))
-    assert len(ours) == len(stock) == len(raw) >= 3
-    assert min(speed.by_repeat(ours, stock, "pairs_per_second")) >= 2.5
-    assert min(speed.by_repeat(ours, raw, "tokens_per_second")) >= 0.6
-    assert max(speed.by_repeat(ours, stock, "peak_gib")) < 1
-    (ours,), (stock,), (raw,) = (SECTIONS["whole"][name] for name in ("ours", "stock", "raw"))
-    assert ours["pairs"] == stock["pairs"] > 300
-    assert ours["pairs_per_second"] / stock["pairs_per_second"] >= 2.5
-    assert ours["tokens_per_second"] / raw["tokens_per_second"] >= 0.6
+    for section, repeats in (("compare", 3), ("whole", 1)):
+        ours, stock, raw = (SECTIONS[section][name] for name in ("ours", "stock", "raw"))
+        assert len(ours) == len(stock) == len(raw) >= repeats
+        assert min(speed.by_repeat(ours, stock, "pairs_per_second")) >= 2.5
+        assert min(speed.by_repeat(ours, raw, "tokens_per_second")) >= 0.6
+        assert max(speed.by_repeat(ours, stock, "peak_gib")) < 1
+    assert ours[0]["pairs"] == stock[0]["pairs"] > 300, "all of the profile"
 
 
 def test_head_and_prefix_sharing_pay_and_checkpointing_costs(speed):
