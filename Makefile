@@ -7,10 +7,13 @@ GUIDE  := build/guide
 
 # A typed value as one word of the shell, whatever is in it; neither make nor the shell may read it as a command.
 quoted = '$(subst ','\'',$(value $(1)))'
-unexport PROFILE MODEL DATA SEED ARTIFACTS STRICT FRESH REPO
 
-# What reaches the notebooks: make run PROFILE=cpu DATA=my_pairs.jsonl SEED=1 (only what is typed, never the shell's variables)
-PARAMETERS := $(foreach name,PROFILE MODEL DATA SEED ARTIFACTS STRICT FRESH,$(if $(and $(filter command,$(origin $(name))),$(value $(name))),-p $(name) $(call quoted,$(name))))
+# What reaches the notebooks: make run PROFILE=cpu BETA=0.3. Every variable that is typed, but make's own and never the
+# shell's; dpo_tutorial.run knows which names there are.
+TYPED := $(sort $(foreach name,$(.VARIABLES),$(if $(filter command,$(origin $(name))),$(name))))
+TYPED := $(filter-out PYTHON VENV PY STAMP GUIDE REPO SHELL MAKEFLAGS,$(TYPED))
+PARAMETERS := $(foreach name,$(TYPED),-p '$(name)' $(call quoted,$(name)))
+unexport $(TYPED) REPO
 
 .DEFAULT_GOAL := help
 .PHONY: help run test notebooks lint badges bench guide clean
@@ -24,7 +27,7 @@ $(STAMP): requirements.txt constraints.txt pyproject.toml
 	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --editable .
 	touch $@
 
-run: $(STAMP)  ## all six notebooks, headless: PROFILE= MODEL= DATA= SEED= ARTIFACTS= STRICT= FRESH=
+run: $(STAMP)  ## all six notebooks, headless; NAME=value sets a parameter of docs/parameters.md
 	$(PY) -m dpo_tutorial.run $(PARAMETERS)
 
 test: $(STAMP) lint  ## style, unit tests, notebook checks, all six notebooks in the smoke profile

@@ -71,6 +71,7 @@ def test_an_unknown_parameter_lists_the_known_ones():
         {"learning_rate": "nan"}, {"learning_rate": -1}, {"epochs": -1}, {"lora_alpha": -3}, {"lora_dropout": 2},
         {"seed": -5}, {"seed": 2**32}, {"max_new_tokens": 0}, {"max_steps": 0}, {"max_grad_norm": -1}, {"beta": "inf"},
         {"lr_scheduler": "zigzag"}, {"warmup_ratio": -1}, {"save_steps": 0}, {"max_train": "inf"},
+        {"lora_targets": "q_proj,"}, {"lora_targets": ()}, {"lora_targets": 5}, {"model": ["a", "b"]},
     ],
 )  # fmt: skip
 def test_a_value_out_of_range_names_the_parameter_and_the_range(bad):
@@ -82,6 +83,7 @@ def test_strings_from_papermill_become_the_right_types():
     resolved = config.resolve(beta="0.3", max_train="12", gradient_checkpointing="true", lora_targets="q_proj,v_proj")
     assert resolved.beta == 0.3 and resolved.max_train == 12 and resolved.gradient_checkpointing is True
     assert resolved.lora_targets == ("q_proj", "v_proj")
+    assert config.resolve(lora_targets=["q_proj"]).lora_targets == ("q_proj",)
 
 
 @pytest.mark.parametrize(("given", "strict"), [(None, False), ("", False), ("true", True), (True, True), ("0", False)])
@@ -141,6 +143,16 @@ def test_the_speed_of_bfloat16_is_measured_once_and_handed_to_the_notebooks(monk
     asked = "from dpo_tutorial import environment; print(environment.cpu_bf16_speedup())"
     done = subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True, check=True)
     assert float(done.stdout) == measured
+
+
+@pytest.mark.parametrize(
+    ("device", "words"),
+    [("cuda", "2.0 GiB allocated by torch on the GPU, since the"), ("cpu", "2.0 GiB of main memory")],
+)
+def test_a_peak_says_of_what_it_is_one(device, words, monkeypatch):
+    monkeypatch.setattr(environment, "device", lambda: device)
+    monkeypatch.setattr(environment, "peak_memory_gib", lambda: 2.0)
+    assert environment.peak_memory_in_words().startswith(words)
 
 
 def test_the_peak_of_child_processes_sees_a_large_one():

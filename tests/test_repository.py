@@ -6,7 +6,6 @@ import importlib.metadata
 import inspect
 import os
 import re
-import shlex
 import shutil
 import subprocess
 import sys
@@ -195,13 +194,6 @@ def planned(*arguments):
     environment = {k: v for k, v in os.environ.items() if k not in ours}
     command = ["make", "--dry-run", *arguments]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout
-
-
-def test_the_makefile_hands_given_parameters_and_only_those_to_the_runner():
-    shown = planned("run", "PROFILE=cpu", "DATA=my pairs.jsonl", "SEED=")
-    (line,) = [line for line in shown.splitlines() if "dpo_tutorial.run" in line]
-    handed = shlex.split(line.partition("dpo_tutorial.run")[2])
-    assert handed == ["-p", "PROFILE", "cpu", "-p", "DATA", "my pairs.jsonl"]
 
 
 def test_make_test_checks_style_then_runs_the_tests_and_the_notebooks():

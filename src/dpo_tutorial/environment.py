@@ -192,7 +192,10 @@ def synchronize() -> None:
 
 
 def peak_memory_gib() -> float:
-    """Peak memory of this process so far: CUDA allocations where there is a GPU, else resident set size."""
+    """What torch has allocated on the GPU at most since the last reset, or, without a GPU, this process's memory.
+
+    A `PeakMemory` block resets the first. The second is the resident set since the process began: nothing resets it.
+    """
     import torch
 
     if torch.cuda.is_available():
@@ -253,3 +256,10 @@ class PeakMemory:
             self._done.set()
             self._watcher.join()
         self.gib, self.total_gib = (self._peak - self._before) / 2**30, self._peak / 2**30
+
+
+def peak_memory_in_words() -> str:
+    """`peak_memory_gib`, and what it is the peak of."""
+    if device() == "cuda":
+        return f"{peak_memory_gib():.1f} GiB allocated by torch on the GPU, since the count was last reset"
+    return f"{peak_memory_gib():.1f} GiB of main memory, since this process began"

@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 from pathlib import Path
 
-from . import artifacts, run
+from . import artifacts, config, run
 from .errors import ConfigError, exit_code
 from .report import markdown_table
 
@@ -32,7 +32,7 @@ def sweep(knob: str, values: list[str], parameters: dict[str, str]) -> list[dict
         raise ConfigError(f"{knob} has a value twice.", "Give each value once, after the knob's name.")
     paths = [path for path in run.notebooks() if path.stem in NOTEBOOKS]
     for value in values:  # all are right before the first one runs
-        _, resolved = run.resolve(parameters | {knob: value}, paths)
+        resolved = config.resolve(**config.named((parameters | {knob: value}).items()))
     root = Path(resolved.artifacts) / f"sweep-{knob.lower()}"
     table, rows = artifacts.Run(dataclasses.replace(resolved, artifacts=str(root))), []
     for value in values:
