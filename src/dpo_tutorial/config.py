@@ -190,7 +190,9 @@ def resolve(**parameters) -> Config:
 
     Raises:
         ConfigError: unknown profile or parameter (lists the known ones), or a value of the wrong type or range.
+        SessionError: pip replaced a package that is already imported; every notebook passes here before it needs one.
     """
+    environment.check_session()
     given = {name.lower(): value for name, value in parameters.items()}
     fields = {f.name: f for f in dataclasses.fields(Config) if f.name != "reasons"}
     unknown = sorted(set(given) - set(fields))
