@@ -191,7 +191,7 @@ def rehearse(colab: Colab) -> dict:
     with ThreadPoolExecutor(2) as pool:  # each uses one thread
         needs = ROOT / "notebooks" / f"{NEEDS_ADAPTER}.ipynb"
         jobs = [pool.submit(alone, needs, TRAINS, "TRAIN_IF_MISSING = True")]
-        jobs += [pool.submit(alone, path, path.stem) for path in others]
+        jobs += [pool.submit(alone, path, path.stem) for path in reversed(others)]  # the longest are the last two
         notebooks |= dict(job.result() for job in jobs)
     said = subprocess.run([colab.python, "-V"], stdout=subprocess.PIPE, text=True, check=True).stdout
     return {
