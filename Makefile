@@ -16,7 +16,7 @@ PARAMETERS := $(foreach name,$(TYPED),-p '$(name)' $(call quoted,$(name)))
 unexport $(TYPED) REPO
 
 .DEFAULT_GOAL := help
-.PHONY: help run test notebooks lint badges bench guide clean
+.PHONY: help run test colab notebooks lint badges bench guide clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
@@ -35,6 +35,9 @@ test: $(STAMP) lint  ## style, unit tests, notebook checks, all six notebooks in
 	rm -rf artifacts/smoke
 	DPO_TUTORIAL_PROFILE=smoke DPO_TUTORIAL_HEADLESS=1 $(PY) -m pytest --nbval-lax notebooks -p no:cacheprovider --durations=6
 
+colab: $(STAMP)  ## a stand-in for Colab: its versions, the first cell, every notebook alone
+	$(PY) -m pytest -m colab tests/test_colab_standin.py
+
 lint: $(STAMP)  ## ruff, for .py and .ipynb
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
@@ -42,7 +45,7 @@ lint: $(STAMP)  ## ruff, for .py and .ipynb
 notebooks: $(STAMP)  ## run the cpu profile and write its outputs into notebooks/
 	$(PY) -m dpo_tutorial.run -p PROFILE cpu --refresh
 
-badges: $(STAMP)  ## stamp the Colab badges: REPO=owner/name
+badges: $(STAMP)  ## stamp the Colab and Kaggle badges: REPO=owner/name
 	$(PY) -m dpo_tutorial.badges $(if $(value REPO),$(call quoted,REPO))
 
 bench: $(STAMP)  ## training speed beside stock TRL, about an hour on two cores

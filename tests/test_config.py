@@ -1,12 +1,14 @@
 """`resolve()`: precedence, reasons, and errors that list what is known."""
 
+import importlib.metadata
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
 from dpo_tutorial import config, environment, models, train
-from dpo_tutorial.errors import ConfigError
+from dpo_tutorial.errors import ConfigError, SessionError
 
 NO_GPU = {"cuda": False, "cpu_bf16_speedup": 0.5, "cores": 2, "memory_gib": 24.0, "cpu": "x"}
 
@@ -131,6 +133,25 @@ def test_seeds_repeat_python_numpy_and_torch():
         return random.random(), numpy.random.rand(), torch.rand(1).item()
 
     assert draw() == draw()
+
+
+def pretend(monkeypatch, held, installed):
+    """A session that holds pyarrow `held` while pip has put `installed` on the disk."""
+    monkeypatch.setitem(sys.modules, "pyarrow", SimpleNamespace(__version__=held))
+    real = importlib.metadata.version
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: installed if name == "pyarrow" else real(name))
+
+
+def test_resolve_stops_where_pip_replaced_what_this_session_holds(monkeypatch):
+    pretend(monkeypatch, "18.1.0", "26.0.1")
+    with pytest.raises(SessionError, match=r"pyarrow 26\.0\.1 \(this session still holds 18\.1\.0\)\.\n.*Restart"):
+        config.resolve()
+
+
+@pytest.mark.parametrize(("held", "there"), [("2.11.0+cu128", "2.11.0"), ("1.0", "1.0.0"), ("dev", "1.0"), (None, "1")])
+def test_a_session_whose_packages_are_those_on_the_disk_goes_on(monkeypatch, held, there):
+    pretend(monkeypatch, held, there)
+    assert config.resolve(profile="smoke").profile == "smoke"
 
 
 def test_the_speed_of_bfloat16_is_measured_once_and_handed_to_the_notebooks(monkeypatch):

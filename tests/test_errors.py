@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -138,6 +139,11 @@ def without_eos(case):
     models.load_tokenizer(case.cfg)
 
 
+def replaced_by_pip(case):
+    case.patch.setitem(sys.modules, "pyarrow", SimpleNamespace(__version__="18.1.0"))
+    config.resolve(profile="smoke")
+
+
 def too_large_for_the_gpu(case):
     def full(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory.")
@@ -261,6 +267,7 @@ SEEN = [
     (lambda c: config.resolve(beta="high"), errors.ConfigError, "BETA='high'", "float"),
     (lambda c: config.resolve(beta=0), errors.ConfigError, "BETA=0.0", "BETA"),
     (lambda c: config.resolve(loss_type="kto"), errors.ConfigError, "LOSS_TYPE='kto'", "sigmoid, ipo"),
+    (replaced_by_pip, errors.SessionError, "this session still holds 18.1.0", "Restart"),
     (lambda c: models.source(c.changed(model=str(c.tmp))), errors.ModelFetchError, "config.json", "MODEL"),
     (
         lambda c: models.source(c.changed(model="./my-model")),
@@ -321,7 +328,16 @@ def test_the_table_and_the_judge_show_every_member_of_the_family():
     assert {kind.__name__ for _, kind, _, _ in SEEN} | {"JudgeError", "TutorialError"} == FAMILY
 
 
-# --- commands ----
+# --- commands and notebooks ----
+
+
+@pytest.mark.parametrize(("shell", "traceback"), [(["-m", "IPython"], False), ([], True)], ids=["IPython", "Python"])
+def test_a_notebook_shows_the_message_alone_and_a_script_its_traceback(shell, traceback):
+    code = "from dpo_tutorial.errors import ConfigError as E; raise E('This is wrong.', 'Do that.')"
+    done = subprocess.run([sys.executable, *shell, "-c", code], capture_output=True, text=True)
+    said = done.stdout + done.stderr
+    assert "ConfigError: This is wrong.\n  Mend: Do that." in said and ("Traceback" in said) == traceback
+    assert done.returncode == 1
 
 
 @pytest.mark.parametrize("command", [train.main, run.main], ids=["train", "run"])

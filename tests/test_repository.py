@@ -15,7 +15,6 @@ from pathlib import Path
 
 import bitsandbytes as bnb
 import datasets
-import nbformat
 import papermill
 import peft
 import pytest
@@ -23,6 +22,7 @@ import transformers
 import trl
 import trl.trainer.utils
 import yaml
+from conftest import code_cells
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -56,8 +56,7 @@ def python_files():
         if path.suffix == ".py":
             yield path.name, path.read_text(encoding="utf-8")
         else:
-            cells = [c.source for c in nbformat.read(path, as_version=4).cells if c.cell_type == "code"]
-            yield path.name, "\n".join(cells)
+            yield path.name, "\n".join(c.source for c in code_cells(path))
 
 
 # --- pins ----
@@ -179,12 +178,12 @@ def test_the_profiles_offered_by_the_gpu_workflow_exist_and_need_a_gpu():
     assert set(choice["options"]) == set(PROFILES) - {"cpu", "smoke"} and choice["default"] in choice["options"]
 
 
-def test_the_ci_script_is_executable_and_calls_make_test_then_make_run():
+def test_the_ci_script_is_executable_and_calls_make_test_make_run_and_make_colab():
     script = ROOT / ".ci" / "run"
     assert os.access(script, os.X_OK)
     subprocess.run(["bash", "-n", str(script)], check=True)
     text = script.read_text(encoding="utf-8")
-    assert re.findall(r"^make \w+.*$", text, re.MULTILINE) == ["make test", "make run"]
+    assert re.findall(r"^make \w+.*$", text, re.MULTILINE) == ["make test", "make run", "make colab"]
     assert re.search(r"^set -e", text, re.MULTILINE), "a failed test must stop it"
 
 
@@ -210,29 +209,37 @@ def test_the_readme_names_both_commands():
 # --- badges ----
 
 
-def test_the_badge_page_is_the_one_that_make_badges_writes():
-    expected = badges.badge_page(badges.slug(ROOT), [p.name for p in NOTEBOOKS])
-    assert (ROOT / "colab_badge.md").read_text(encoding="utf-8") == expected
+def test_the_badge_page_has_the_rows_that_make_badges_writes_and_no_others():
+    page = (ROOT / "colab_badge.md").read_text(encoding="utf-8")
+    rows = badges.badge_rows(badges.slug(ROOT), [p.name for p in NOTEBOOKS])
+    assert rows in page and page.count("](notebooks/") == len(NOTEBOOKS)
 
 
-def test_the_badge_page_links_each_notebook_once_and_its_badge_once():
-    page = badges.badge_page("me/dpo", ["01_a.ipynb", "02_b.ipynb"])
+def test_a_row_links_its_notebook_once_and_each_badge_once():
+    rows = badges.badge_rows("me/dpo", ["01_a.ipynb", "02_b.ipynb"])
     for name in ("01_a.ipynb", "02_b.ipynb"):
-        assert page.count(f"](notebooks/{name})") == 1
-        assert page.count(f"https://colab.research.google.com/github/me/dpo/blob/main/notebooks/{name}") == 1
+        (row,) = [line for line in rows.splitlines() if f"](notebooks/{name})" in line]
+        assert row.count(f"https://colab.research.google.com/github/me/dpo/blob/main/notebooks/{name})") == 1
+        there = f"https://github.com/me/dpo/blob/main/notebooks/{name}"
+        assert row.count(f"https://kaggle.com/kernels/welcome?src={there})") == 1
+
+
+def test_stamping_writes_a_row_for_a_new_notebook_and_keeps_the_text_around_the_table(copied):
+    page = copied / "colab_badge.md"
+    before = page.read_text(encoding="utf-8")
+    shutil.copy(copied / "notebooks" / "01_setup.ipynb", copied / "notebooks" / "07_new.ipynb")
+    badges.stamp(copied, badges.slug(copied))
+    after = page.read_text(encoding="utf-8")
+    new = badges.badge_rows(badges.slug(copied), ["07_new.ipynb"])
+    assert new in after and after.replace(new, "") == before
 
 
 @pytest.fixture
 def copied(tmp_path):
     """Everything that stamping writes, copied to where it may."""
-    slug = badges.slug(ROOT)
     shutil.copytree(ROOT / "notebooks", tmp_path / "notebooks")
-    shutil.copy(ROOT / "pyproject.toml", tmp_path)
-    readme = f"# Tutorial\n\n{badges.badge(slug, '01_setup.ipynb')}\n\nSee also https://github.com/huggingface/trl.\n"
-    page = badges.badge_page(slug, [p.name for p in NOTEBOOKS])
-    for name, text in (("README.md", readme), ("colab_badge.md", page)):
-        there = ROOT / name
-        (tmp_path / name).write_bytes(there.read_bytes() if there.exists() else text.encode())
+    for name in ("pyproject.toml", "README.md", "colab_badge.md"):
+        shutil.copy(ROOT / name, tmp_path)
     return tmp_path
 
 

@@ -269,7 +269,9 @@ def resolve(recorded: Mapping[str, object] | None = None, /, **parameters) -> Co
 
     Raises:
         ConfigError: unknown profile or parameter (lists the known ones), or a value of the wrong type or range.
+        SessionError: pip replaced a package that is already imported; every notebook passes here before it needs one.
     """
+    environment.check_session()
     fields, recorded = {f.name: f for f in dataclasses.fields(Config) if f.name != "reasons"}, dict(recorded or {})
     given = {name.upper(): value for name, value in parameters.items()}
     check_names([*given, *(name.upper() for name in recorded)])

@@ -150,7 +150,7 @@ def convert_gguf(gguf: Path, target: Path) -> None:
     )
     # transformers marks the model as GGUF-quantized and then refuses to save it, though its weights are plain now
     model.hf_quantizer, model.is_quantized = None, False
-    del model.config.quantization_config
+    vars(model.config).pop("quantization_config", None)  # transformers 5.15 notes it elsewhere
     model.config._name_or_path = NAME
     target.mkdir(parents=True)
     model.save_pretrained(target)

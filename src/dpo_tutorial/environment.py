@@ -11,16 +11,30 @@ import os
 import platform
 import random
 import re
+import sys
 import threading
 import time
 from collections.abc import Iterable
 from pathlib import Path
+
+from packaging.version import InvalidVersion, Version
+
+from .errors import SessionError
 
 DTYPES = ("bf16", "fp16", "fp32")
 _SPEEDUP = "DPO_TUTORIAL_CPU_BF16_SPEEDUP"
 PACKAGES = (
     "torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate", "papermill", "numpy",
 )  # fmt: skip
+
+#: Module → distribution, of packages that cannot run half old and half new.
+_WHOLE = {
+    name: name
+    for name in (
+        "torch", "numpy", "pandas", "pyarrow", "scipy", "matplotlib", "statsmodels", "transformers", "tokenizers",
+        "safetensors", "huggingface_hub", "datasets", "accelerate", "peft", "trl", "bitsandbytes",
+    )
+} | {"PIL": "pillow", "sklearn": "scikit-learn"}  # fmt: skip
 
 
 def project_root() -> Path:
@@ -172,6 +186,29 @@ def versions(packages: Iterable[str] = PACKAGES) -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             found[name] = "missing"
     return found
+
+
+def check_session() -> None:
+    """Stop before a notebook runs on packages that are half old, in memory, and half new, on disk.
+
+    Raises:
+        SessionError: pip replaced a package that this process had already imported.
+    """
+    replaced = []
+    for module, distribution in _WHOLE.items():
+        held = getattr(sys.modules.get(module), "__version__", None)
+        try:  # base versions, because the local part (+cu128) may be missing on one side
+            there = importlib.metadata.version(distribution)
+            if held and Version(Version(held).base_version) != Version(Version(there).base_version):
+                replaced.append(f"{distribution} {there} (this session still holds {held})")
+        except (importlib.metadata.PackageNotFoundError, InvalidVersion):
+            continue
+    if replaced:
+        raise SessionError(
+            f"pip installed {', '.join(replaced)}.",
+            "Restart, then run from the top (Colab: Runtime > Restart session; Kaggle: Run > Restart & clear cell "
+            "outputs; Jupyter: Kernel > Restart).",
+        )
 
 
 def free_memory_gib() -> float:

@@ -21,9 +21,17 @@ class TutorialError(Exception):
         self.mend = mend
         super().__init__(f"{cause}\n  Mend: {mend}")
 
+    def _render_traceback_(self) -> list[str]:
+        """What a notebook shows: the message alone. IPython asks for it; plain Python prints its traceback."""
+        return [f"{type(self).__name__}: {self}"]
+
 
 class ConfigError(TutorialError):
     """An unknown profile or parameter, or a value out of range."""
+
+
+class SessionError(TutorialError):
+    """This process has imported a package that was replaced on disk since."""
 
 
 class ModelFetchError(TutorialError):

@@ -79,7 +79,7 @@ def attend(module, query: Tensor, key: Tensor, value: Tensor, attention_mask, pa
 
 
 def _rows(x: Tensor, columns: Tensor) -> Tensor:
-    """`x[pair, :, column]` for every entry of `columns`, `[n x pairs, length]`; x is `[pairs, heads, tokens, width]`."""
+    """`x[pair, :, column]` of `[pairs, heads, tokens, width]`, for every entry of `columns`, `[n x pairs, length]`."""
     pairs, heads, tokens, width = x.shape
     row = torch.arange(len(columns), device=x.device)[:, None] % pairs
     flat = x.transpose(1, 2).reshape(pairs * tokens, heads, width)
