@@ -3,14 +3,17 @@
 import importlib.metadata
 import subprocess
 import sys
+import time
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from dpo_tutorial import config, environment, models, train
 from dpo_tutorial.errors import ConfigError, SessionError
 
-NO_GPU = {"cuda": False, "cpu_bf16_speedup": 0.5, "cores": 2, "memory_gib": 24.0, "cpu": "x"}
+HARDWARE = environment.hardware  # the real one: tests see a machine without a GPU
+NO_GPU = {"cuda": False, "cpu_bf16": None, "cores": 2, "memory_gib": 24.0, "cpu": "x"}
 
 
 def gpu(capability, memory):
@@ -44,7 +47,7 @@ def test_every_choice_is_printed_with_its_reason(monkeypatch, capsys):
         (gpu([8, 9], 22.0), "gpu24", "bf16"),
         (gpu([9, 0], 79.0), "gpu80", "bf16"),
         (NO_GPU, "cpu", "fp32"),
-        (NO_GPU | {"cpu_bf16_speedup": 2.2}, "cpu", "bf16"),
+        (NO_GPU | {"cpu_bf16": "AVX512-BF16 and AMX-BF16"}, "cpu", "bf16"),
     ],
 )
 def test_profile_and_dtype_follow_the_hardware(monkeypatch, hardware, profile, dtype):
@@ -154,16 +157,25 @@ def test_a_session_whose_packages_are_those_on_the_disk_goes_on(monkeypatch, hel
     assert config.resolve(profile="smoke").profile == "smoke"
 
 
-def test_the_speed_of_bfloat16_is_measured_once_and_handed_to_the_notebooks(monkeypatch):
-    monkeypatch.delenv(environment._SPEEDUP, raising=False)
-    environment.cpu_bf16_speedup.cache_clear()
-    measured = environment.cpu_bf16_speedup()
-    assert 0 < measured < 100
-    monkeypatch.setenv(environment._SPEEDUP, "1.0")  # so that what hand_over writes is taken back
-    environment.hand_over_measurements()
-    asked = "from dpo_tutorial import environment; print(environment.cpu_bf16_speedup())"
-    done = subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True, check=True)
-    assert float(done.stdout) == measured
+@pytest.mark.parametrize(
+    ("flags", "dtype", "reason"),
+    [
+        ({"avx512_bf16": True, "amx_bf16": True}, "bf16", "AVX512-BF16 and AMX-BF16"),
+        ({"avx512_bf16": True, "amx_bf16": False}, "bf16", "no AMX: if it is slow, try DTYPE=fp32"),
+        ({"avx2": True, "avx512_bf16": False, "amx_bf16": False}, "fp32", "neither"),
+        ({"architecture": "arm64", "neon": True, "bf16": True}, "fp32", "neither"),  # Graviton, Apple
+    ],
+)
+def test_a_cpu_computes_in_bfloat16_if_it_has_instructions_for_it(monkeypatch, flags, dtype, reason):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: flags)
+    chosen, why = environment.pick_dtype({"cuda": False, "cpu_bf16": environment.cpu_bf16()})
+    assert chosen == dtype and reason in why
+
+
+def test_the_compute_type_is_not_timed_so_load_on_the_machine_cannot_change_it(monkeypatch):
+    for clock in ("perf_counter", "perf_counter_ns", "monotonic", "process_time", "time"):
+        monkeypatch.setattr(time, clock, lambda: pytest.fail("the clock was read"))
+    assert environment.pick_dtype(HARDWARE())[0] in environment.DTYPES
 
 
 @pytest.mark.parametrize(

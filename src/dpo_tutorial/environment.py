@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import functools
 import gc
 import importlib.metadata
 import os
@@ -13,7 +12,6 @@ import random
 import re
 import sys
 import threading
-import time
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -22,7 +20,6 @@ from packaging.version import InvalidVersion, Version
 from .errors import SessionError
 
 DTYPES = ("bf16", "fp16", "fp32")
-_SPEEDUP = "DPO_TUTORIAL_CPU_BF16_SPEEDUP"
 PACKAGES = (
     "torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate", "papermill", "numpy",
 )  # fmt: skip
@@ -73,7 +70,7 @@ def hardware() -> dict:
         "cuda": torch.cuda.is_available(),
     }
     if not record["cuda"]:
-        record["cpu_bf16_speedup"] = cpu_bf16_speedup()
+        record["cpu_bf16"] = cpu_bf16()
     else:
         properties = torch.cuda.get_device_properties(0)
         record |= {
@@ -85,33 +82,17 @@ def hardware() -> dict:
     return record
 
 
-@functools.cache
-def cpu_bf16_speedup() -> float:
-    """How many times as fast this CPU multiplies matrices in bfloat16 as in float32: the best of five, one decimal.
+def cpu_bf16() -> str | None:
+    """The instructions with which this CPU multiplies bfloat16 matrices, "AVX512-BF16 and AMX-BF16"; None without.
 
-    Measured, because flags do not tell: a processor may list AVX512-BF16 and still be slower in it
-    (`benchmarks/cpu_step.md`).
+    Asked of the processor, not timed: load on the machine would change the answer, and with it the run. Arm processors
+    with bfloat16, Apple's among them, count as without: nothing here was measured on one, and float32 is right on all.
     """
     import torch
 
-    if handed := os.environ.get(_SPEEDUP):
-        return float(handed)
-
-    def seconds(dtype) -> float:
-        a, b = torch.ones(1024, 576, dtype=dtype), torch.ones(576, 1536, dtype=dtype)
-        times = []
-        for _ in range(6):  # the first one warms up
-            started = time.perf_counter()
-            a @ b
-            times.append(time.perf_counter() - started)
-        return min(times[1:])
-
-    return round(seconds(torch.float32) / seconds(torch.bfloat16), 1)
-
-
-def hand_over_measurements() -> None:
-    """Let processes started from here take this one's measurement: all notebooks of a run compute in one type."""
-    os.environ[_SPEEDUP] = str(cpu_bf16_speedup())
+    flags = torch.cpu.get_capabilities()  # by CPUID, so on Windows too; public since torch 2.11
+    names = {"avx512_bf16": "AVX512-BF16", "amx_bf16": "AMX-BF16"}
+    return " and ".join(name for flag, name in names.items() if flags.get(flag)) or None
 
 
 def pick_dtype(hardware: dict) -> tuple[str, str]:
@@ -127,9 +108,12 @@ def pick_dtype(hardware: dict) -> tuple[str, str]:
         if major >= 8:
             return "bf16", f"compute capability {major}.{minor} computes in bfloat16"
         return "fp16", f"compute capability {major}.{minor} has no native bfloat16"
-    speedup = hardware["cpu_bf16_speedup"]
-    measured = f"this CPU multiplies bfloat16 matrices {speedup:g} times as fast as float32, measured now"
-    return ("bf16" if speedup >= 1.5 else "fp32"), measured
+    found = hardware["cpu_bf16"]
+    if not found:
+        return "fp32", "this CPU has neither AVX512-BF16 nor AMX-BF16"
+    if "AMX" not in found:  # about twice as fast on some processors, half as fast on others (benchmarks/cpu_step.md)
+        found += ", but no AMX: if it is slow, try DTYPE=fp32"
+    return "bf16", f"this CPU has {found}"
 
 
 def torch_dtype(name: str):

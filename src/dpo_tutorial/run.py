@@ -79,7 +79,6 @@ def _run_all(run: artifacts.Run, given: dict, paths: list[Path]) -> dict:
     (run.dir / "summary.json").unlink(missing_ok=True)
     executed.mkdir()
     os.environ.update(_KERNEL_ENV)
-    environment.hand_over_measurements()
     minutes = {}
     for number, path in enumerate(paths, 1):
         print(f"[{number}/{len(paths)}] {path.name}", flush=True)
