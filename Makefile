@@ -15,8 +15,13 @@ TYPED := $(filter-out PYTHON VENV PY STAMP GUIDE REPO SHELL MAKEFLAGS,$(TYPED))
 PARAMETERS := $(foreach name,$(TYPED),-p '$(name)' $(call quoted,$(name)))
 unexport $(TYPED) REPO
 
+# The quickstart has knobs of its own, and lies beside its results.
+KNOBS  := PROFILE MODEL DATA PAIRS ARTIFACTS
+OTHERS := $(filter-out $(KNOBS),$(TYPED))
+FOLDER := $(if $(and $(filter command,$(origin ARTIFACTS)),$(value ARTIFACTS)),$(call quoted,ARTIFACTS),artifacts)
+
 .DEFAULT_GOAL := help
-.PHONY: help run test colab notebooks lint badges bench guide clean
+.PHONY: help quickstart run test colab notebooks lint badges bench guide clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
@@ -30,10 +35,17 @@ $(STAMP): requirements.txt constraints.txt pyproject.toml
 run: $(STAMP)  ## all six notebooks, headless; NAME=value sets a parameter of docs/parameters.md
 	$(PY) -m dpo_tutorial.run $(PARAMETERS)
 
+quickstart: $(STAMP)  ## one page, minutes: PROFILE=smoke MODEL= DATA= PAIRS= ARTIFACTS=
+	$(if $(OTHERS),$(error quickstart does not know $(OTHERS). It knows $(KNOBS)))
+	mkdir -p $(FOLDER)
+	$(PY) -m papermill notebooks/00_quickstart.ipynb $(FOLDER)/00_quickstart.ipynb $(foreach name,$(KNOBS),$(if $(and $(filter command,$(origin $(name))),$(value $(name))),-p $(name) $(call quoted,$(name))))
+
 test: $(STAMP) lint  ## style, unit tests, notebook checks, all six notebooks in the smoke profile
 	$(PY) -m pytest tests
 	rm -rf artifacts/smoke
-	DPO_TUTORIAL_PROFILE=smoke DPO_TUTORIAL_HEADLESS=1 $(PY) -m pytest --nbval-lax notebooks -p no:cacheprovider --durations=6
+	mkdir -p artifacts/smoke
+	$(PY) -m papermill notebooks/00_quickstart.ipynb artifacts/smoke/00_quickstart.ipynb -p PROFILE smoke -p ARTIFACTS artifacts/smoke
+	DPO_TUTORIAL_PROFILE=smoke DPO_TUTORIAL_HEADLESS=1 $(PY) -m pytest --nbval-lax notebooks --ignore=notebooks/00_quickstart.ipynb -p no:cacheprovider --durations=6
 
 colab: $(STAMP)  ## a stand-in for Colab: its versions, the first cell, every notebook alone
 	$(PY) -m pytest -m colab tests/test_colab_standin.py
@@ -42,8 +54,11 @@ lint: $(STAMP)  ## ruff, for .py and .ipynb
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 
-notebooks: $(STAMP)  ## run the cpu profile and write its outputs into notebooks/
+notebooks: $(STAMP)  ## run the cpu profile and the quickstart, and write their outputs into notebooks/
 	$(PY) -m dpo_tutorial.run -p PROFILE cpu --refresh
+	rm -rf artifacts/refresh && mkdir -p artifacts/refresh
+	$(PY) -m papermill notebooks/00_quickstart.ipynb artifacts/refresh/00_quickstart.ipynb -p MODEL embedded -p DATA embedded -p ARTIFACTS artifacts/refresh
+	$(PY) -c 'from pathlib import Path; from dpo_tutorial import run; run.clean_notebook(*(Path(f) / "00_quickstart.ipynb" for f in ("artifacts/refresh", "notebooks")))'
 
 badges: $(STAMP)  ## stamp the Colab and Kaggle badges: REPO=owner/name
 	$(PY) -m dpo_tutorial.badges $(if $(value REPO),$(call quoted,REPO))

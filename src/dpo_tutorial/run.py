@@ -35,13 +35,13 @@ _KERNEL_ENV = {
 
 
 def notebooks(folder: Path | None = None) -> list[Path]:
-    """The numbered notebooks, in order.
+    """The notebooks of a run, 01 to 06, in order; the quickstart, 00, is a page of its own.
 
     Raises:
         ArtifactError: none there.
     """
     folder = folder or environment.project_root() / "notebooks"
-    found = sorted(p for p in folder.glob("*.ipynb") if re.match(r"\d\d_", p.name))
+    found = sorted(p for p in folder.glob("*.ipynb") if re.match(r"(?!00)\d\d_", p.name))
     if not found:
         raise ArtifactError(f"No numbered notebook in {folder}.", "Run from a checkout of the repository.")
     return found
