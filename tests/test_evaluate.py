@@ -227,6 +227,9 @@ def test_of_the_settings_of_the_training_what_is_given_now_and_the_environment_c
     monkeypatch.setenv("DPO_TUTORIAL_COMPARE_PROMPTS", "7")
     with pytest.raises(ZeroDivisionError):
         evaluate.main(["--adapter", str(trained.adapter), "-p", "COMPARE_PROMPTS", "3", "-p", "MODEL", "someone/model"])
+    with pytest.raises(ZeroDivisionError):
+        evaluate.main(["--adapter", str(trained.adapter), "-p", "PROFILE", "t4"])
+    assert (seen[1].profile, seen[1].model, seen[1].data) == ("t4", trained.config.model, trained.config.data)
     assert (seen[0].max_new_tokens, seen[0].compare_prompts, seen[0].lora_r) == (5, 3, trained.config.lora_r)
     assert (seen[0].data, seen[0].model, seen[0].model_revision) == (trained.config.data, "someone/model", None)
 

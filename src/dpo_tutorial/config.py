@@ -197,13 +197,17 @@ def known_parameters() -> list[str]:
     return [f.name.upper() for f in dataclasses.fields(Config) if f.name != "reasons"]
 
 
-def check_names(names: Iterable[str], hint: str = "") -> None:
-    """Refuse names that are no knob; `hint` is added to what is said to do about it.
+def check_names(names: Iterable[str], hint: str = "", prefix: str = "") -> None:
+    """Refuse names that are no knob.
+
+    Args:
+        hint: added to what is said to do about it.
+        prefix: what stood before each name where it was found.
 
     Raises:
         ConfigError: names them, and lists the known ones.
     """
-    unknown = sorted(set(names) - set(known_parameters()))
+    unknown = sorted(prefix + name for name in set(names) - set(known_parameters()))
     if unknown:
         mend = f"Known parameters: {', '.join(known_parameters())}.{hint}"
         raise ConfigError(f"Unknown parameter {', '.join(unknown)}.", mend)
@@ -253,8 +257,8 @@ def _from_environment() -> dict[str, str]:
         if name.startswith(_PREFIX) and name.removeprefix(_PREFIX) not in _OTHER_VARIABLES:
             found[name.removeprefix(_PREFIX)] = value
     others = ", ".join(_PREFIX + name for name in _OTHER_VARIABLES)
-    check_names(found, f" In the environment {_PREFIX} stands before the name; other variables: {others}.")
-    return found
+    check_names(found, f" In the environment each has {_PREFIX} before it; there are also {others}.", _PREFIX)
+    return {name.lower(): value for name, value in found.items() if value}
 
 
 def resolve(recorded: Mapping[str, object] | None = None, /, **parameters) -> Config:
@@ -272,30 +276,27 @@ def resolve(recorded: Mapping[str, object] | None = None, /, **parameters) -> Co
         SessionError: pip replaced a package that is already imported; every notebook passes here before it needs one.
     """
     environment.check_session()
-    fields, recorded = {f.name: f for f in dataclasses.fields(Config) if f.name != "reasons"}, dict(recorded or {})
-    given = {name.upper(): value for name, value in parameters.items()}
-    check_names([*given, *(name.upper() for name in recorded)])
-    asked = {}  # knob → (value, who asked for it)
-    for found, why in ((_from_environment(), "set by " + _PREFIX + "{}"), (given, "asked for")):
-        for name, value in found.items():
-            if value is not None and value != "":
-                asked[name.lower()] = _coerce(fields[name.lower()], value), why.format(name)
+    fields = {f.name: f for f in dataclasses.fields(Config)}
+    recorded = dict(recorded or {})
+    check_names(name.upper() for name in [*parameters, *recorded])
+    given = {name: (value, f"set by {_PREFIX}{name.upper()}") for name, value in _from_environment().items()}
+    given |= {name.lower(): (value, "asked for") for name, value in parameters.items() if value not in (None, "")}
+    given = {name: (_coerce(fields[name], value), why) for name, (value, why) in given.items()}
 
     hardware = environment.hardware()
-    profile, why = asked.pop("profile", None) or (recorded.pop("profile", None), "recorded")
-    if profile is None:
-        profile, why = _profile_for(hardware)
+    choices = [given.pop("profile", None), (recorded.pop("profile", None), "recorded"), _profile_for(hardware)]
+    profile, why = next(choice for choice in choices if choice and choice[0])
     if profile not in PROFILES:
         raise ConfigError(f"Unknown profile {profile!r}.", f"Known profiles: {', '.join(PROFILES)}.")
     dtype, measured = environment.pick_dtype(hardware)
-    reasons = [f"profile = {profile}: {why}"] + ([] if "dtype" in asked else [f"dtype = {dtype}: {measured}"])
+    reasons = [f"profile = {profile}: {why}"] + ([] if "dtype" in given else [f"dtype = {dtype}: {measured}"])
 
     values = {"dtype": dtype} | PROFILES[profile]
     values |= {name: value if value is None else _coerce(fields[name], value) for name, value in recorded.items()}
     for name in ("model", "data"):  # another model or dataset does not share the pinned commit of the default
-        if name in asked:
+        if name in given:
             values[f"{name}_revision"] = None
-    for name, (value, why) in asked.items():
+    for name, (value, why) in given.items():
         values[name] = value
         reasons.append(f"{name} = {','.join(value) if isinstance(value, tuple) else value}: {why}")
     for name in ("model", "data"):
