@@ -21,13 +21,21 @@ OTHERS := $(filter-out $(KNOBS),$(TYPED))
 FOLDER := $(if $(and $(filter command,$(origin ARTIFACTS)),$(value ARTIFACTS)),$(call quoted,ARTIFACTS),artifacts)
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart run test colab notebooks lint badges bench guide clean
+.PHONY: help quickstart run test colab lowest notebooks lint badges bench guide clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
 
+# The Python of the environment, where PYTHON is given and asks for another: then the environment is made anew.
+series = $(shell $(1) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
+ifneq ($(origin PYTHON),file)
+OTHER := $(filter-out $(call series,$(PYTHON)),$(call series,$(PY)))
+endif
+.PHONY: $(if $(OTHER),$(STAMP))
+
 $(STAMP): requirements.txt constraints.txt pyproject.toml
-	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(if $(OTHER),@echo "$(VENV) is of Python $(OTHER): it is made anew with $(PYTHON)")
+	$(if $(OTHER),,test -x $(PY) || )$(PYTHON) -m venv --clear $(VENV)
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt -c constraints.txt
 	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --editable .
 	touch $@
@@ -53,6 +61,12 @@ colab: $(STAMP)  ## a stand-in for Colab: its versions, the first cell, every no
 lint: $(STAMP)  ## ruff, for .py and .ipynb
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+
+lowest:  ## unit tests with the lowest versions that pyproject.toml admits, in an environment of its own
+	$(PYTHON) -m venv --clear $(VENV)-lowest
+	$(PYTHON) scripts/lowest.py > $(VENV)-lowest/requirements.txt
+	$(VENV)-lowest/bin/python -m pip install --quiet --disable-pip-version-check -r $(VENV)-lowest/requirements.txt --editable .[dev]
+	$(VENV)-lowest/bin/python -m pytest tests
 
 notebooks: $(STAMP)  ## run the cpu profile and the quickstart, and write their outputs into notebooks/
 	$(PY) -m dpo_tutorial.run -p PROFILE cpu --refresh
@@ -80,4 +94,4 @@ guide: $(VENV)-guide/.installed  ## the notebooks as a site in build/guide/html,
 	$(VENV)-guide/bin/python -m pytest --noconftest -m guide tests/test_guide.py
 
 clean:  ## remove results, the guide and the environments (not the model cache)
-	rm -rf artifacts build $(VENV) $(VENV)-guide
+	rm -rf artifacts build $(VENV) $(VENV)-guide $(VENV)-lowest

@@ -54,7 +54,10 @@ def without_paths(text: str) -> str:
     """The text with the folders of project, cache and home as `.`, `<cache>` and `~`: what is shown to others."""
     for folder, name in ((project_root(), "."), (cache_dir(), "<cache>"), (Path.home(), "~")):
         if folder.is_absolute() and len(folder.parts) > 1:  # the root of the file system is nobody's home
-            text = re.sub(rf"(?<![\w.-]){re.escape(str(folder))}(?![\w-]|\.\w)", name, text)
+            # between two parts of a Windows path stands one backslash, in a repr or in JSON two, in a URL a slash
+            written = r"(?:\\\\?|/)".join(re.escape(part.rstrip("\\/")) for part in folder.parts)
+            same = re.IGNORECASE if "\\" in str(folder) else 0  # Windows knows one file by its name in any case
+            text = re.sub(rf"(?<![\w.-]){written}(?![\w-]|\.\w)", name, text, flags=same)
     return text
 
 
@@ -146,9 +149,21 @@ def release_free_memory() -> None:
 
 
 def device() -> str:
+    """Where weights are loaded, trained and run: "cuda" where there is a CUDA device, else "cpu".
+
+    Apple's GPUs ("mps") and Intel's ("xpu") are left alone: nothing here was tried on one. Libraries that would look
+    for one themselves are told this device, so that nothing is loaded on one device and trained on another.
+    """
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def processes():
+    """accelerate's record of the processes that train together, on `device()`; made on the first call."""
+    from accelerate import PartialState
+
+    return PartialState(cpu=device() == "cpu")
 
 
 def seed_everything(seed: int) -> None:
@@ -217,20 +232,29 @@ def peak_memory_gib() -> float:
 
     A `PeakMemory` block resets the first. The second is the resident set since the process began: nothing resets it.
     """
+    import psutil
     import torch
 
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
-    import resource
+    if sys.platform == "win32":
+        return psutil.Process().memory_info().peak_wset / 2**30
+    return _resident_peak_gib("RUSAGE_SELF")
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+def children_peak_memory_gib() -> float | None:
+    """Resident set peak of the largest process that this one started and saw end: of a run, its largest notebook.
+
+    None on Windows, which keeps no such record of processes that have ended.
+    """
+    return None if sys.platform == "win32" else _resident_peak_gib("RUSAGE_CHILDREN")
 
 
-def children_peak_memory_gib() -> float:
-    """Resident set peak of the largest process that this one started and saw end: of a run, its largest notebook."""
-    import resource
+def _resident_peak_gib(whose: str) -> float:
+    import resource  # not on Windows
 
-    return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
+    peak = resource.getrusage(getattr(resource, whose)).ru_maxrss
+    return peak / (2**30 if sys.platform == "darwin" else 2**20)  # macOS counts bytes, Linux KiB
 
 
 class PeakMemory:

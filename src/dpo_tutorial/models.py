@@ -67,7 +67,7 @@ def source(config: Config) -> Source:
                 "Point MODEL at a checkpoint in transformers' format, or at a hub id.",
             )
         return Source(str(folder), None, folder.name)
-    if config.model.startswith(("/", "./", "../", "~")):
+    if re.match(r"[./~\\]|\w:|.*\\", config.model):  # "C:" and backslashes are Windows'; no hub id has them
         raise ModelFetchError(
             f"MODEL={config.model} does not exist (looked in {Path.cwd()}).", "Give an existing folder, or a hub id."
         )
@@ -152,6 +152,11 @@ def quantization_config(config: Config) -> BitsAndBytesConfig:
     )
 
 
+def placement() -> int | str:
+    """What `device_map` calls the device of this process; without one, bitsandbytes would take an Intel GPU."""
+    return int(os.environ.get("LOCAL_RANK", 0)) if environment.device() == "cuda" else "cpu"
+
+
 def load_base(config: Config, quantize: bool = True, dtype: str | None = None):
     """Load the base model, ready for training: KV cache off, one device.
 
@@ -176,7 +181,7 @@ def load_base(config: Config, quantize: bool = True, dtype: str | None = None):
             output_loading_info=True,
             dtype=environment.torch_dtype(dtype or config.dtype),
             quantization_config=quantization_config(config) if quantize else None,
-            device_map={"": int(os.environ.get("LOCAL_RANK", 0))} if environment.device() == "cuda" else None,
+            device_map={"": placement()},
         )
     if found["missing_keys"]:  # transformers fills them with random numbers and only logs it
         raise ModelCorruptError(
@@ -255,7 +260,7 @@ def load_policy(config: Config, adapter: str | Path):
         )
     base = load_base(config)
     with _adapter_errors(folder):
-        return PeftModel.from_pretrained(base, str(folder)).eval()
+        return PeftModel.from_pretrained(base, str(folder), torch_device=environment.device()).eval()
 
 
 @contextmanager

@@ -145,7 +145,8 @@ def training_lines(progress: Path, every: float = 20.0) -> Iterator[None]:
 
 def _summary(run: artifacts.Run, minutes: dict[str, float]) -> dict:
     summary = {"profile": run.config.profile, "why": list(run.config.reasons), "minutes": minutes}
-    summary["peak_memory_gib"] = round(environment.children_peak_memory_gib(), 2)
+    peak = environment.children_peak_memory_gib()
+    summary["peak_memory_gib"] = peak and round(peak, 2)
     comparison = run.dir / "comparison.json"
     if comparison.exists():
         found = run.read_json("comparison.json")
@@ -162,7 +163,8 @@ def _summary(run: artifacts.Run, minutes: dict[str, float]) -> dict:
     print(
         "minutes    " + ", ".join(f"{k} {v:.1f}" for k, v in minutes.items()) + f"; {sum(minutes.values()):.1f} in all"
     )
-    print(f"memory     {summary['peak_memory_gib']:.1f} GiB of main memory at the peak of the largest notebook")
+    if peak:
+        print(f"memory     {peak:.1f} GiB of main memory at the peak of the largest notebook")
     if "held_out" in summary:
         a = summary["held_out"]
         print(f"held out   accuracy {a['rate']:.2f} (95% {a['low']:.2f} to {a['high']:.2f}, n = {a['n']}); base 0.50")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import re
 from pathlib import Path
 
 from . import artifacts, config, run
@@ -36,7 +37,7 @@ def sweep(knob: str, values: list[str], parameters: dict[str, str]) -> list[dict
     root = Path(resolved.artifacts) / f"sweep-{knob.lower()}"
     table, rows = artifacts.Run(dataclasses.replace(resolved, artifacts=str(root))), []
     for value in values:
-        folder = {"ARTIFACTS": str(root / value.replace("/", "_"))}
+        folder = {"ARTIFACTS": str(root / re.sub(r"[^\w.@+-]", "_", value))}
         rows.append(_row(knob, value, run.run_all(parameters | {knob: value} | folder, paths)))
         table.write_json("sweep.json", rows)
         table.write_text("sweep.md", markdown(rows))

@@ -12,7 +12,6 @@ from pathlib import Path
 import torch
 import trl.kernels.chunked_logprob
 import trl.trainer.utils
-from accelerate import PartialState
 from datasets import Dataset
 from transformers import PrinterCallback, TrainerCallback, TrainerState
 from transformers.trainer_utils import SaveStrategy
@@ -161,7 +160,7 @@ def resume_or_start(trainer: DPOTrainer, config: Config, run: artifacts.Run) -> 
         if trainer.is_world_process_zero():
             run.mend_adapter()
         now = checkpoints.fingerprint(config, trainer)
-        with PartialState().main_process_first():
+        with environment.processes().main_process_first():
             if config.fresh:
                 checkpoints.clear(run)
             found = checkpoints.newest(run, now)
@@ -338,7 +337,7 @@ def _train(pairs: list[list[str]]) -> None:
     config = resolve(**named(pairs))
     environment.seed_everything(config.seed)
     run = artifacts.Run(config)
-    with PartialState(cpu=environment.device() == "cpu").main_process_first():
+    with environment.processes().main_process_first():
         tokenizer = models.load_tokenizer(config)
         splits = run.ensure_data(tokenizer).splits
     trainer = train(config, run, models.load_base(config), tokenizer, splits["train"], splits["val"])
