@@ -28,6 +28,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 sys.path.insert(0, str(Path(__file__).parent))
 import training_speed as speed  # noqa: E402  the shapes, the stock trainer, and what counts tokens and steps
@@ -151,48 +153,72 @@ def run_steps(trainer, seed: int) -> dict:
 
 @contextmanager
 def sharing(how: str) -> Iterator[None]:
-    """Prefix sharing by another attention: `apart` is the package's; `mask` and `flex` are what it was chosen over."""
+    """Prefix sharing by another attention: `mask` is the package's; `apart` and `flex` are tried beside it."""
     plain = prefix._forward_packed
-    if how == "apart":
-        yield
-        return
 
     def packed_forward(decoder, packed: prefix.Packed, **kwargs):
-        sees = _sees(packed)
-        if how == "mask":
-            mask, implementation = sees[:, None], "sdpa"
+        inputs = dict(input_ids=packed.input_ids, position_ids=packed.position_ids)
+        if how == "apart":
+            decoder.config._attn_implementation = "apart"
+            unused = packed.input_ids.new_ones((1, 1, 1, 1), dtype=torch.bool)  # a finished mask is left as it is
+            inputs |= {"attention_mask": unused, "packed": packed}
         else:
-            from torch.nn.attention.flex_attention import create_block_mask
-
-            def visible(b, h, q, kv):
-                return sees[b, q, kv]
-
-            pairs, length = packed.input_ids.shape
-            mask = create_block_mask(visible, pairs, None, length, length, device=str(sees.device))
-            implementation = "flex_attention"
-        decoder.config._attn_implementation = implementation
-        inputs = dict(input_ids=packed.input_ids, position_ids=packed.position_ids, attention_mask=mask)
+            decoder.config._attn_implementation = "flex_attention"
+            inputs["attention_mask"] = flex_mask(packed.attention_mask[:, 0])
         outputs = type(decoder).forward(decoder, **inputs, **kwargs)
         rows = torch.arange(len(packed.input_ids), device=packed.columns.device).repeat(2)[:, None]
         outputs.last_hidden_state = outputs.last_hidden_state[rows, packed.columns]
         return outputs
 
-    prefix._forward_packed = packed_forward
+    if how != "mask":
+        prefix._forward_packed = packed_forward
     try:
         yield
     finally:
         prefix._forward_packed = plain
 
 
-def _sees(packed: prefix.Packed) -> torch.Tensor:
-    """`[pairs, packed, packed]`, true where a packed token (row) sees another (column)."""
+def flex_mask(sees: torch.Tensor):
+    """FlexAttention's block mask of `[pairs, packed, packed]`, true where a token (row) sees another (column)."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    def visible(b, h, q, kv):
+        return sees[b, q, kv]
+
+    return create_block_mask(visible, len(sees), None, sees.shape[1], sees.shape[2], device=str(sees.device))
+
+
+def attend_apart(module, query, key, value, attention_mask, packed: prefix.Packed | None = None, **kwargs):
+    """No mask: in attention alone, both sequences of a pair are laid out apart, each behind its copy of the prompt.
+
+    Args:
+        query, key, value: `[pairs, heads, packed, width]`.
+    """
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    if packed is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     pairs, length = len(packed.input_ids), packed.columns.shape[1]
-    place = torch.arange(packed.input_ids.shape[1], device=packed.columns.device)
-    column = torch.arange(length, device=packed.columns.device)
-    shared = (packed.columns[pairs:] == column).long().cumprod(1).sum(1, keepdim=True)
-    part = torch.where(place < shared, 0, 1 + (packed.origins >= length).long())
-    sees = (part[:, None, :] == 0) | (part[:, None, :] == part[:, :, None])
-    return sees & (place[None, None, :] <= place[None, :, None])
+    apart = (take(x, packed.columns) for x in (query, key, value))  # [2 x pairs, heads, length, width]
+    out, _ = sdpa_attention_forward(module, *apart, None, **kwargs | {"is_causal": True})
+    beside = torch.cat([out[:pairs], out[pairs:]], dim=1).transpose(1, 2)  # [pairs, heads, 2 x length, width]
+    place = torch.arange(packed.input_ids.shape[1], device=query.device)
+    own = packed.columns[:pairs, :, None] == place  # in the chosen sequence, where it holds this token
+    chosen = own.any(1) & (packed.position_ids == place)
+    return take(beside, torch.where(chosen, place, length + packed.position_ids)).transpose(1, 2), None
+
+
+def take(x: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """`x[pair, :, column]` of `[pairs, heads, tokens, width]`, for every entry of `columns`, `[n x pairs, length]`."""
+    pairs, heads, tokens, width = x.shape
+    row = torch.arange(len(columns), device=x.device)[:, None] % pairs
+    flat = x.transpose(1, 2).reshape(pairs * tokens, heads, width)
+    taken = flat.index_select(0, (row * tokens + columns).flatten())  # its backward adds, without sorting first
+    return taken.view(*columns.shape, heads, width).transpose(1, 2)
+
+
+AttentionInterface.register("apart", attend_apart)
+AttentionMaskInterface.register("apart", ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
 
 
 # --- A: what needs no model -----------------------------------------------------------------------------------------
@@ -280,12 +306,12 @@ def predicted_and_measured(options, record: Record, tokenizer, shape: dict) -> N
 #: Who trains: (trainer, attention of prefix sharing or "off", pairs at a time, checkpointing, layers compiled).
 TRAINERS = {
     "stock TRL": ("stock", "off", 8, True, False),
-    "ours": ("ours", "apart", 8, True, False),
-    "ours, 2 pairs at a time, no checkpointing": ("ours", "apart", 2, False, False),
+    "ours": ("ours", "mask", 8, True, False),
+    "ours, 2 pairs at a time, no checkpointing": ("ours", "mask", 2, False, False),
     "ours, no prefix sharing": ("ours", "off", 8, True, False),
-    "ours, prefix by a mask": ("ours", "mask", 8, True, False),
-    "ours, prefix by FlexAttention": ("ours", "flex", 8, True, False),
-    "ours, no checkpointing": ("ours", "apart", 8, False, False),
+    "ours, attention apart": ("ours", "apart", 8, True, False),
+    "ours, FlexAttention": ("ours", "flex", 8, True, False),
+    "ours, no checkpointing": ("ours", "mask", 8, False, False),
     "ours, no checkpointing, layers compiled": ("ours", "apart", 8, False, True),
 }
 IN_TURN = ("stock TRL", "ours")  # measured in every round; the others in the first
@@ -354,7 +380,7 @@ def build(cfg, base, tokenizer, pairs, folder, kind, attention, size, checkpoint
 def one_training(cfg, base, tokenizer, pairs, kind, attention, size, checkpointing, compiled) -> tuple:
     """(the base, plain again; what was measured, or why it failed)."""
     layers = base.base_model.layers
-    with tempfile.TemporaryDirectory() as folder, sharing(attention if attention != "off" else "apart"):
+    with tempfile.TemporaryDirectory() as folder, sharing(attention if attention != "off" else "mask"):
         environment.seed_everything(cfg.seed)
         trainer = build(cfg, base, tokenizer, pairs, folder, kind, attention, size, checkpointing)
         try:
@@ -608,7 +634,7 @@ def one_fold(options, cfg, exact, base, scorer, tokenizer, rows, task, read_stat
     records = evaluate.score_pairs(exact, scorer, tokenizer, Dataset.from_list(held))
     found = {
         "train_seconds": seconds, "steps": len(log), "first_loss": log[0]["loss"], "n": len(records),
-        "ids": [r["prompt_id"] for r in records], "margins": [round(r["margin"], 5) for r in records],
+        "margins": [round(r["margin"], 5) for r in records],
         "reward_chosen": statistics.mean([r["reward_chosen"] for r in records])["mean"],
         "reward_rejected": statistics.mean([r["reward_rejected"] for r in records])["mean"],
         "reference": [round(r["reference_chosen"] - r["reference_rejected"], 3) for r in records],
@@ -632,6 +658,70 @@ def one_fold(options, cfg, exact, base, scorer, tokenizer, rows, task, read_stat
     del trainer
     plain_again(base)
     return base, found
+
+
+# --- the page -------------------------------------------------------------------------------------------------------
+
+
+def page(path: Path, lines: list[dict]) -> None:
+    """Put today's tables between their marks in gpu.md; the sentences around them are written by hand."""
+    from dpo_tutorial.report import markdown_table
+
+    text = path.read_text(encoding="utf-8")
+    for name, (head, rows) in {"steps": steps_rows(lines), "memory": memory_rows(lines), "speed": speed_rows(lines),
+                               "ultrafeedback": fold_rows(lines)}.items():  # fmt: skip
+        start, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
+        before, after = text.split(start)[0], text.split(end)[1]
+        text = f"{before}{start}\n{markdown_table(head, rows)}\n{end}{after}"
+    path.write_text(text, encoding="utf-8")
+
+
+def steps_rows(lines: list[dict]) -> tuple[list, list]:
+    rows = [
+        [r["name"], " ".join(f"{x:.3f}" for x in r.get("losses", [])), r["failed"] or "none"]
+        for r in lines
+        if r["name"].startswith("five steps")
+    ]
+    return ["", "losses", "error"], rows
+
+
+def memory_rows(lines: list[dict]) -> tuple[list, list]:
+    rows = [
+        [r["name"].removeprefix("memory: "), f"{r['predicted_gib']:.1f}", f"{r['measured_gib']:.1f}",
+         f"{r['predicted_gib'] / r['measured_gib']:.2f}"]
+        for r in lines if r["name"].startswith("memory")
+    ]  # fmt: skip
+    return ["", "predicted GiB", "measured GiB", "predicted / measured"], rows
+
+
+def speed_rows(lines: list[dict]) -> tuple[list, list]:
+    rows = [
+        [r["shape"], r["data"], r["who"], str(r["turn"] + 1), f"{r['pairs_per_second']:.2f}",
+         f"{r['tokens_per_second']:,.0f}", f"{r['peak_gib']:.1f}", f"{r['utilisation']:.0%}", f"{r['padding']:.0%}"]
+        if "failed" not in r
+        else [r["shape"], r["data"], r["who"], str(r["turn"] + 1), r["failed"].split(":")[0], "", "", "", ""]
+        for r in lines if r["name"] == "training"
+    ]  # fmt: skip
+    return ["shape", "pairs", "", "turn", "pairs/s", "tokens/s", "peak GiB", "utilisation", "padding"], rows
+
+
+def fold_rows(lines: list[dict]) -> tuple[list, list]:
+    runs: dict[tuple, list[dict]] = {}
+    for r in lines:
+        if r["name"] == "fold":
+            runs.setdefault((r["epochs"], r["rate"], r["seed"]), []).append(r)
+    rows = []
+    for (epochs, rate, seed), folds in sorted(runs.items()):
+        margins = [m for r in folds for m in r["margins"]]
+        found, mean = statistics.accuracy(margins), statistics.mean(margins)
+        kl = next((r["kl"]["per_answer"] for r in folds if "kl" in r), None)
+        rows.append(
+            [f"{rate:g}", str(epochs), str(seed), f"{len(folds)} of {FOLDS}", str(len(margins)),
+             f"{found['rate']:.3f} ({found['low']:.3f} to {found['high']:.3f})",
+             f"{mean['mean']:.3f} ({mean['standard_error']:.3f})",
+             f"{kl['mean']:.1f} ({kl['standard_error']:.1f})" if kl else ""]
+        )  # fmt: skip
+    return ["rate", "epochs", "seed", "folds", "held out", "accuracy (95%)", "margin (s.e.)", "KL (s.e.)"], rows
 
 
 # --- main -----------------------------------------------------------------------------------------------------------
@@ -661,6 +751,8 @@ def main(argv: list[str] | None = None) -> None:
         raise SystemExit("No CUDA device here. --tiny runs every stage on tiny shapes.")
     for stage in options.stages:
         if stage == "page":
+            lines = [json.loads(line) for line in record.path.read_text(encoding="utf-8").splitlines()]
+            page(options.out / "gpu.md", lines)
             continue
         hardware, started = environment.hardware(), time.perf_counter()
         record.write(stage, "machine", hardware=hardware, versions=environment.versions(), cuda=torch.version.cuda)
