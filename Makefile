@@ -21,7 +21,7 @@ OTHERS := $(filter-out $(KNOBS),$(TYPED))
 FOLDER := $(if $(and $(filter command,$(origin ARTIFACTS)),$(value ARTIFACTS)),$(call quoted,ARTIFACTS),artifacts)
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart run test colab lowest notebooks lint badges bench guide clean
+.PHONY: help quickstart run test colab lowest notebooks lint badges bench gpu guide clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
@@ -79,6 +79,9 @@ badges: $(STAMP)  ## stamp the Colab and Kaggle badges: REPO=owner/name
 
 bench: $(STAMP)  ## training speed beside stock TRL, about an hour on two cores
 	$(PY) benchmarks/training_speed.py
+
+gpu: $(STAMP)  ## what a GPU does: tests, speed, notebooks, UltraFeedback (ULTRAFEEDBACK_SAMPLE=folder)
+	$(PY) benchmarks/gpu.py A B C D page
 
 # The guide needs no torch, so it has an environment of its own. Its sources lie as in the repository, for the links
 # between them; only the start page moves to the root.
