@@ -30,6 +30,10 @@ def test_a_notebook_runs_alone_in_an_empty_folder(record, name):
     assert record["notebooks"][name]["error"] is None
 
 
+def test_the_embedded_model_comes_out_of_its_wheel_there_too(record):
+    assert record["converted"] is None
+
+
 def test_06_before_05_gives_its_choices_and_no_traceback(record):
     error = record["notebooks"][colab.NEEDS_ADAPTER]["error"]
     assert error.startswith("ArtifactError: There is no trained adapter in ") and "Traceback" not in error
