@@ -141,7 +141,8 @@ def run_steps(trainer, seed: int) -> dict:
     (start, tokens, pairs), (end, tokens_end, pairs_end) = marks[1], marks[-1]
     losses = [row["loss"] for row in train.history(trainer)["train"]]
     return {
-        "tokens_per_second": (tokens_end - tokens) / (end - start), "pairs_per_second": (pairs_end - pairs) / (end - start),
+        "tokens_per_second": (tokens_end - tokens) / (end - start),
+        "pairs_per_second": (pairs_end - pairs) / (end - start),
         "steps": [round(b[0] - a[0], 4) for a, b in zip(marks, marks[1:], strict=False)], "tokens": seen["tokens"],
         "positions": seen["positions"], "padding": 1 - seen["tokens"] / seen["slots"],
         "peak_gib": environment.peak_memory_gib(), "first_loss": losses[0], "last_loss": losses[-1],
@@ -279,14 +280,15 @@ def predicted_and_measured(options, record: Record, tokenizer, shape: dict) -> N
 #: Who trains: (trainer, attention of prefix sharing or "off", pairs at a time, checkpointing, layers compiled).
 TRAINERS = {
     "stock TRL": ("stock", "off", 8, True, False),
-    "ours": ("ours", "apart", 8, False, False),
-    "ours, 2 pairs at a time": ("ours", "apart", 2, False, False),
-    "ours, checkpointing": ("ours", "apart", 8, True, False),
-    "ours, prefix by a mask": ("ours", "mask", 8, False, False),
-    "ours, prefix by FlexAttention": ("ours", "flex", 8, False, False),
-    "ours, no prefix sharing": ("ours", "off", 8, False, False),
-    "ours, layers compiled": ("ours", "apart", 8, False, True),
+    "ours": ("ours", "apart", 8, True, False),
+    "ours, 2 pairs at a time, no checkpointing": ("ours", "apart", 2, False, False),
+    "ours, no prefix sharing": ("ours", "off", 8, True, False),
+    "ours, prefix by a mask": ("ours", "mask", 8, True, False),
+    "ours, prefix by FlexAttention": ("ours", "flex", 8, True, False),
+    "ours, no checkpointing": ("ours", "apart", 8, False, False),
+    "ours, no checkpointing, layers compiled": ("ours", "apart", 8, False, True),
 }
+IN_TURN = ("stock TRL", "ours")  # measured in every round; the others in the first
 
 
 def stage_b(options, record: Record) -> None:
@@ -304,28 +306,26 @@ def stage_b(options, record: Record) -> None:
         base = random_base(shape, cfg, tokenizer)
         weights = sum(models.weight_bytes(base).values()) / 2**30
         record.write("B", f"{name}, weights", gib=weights)
-        sets = {"UltraFeedback": None, "1,024 tokens": 1024, "512 tokens": 512}
-        if options.tiny:
-            sets = {"UltraFeedback": None, "64 tokens": 64}
-        for about, length in sets.items():
-            pairs = pairs_of(rows, length, tokenizer, 8 if options.tiny else options.pairs)
-            for who in options.trainers or TRAINERS:
-                if length == 512 and who not in ("stock TRL", "ours"):
-                    continue
-                if "compiled" in who and (length or options.tiny):
-                    continue
-                base, found = one_training(cfg, base, tokenizer, pairs, *TRAINERS[who])
-                if "failed" not in found:
-                    flops = flops_of(shape, found["tokens_per_second"])
-                    found |= {"flops": flops, "utilisation": flops / ceiling[dtype]}
-                record.write("B", f"{name}, {about}, {who}", **found)
+        for who in IN_TURN:  # compile the kernels of both before either is timed
+            base, _ = one_training(cfg, base, tokenizer, pairs_of(rows, None, tokenizer, 16), *TRAINERS[who])
+        for about, length in options.sets.items():
+            pairs = pairs_of(rows, length, tokenizer, options.pairs)
+            for turn in range(options.rounds):
+                for who in options.trainers or TRAINERS:
+                    if turn and who not in IN_TURN:
+                        continue
+                    base, found = one_training(cfg, base, tokenizer, pairs, *TRAINERS[who])
+                    if "failed" not in found:
+                        flops = flops_of(shape, found["tokens_per_second"])
+                        found |= {"flops": flops, "utilisation": flops / ceiling[dtype]}
+                    record.write("B", "training", shape=name, data=about, who=who, turn=turn, **found)
         profile_step(options, record, cfg, base, tokenizer, rows, name)
         del base
         free()
 
 
 def pairs_of(rows: list[dict], length: int | None, tokenizer, n: int):
-    """`n` pairs: UltraFeedback's own rows (spread over its lengths), or pairs of one length whose prompt is a quarter."""
+    """`n` pairs: UltraFeedback's own rows, or pairs of one length whose prompt is a quarter of it."""
     from datasets import Dataset
 
     if length is None:
@@ -388,7 +388,7 @@ def profile_step(options, record: Record, cfg, base, tokenizer, rows, name: str)
     """Where the time of one training goes: device time by kind of kernel, and the largest kernels."""
     from torch.profiler import ProfilerActivity, profile
 
-    pairs = pairs_of(rows, None, tokenizer, 24 if not options.tiny else 8)
+    pairs = pairs_of(rows, None, tokenizer, 16)
     cuda = torch.cuda.is_available()
     for who in ("ours", "stock TRL"):
         kind, attention, size, checkpointing, _ = TRAINERS[who]
@@ -437,50 +437,63 @@ def profile_step(options, record: Record, cfg, base, tokenizer, rows, name: str)
 
 
 def stage_c(options, record: Record) -> None:
-    """The notebooks as `make run` executes them; copies go into a folder beside the record."""
+    """The notebooks as `make run` executes them, side by side; copies go into `executed/` beside the record."""
     sample = os.environ.get("ULTRAFEEDBACK_SAMPLE") or config.EMBEDDED
     keep = record.path.parent / "executed"
+    keep.mkdir(parents=True, exist_ok=True)
+    python = sys.executable
+    t4 = ["MAX_TOKENS", "512", "MAX_TRAIN", "600", "DTYPE", "fp16"]
     runs = {
-        "embedded model and pairs": ["-p", "PROFILE", "cpu"],
-        "UltraFeedback rows, fp16 as on a T4 (not a T4)": [
-            "-p", "PROFILE", "cpu", "-p", "DATA", sample, "-p", "MAX_TOKENS", "512", "-p", "DTYPE", "fp16",
-        ],
-    }  # fmt: skip
+        "embedded": ("embedded model and pairs", [python, "-m", "dpo_tutorial.run", *p("PROFILE", "cpu")]),
+        "ultrafeedback-fp16": (
+            "UltraFeedback rows, fp16 as on a T4 (not a T4)",
+            [python, "-m", "dpo_tutorial.run", *p("PROFILE", "cpu", "DATA", sample, *t4)],
+        ),
+        "quickstart": (
+            "quickstart",
+            [
+                python,
+                "-m",
+                "papermill",
+                "-k",
+                "python3",
+                "QUICKSTART",
+                "TARGET",
+                *p("MODEL", "embedded", "DATA", "embedded", flag="-r"),
+            ],
+        ),
+    }
     if options.tiny:
-        runs = {"smoke": ["-p", "PROFILE", "smoke"]}
+        runs = {"smoke": ("smoke", [python, "-m", "dpo_tutorial.run", *p("PROFILE", "smoke")])}
     quickstart = next((ROOT / "notebooks").glob("00_*.ipynb"), None)
-    if quickstart and not options.tiny:
-        started, target = time.perf_counter(), keep / "quickstart" / quickstart.name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        more = ["-r", "MODEL", "embedded", "-r", "DATA", "embedded", "-r", "ARTIFACTS", str(keep / "quickstart-out")]
-        done = subprocess.run(
-            [sys.executable, "-m", "papermill", "-k", "python3", str(quickstart), str(target), *more], cwd=ROOT,
-            capture_output=True, text=True,
-        )  # fmt: skip
-        record.write(
-            "C", "quickstart", code=done.returncode, minutes=(time.perf_counter() - started) / 60,
-            said=done.stderr.splitlines()[-12:],
-        )  # fmt: skip
-    for number, (name, parameters) in enumerate(runs.items()):
-        with tempfile.TemporaryDirectory() as folder:
-            started = time.perf_counter()
-            done = subprocess.run(
-                [sys.executable, "-m", "dpo_tutorial.run", *parameters, "-p", "ARTIFACTS", folder], cwd=ROOT,
-                capture_output=True, text=True,
-            )  # fmt: skip
-            found = {"code": done.returncode, "minutes": (time.perf_counter() - started) / 60}
-            run = next(Path(folder).iterdir(), Path(folder))
-            for file, wanted in (("summary.json", None), ("adapter/training.json", ("seconds", "peak_memory_gib"))):
-                if (run / file).is_file():
-                    values = json.loads((run / file).read_text())
-                    found[Path(file).stem] = {
-                        k: values[k] for k in wanted or values if k not in ("adapter", "executed")
-                    }
-            for path in sorted((run / "executed").glob("*.ipynb")):
-                (keep / str(number)).mkdir(parents=True, exist_ok=True)
-                (keep / str(number) / path.name).write_bytes(path.read_bytes())
-            said = (done.stdout.splitlines() + done.stderr.splitlines())[-25:]
-            record.write("C", name, **found, said=[environment.without_paths(line)[:300] for line in said])
+    started, going = time.perf_counter(), {}
+    for folder, (_, command) in runs.items():
+        out = keep / folder
+        out.mkdir(exist_ok=True)
+        if folder == "quickstart" and quickstart is None:
+            continue
+        places = {"QUICKSTART": str(quickstart), "TARGET": str(out / "00_quickstart.ipynb")}
+        command = [places.get(word, word) for word in command]
+        log = (keep / f"{folder}.log").open("w")
+        artifacts = p("ARTIFACTS", str(out), flag="-r" if folder == "quickstart" else "-p")
+        going[folder] = subprocess.Popen(command + artifacts, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
+    while going:
+        for folder in [f for f, process in going.items() if process.poll() is not None]:
+            code = going.pop(folder).returncode
+            found = {"code": code, "minutes": (time.perf_counter() - started) / 60}
+            for name, wanted in (("summary", None), ("training", ("seconds", "peak_memory_gib"))):
+                file = next((keep / folder).rglob(f"{name}.json"), None)
+                if file:
+                    values = json.loads(file.read_text())
+                    found[name] = {k: values[k] for k in wanted or values if k not in ("adapter", "executed")}
+            said = (keep / f"{folder}.log").read_text().splitlines()[-15:]
+            record.write("C", runs[folder][0], **found, said=[environment.without_paths(x)[-300:] for x in said])
+        time.sleep(0.5)
+
+
+def p(*words: str, flag: str = "-p") -> list[str]:
+    """Names and values as the options of a command line."""
+    return [part for name, value in zip(words[::2], words[1::2], strict=True) for part in (flag, name, value)]
 
 
 # --- D: UltraFeedback -----------------------------------------------------------------------------------------------
@@ -494,8 +507,9 @@ def tasks(options) -> list[dict]:
     if options.tiny:
         return [{"rate": 1e-3, "epochs": 1, "seed": 42, "fold": fold} for fold in range(2)]
     plan = [(rate, 1, 42) for rate in RATES] + [(1.5e-4, 3, 42), (5e-5, 3, 42)]
-    plan += [(rate, 1, seed) for seed in (1, 2) for rate in RATES[::-1]] + [(3e-4, 1, 42)]
+    plan += [(rate, 1, seed) for rate in RATES[::-1] for seed in (1, 2)] + [(3e-4, 1, 42)]
     plan += [(1.5e-4, 3, 1), (1.5e-4, 3, 2), (5e-5, 3, 1), (5e-5, 3, 2)]
+    plan = [step for step in plan if not options.seeds or step[2] in options.seeds]
     return [{"rate": r, "epochs": e, "seed": s, "fold": fold} for r, e, s in plan for fold in range(FOLDS)]
 
 
@@ -589,6 +603,7 @@ def one_fold(options, cfg, exact, base, scorer, tokenizer, rows, task, read_stat
         trainer.train()
         seconds = time.perf_counter() - started
     log = train.history(trainer)["train"]
+    free()
     set_state(scorer, read_state(trainer.model))
     records = evaluate.score_pairs(exact, scorer, tokenizer, Dataset.from_list(held))
     found = {
@@ -632,9 +647,15 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--shapes", nargs="*", choices=list(speed.SHAPES), help="of stage B")
     parser.add_argument("--trainers", nargs="*", choices=list(TRAINERS), help="of stage B")
     parser.add_argument("--pairs", type=int, default=48, help="pairs of each training of stage B")
+    parser.add_argument("--rounds", type=int, default=2, help="stage B measures stock and ours so often, in turn")
+    parser.add_argument("--lengths", nargs="*", type=int, default=[1024], help="stage B: pairs of so many tokens too")
     parser.add_argument("--workers", type=int, default=1, help="processes of stage D")
+    parser.add_argument("--seeds", nargs="*", type=int, help="of stage D; default: 42, 1, 2")
     parser.add_argument("--seconds", type=float, default=math.inf, help="stage D starts no training after so many")
     options = parser.parse_args(argv)
+    if options.tiny:
+        options.pairs, options.lengths, options.rounds = 24, [64], 1
+    options.sets = {"UltraFeedback": None} | {f"{n:,} tokens": n for n in options.lengths}
     record = Record(options.out / "gpu.jsonl")
     if not torch.cuda.is_available() and not options.tiny and options.stages != ["page"]:
         raise SystemExit("No CUDA device here. --tiny runs every stage on tiny shapes.")

@@ -803,7 +803,6 @@ def main() -> None:
         return
     from dpo_tutorial import environment
 
-    environment.hand_over_measurements()  # every process computes in one type
     target = Path(__file__).with_suffix(".json")
     record = json.loads(target.read_text()) if target.exists() else {"sections": {}}
     for name in options.sections or SECTIONS:

@@ -19,7 +19,6 @@ from dpo_tutorial import artifacts, config, data, embedded, errors, models, run,
 
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "src").rglob("*.py"))
-NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 FAMILY = {n for n, c in vars(errors).items() if isinstance(c, type) and issubclass(c, errors.TutorialError)}
 EXIT = "SystemExit(main())"  # the last line of a command
 ALLOWED = {("config.py", "ValueError")}  # raised and caught in one function
@@ -309,7 +308,7 @@ SEEN = [
     (lambda c: data.choose_splits(DatasetDict(), 0), errors.DataError, "No training split", "train_prefs"),
     (a_kernel_that_dies, errors.NotebookError, "05_train_dpo.ipynb", "MAX_TOKENS"),
     (lambda c: run.notebooks(c.tmp), errors.ArtifactError, "No numbered notebook", "checkout"),
-    (lambda c: run.check_parameters({"BTA": "1"}, NOTEBOOKS), errors.ConfigError, "BTA", "BETA"),
+    (lambda c: config.named([("BTA", "1")]), errors.ConfigError, "BTA", "BETA"),
 ]  # fmt: skip
 
 

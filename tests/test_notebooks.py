@@ -12,8 +12,8 @@ from conftest import code_cells as code
 from dpo_tutorial import badges, config, run
 
 ROOT = Path(__file__).parents[1]
-PATHS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-ONLY_IN_06 = {"ADAPTER", "TRAIN_IF_MISSING", "JUDGE_URL", "JUDGE_MODEL"}
+PATHS = sorted((ROOT / "notebooks").glob("0[1-9]_*.ipynb"))  # the quickstart: test_quickstart.py
+IN_ALL = ["PROFILE", "MODEL", "DATA", "SEED", "ARTIFACTS"]
 
 each = pytest.mark.parametrize("path", PATHS, ids=lambda p: p.stem)
 
@@ -87,41 +87,21 @@ def test_the_parameters_cell_holds_literal_assignments_only(path):
 
 
 @each
-def test_the_runner_sees_every_declared_parameter(path):
-    assert run.declared_parameters(path) == list(parameters(path))
+def test_every_parameter_is_a_knob_of_the_config_and_left_open(path):
+    assert set(parameters(path)) <= set(config.known_parameters())
+    assert all(value in (None, "") for value in parameters(path).values()), "else it would beat the environment"
 
 
 @each
-def test_every_parameter_is_a_knob_of_the_config(path):
-    allowed = set(config.known_parameters()) | (ONLY_IN_06 if path.name.startswith("06_") else set())
-    assert set(parameters(path)) <= allowed
+def test_the_parameters_begin_with_those_of_all_notebooks(path):
+    assert list(parameters(path))[: len(IN_ALL)] == IN_ALL
 
 
 @each
-def test_parameters_and_their_defaults_are_those_of_notebook_01(path):
-    shared = {k: v for k, v in parameters(path).items() if k not in ONLY_IN_06}
-    assert list(shared.items()) == list(parameters(PATHS[0]).items())
-
-
-@each
-def test_a_parameter_of_the_config_is_empty_by_default(path):
-    for name, value in parameters(path).items():
-        if name not in ONLY_IN_06:
-            assert value is None or value == "" or value is False, name
-
-
-@each
-def test_every_parameter_is_handed_to_resolve_under_its_own_name(path):
-    calls = [
-        node
-        for cell in code(path)
-        for node in ast.walk(ast.parse(cell.source))
-        if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("resolve")
-        and any(k.arg == "profile" and isinstance(k.value, ast.Name) for k in node.keywords)
-    ]  # fmt: skip
-    assert len(calls) == 1
-    handed = {k.arg: ast.unparse(k.value) for k in calls[0].keywords}
-    assert handed == {name.lower(): name for name in parameters(path) if name not in ONLY_IN_06}
+def test_the_cell_below_the_parameters_makes_the_config(path):
+    cells = [c.source for c in code(path)]
+    below = cells[cells.index(tagged(path)[0].source) + 1]
+    assert below.endswith("cfg = config.from_notebook(globals())") and len(below.splitlines()) <= 3
 
 
 # --- Colab ----
@@ -171,6 +151,14 @@ def test_every_code_cell_but_the_bootstrap_is_plain_python_of_at_most_40_lines(p
     for cell in [c for c in read(path).cells if c.cell_type == "code"][1:]:
         ast.parse(cell.source)
         assert cell.source.strip() and len(cell.source.splitlines()) <= 40, cell.source[:80]
+
+
+def test_notebook_02_says_that_a_hub_model_without_a_commit_is_not_pinned(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (cell,) = [c.source for c in code(PATHS[1]) if "models.source(cfg)" in c.source]
+    exec(compile(cell, PATHS[1].name, "exec"), {"cfg": config.resolve(profile="cpu", model="someone/model")})
+    (said,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("base:")]
+    assert said.endswith("not pinned") and "SHA-256" not in said
 
 
 # --- links ----

@@ -6,7 +6,6 @@ import importlib.metadata
 import inspect
 import os
 import re
-import shlex
 import shutil
 import subprocess
 import sys
@@ -27,7 +26,7 @@ from conftest import code_cells
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from dpo_tutorial import badges, models, train
+from dpo_tutorial import badges, models, train, versions
 from dpo_tutorial.errors import ConfigError
 
 ROOT = Path(__file__).parents[1]
@@ -122,8 +121,7 @@ def test_every_library_that_the_package_or_a_notebook_imports_is_declared():
 
 def workflow(name):
     parsed = yaml.safe_load((ROOT / ".github" / "workflows" / name).read_text(encoding="utf-8"))
-    (job,) = parsed["jobs"].values()
-    return parsed, job
+    return parsed, next(iter(parsed["jobs"].values()))
 
 
 def commands(job):
@@ -138,9 +136,10 @@ def test_every_workflow_is_yaml_with_triggers_and_jobs():
     paths = sorted((ROOT / ".github" / "workflows").glob("*.y*ml"))
     assert [p.name for p in paths] == ["cpu.yml", "gpu.yml", "pages.yml"]
     for path in paths:
-        parsed, job = workflow(path.name)
+        parsed, _ = workflow(path.name)
         assert parsed[True], "`on:` is read as true by YAML"
-        assert job["timeout-minutes"] and parsed["permissions"] == {"contents": "read"}
+        assert all(job["timeout-minutes"] for job in parsed["jobs"].values())
+        assert parsed["permissions"] == {"contents": "read"}
 
 
 def test_the_cpu_workflow_runs_make_test_on_pushes_and_pull_requests():
@@ -149,6 +148,8 @@ def test_the_cpu_workflow_runs_make_test_on_pushes_and_pull_requests():
     assert job["runs-on"] == "ubuntu-latest"
     assert commands(job)[-1] == "make test"
     assert "scripts/sample_ultrafeedback.py" in commands(job)[0], "the tests on real rows need their sample"
+    assert tuple(job["strategy"]["matrix"]["python"]) == versions.TESTED_PYTHONS
+    assert commands(parsed["jobs"]["lowest"]) == ["make lowest"]
 
 
 def test_the_gpu_workflow_runs_a_profile_on_a_gpu_runner_and_uploads_always():
@@ -188,25 +189,43 @@ def test_the_ci_script_is_executable_and_calls_make_test_make_run_and_make_colab
     assert re.search(r"^set -e", text, re.MULTILINE), "a failed test must stop it"
 
 
-def planned(*arguments):
+def planned(*arguments, where=ROOT):
     """The commands that `make` would run, whatever make or environment this test itself runs under."""
-    ours = ("MAKEFLAGS", "MFLAGS", "MAKELEVEL", "MAKEOVERRIDES", "PROFILE", "MODEL", "DATA", "SEED", "ARTIFACTS")
+    ours = (
+        "PYTHON",
+        "MAKEFLAGS",
+        "MFLAGS",
+        "MAKELEVEL",
+        "MAKEOVERRIDES",
+        "PROFILE",
+        "MODEL",
+        "DATA",
+        "SEED",
+        "ARTIFACTS",
+    )
     environment = {k: v for k, v in os.environ.items() if k not in ours}
     command = ["make", "--dry-run", *arguments]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout
-
-
-def test_the_makefile_hands_given_parameters_and_only_those_to_the_runner():
-    shown = planned("run", "PROFILE=cpu", "DATA=my pairs.jsonl", "SEED=")
-    (line,) = [line for line in shown.splitlines() if "dpo_tutorial.run" in line]
-    handed = shlex.split(line.partition("dpo_tutorial.run")[2])
-    assert handed == ["-p", "PROFILE", "cpu", "-p", "DATA", "my pairs.jsonl"]
+    return subprocess.run(command, cwd=where, env=environment, capture_output=True, text=True, check=True).stdout
 
 
 def test_make_test_checks_style_then_runs_the_tests_and_the_notebooks():
     shown = planned("test")
     places = [shown.find(part) for part in ("ruff check", "ruff format --check", "pytest tests", "--nbval")]
     assert -1 not in places and places == sorted(places)
+
+
+@pytest.mark.parametrize(("python", "anew"), [("", False), ("PYTHON=./now", False), ("PYTHON=./other", True)])
+def test_an_environment_of_another_python_than_asked_for_is_made_anew(tmp_path, python, anew):
+    for name in ("Makefile", "requirements.txt", "constraints.txt", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / "venv" / "bin").mkdir(parents=True)
+    for name, series in (("venv/bin/python", "3.11"), ("now", "3.11"), ("other", "3.12")):
+        (tmp_path / name).write_text(f"#!/bin/sh\necho {series}\n", encoding="utf-8")
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / "venv" / ".installed").touch()
+    shown = planned("run", "VENV=venv", *python.split(), where=tmp_path)
+    assert ("-m venv --clear venv" in shown and "of Python 3.11" in shown and "pip install" in shown) is anew
+    assert "venv/bin/python -m dpo_tutorial.run" in shown
 
 
 def test_the_readme_names_both_commands():
@@ -354,7 +373,7 @@ def named(function):
         ("run.py", "papermill.execute_notebook", papermill.execute_notebook,
          {"parameters", "kernel_name", "cwd", "progress_bar", "log_output"}),
         ("data.py", "load_dataset", datasets.load_dataset, {"revision", "data_files"}),
-        ("models.py", "PeftModel.from_pretrained", peft.PeftModel.from_pretrained, set()),
+        ("models.py", "PeftModel.from_pretrained", peft.PeftModel.load_adapter, {"torch_device"}),  # handed on to it
     ],
     ids=["DPOTrainer", "LoraConfig", "BitsAndBytesConfig", "papermill", "load_dataset", "PeftModel"],
 )  # fmt: skip

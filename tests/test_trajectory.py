@@ -78,20 +78,22 @@ def test_in_bf16_it_is_stock_trls_trajectory_within_rounding(longer, tokenizer, 
     assert (trajectory(ours, cfg) - stock[None]).abs().max() < 3 * floor
 
 
-def test_wrong_attention_would_be_seen(longer, tokenizer, tmp_path, monkeypatch):
-    """The comparison can fail: let the rejected answer attend to the chosen one."""
+def test_a_wrong_mask_would_be_seen(longer, tokenizer, tmp_path, monkeypatch):
+    """The comparison can fail: let the rejected answer see the chosen one."""
     from dpo_tutorial import prefix
 
     cfg, pairs = longer
     theirs = trajectory(built(stock_trainer, cfg, tokenizer, pairs, tmp_path, monkeypatch), cfg)
     honest = prefix.pack
-
-    def leaky(*batch):  # the rejected answer's keys are those of the chosen one
-        packed = honest(*batch)
-        pairs = len(packed.input_ids)
-        return dataclasses.replace(packed, columns=packed.columns[:pairs].repeat(2, 1))
-
-    monkeypatch.setattr(prefix, "pack", leaky)
+    monkeypatch.setattr(
+        prefix,
+        "pack",
+        lambda *batch: dataclasses.replace(p := honest(*batch), attention_mask=p.attention_mask | causal(p)),
+    )
     monkeypatch.setattr(prefix, "_obeys", lambda causal: True)
+
+    def causal(packed):
+        return torch.ones_like(packed.attention_mask[0, 0]).tril()
+
     ours = built(train.build_trainer, cfg, models.load_base(cfg), tokenizer, pairs, None, tmp_path / "ours")
     assert not torch.allclose(trajectory(ours, cfg), theirs, atol=1e-4, rtol=0)

@@ -319,7 +319,7 @@ flags = [word for pair in given.items() for word in ("-p", *pair)]
 assert train.main(flags) == 0
 adapter = f"{folder}/artifacts/smoke/adapter"
 assert evaluate.main(["--adapter", adapter, "--out", f"{folder}/report", "-p", "MAX_NEW_TOKENS", "4"]) == 0
-run.run_all({k: v for k, v in given.items() if k in run.declared_parameters(Path(notebook))}, [Path(notebook)])
+run.run_all(given, [Path(notebook)])
 run.clean_notebook(Path(f"{folder}/artifacts/smoke/executed") / Path(notebook).name, Path(folder) / "clean.ipynb")
 assert train.main(["-p", "MODEL", "nobody/nothing", "-p", "ARTIFACTS", given["ARTIFACTS"]]) == 1
 """

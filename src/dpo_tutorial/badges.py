@@ -53,7 +53,7 @@ def stamp(root: Path, owner_and_name: str) -> None:
             f"REPO={owner_and_name!r} is not of the form owner/name.", "For example: make badges REPO=me/dpo."
         )
     old = slug(root)
-    paths = notebooks(root / "notebooks")
+    paths = [*(root / "notebooks").glob("00_*.ipynb"), *notebooks(root / "notebooks")]
     for path in (root / "pyproject.toml", root / "README.md", *paths):
         text = path.read_text(encoding="utf-8")
         text = re.sub(

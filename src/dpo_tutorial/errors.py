@@ -91,6 +91,9 @@ def disk_error(error: BaseException) -> str | None:
 
 def exit_code(action: Callable, *arguments) -> int:
     """Run what a command does; a `TutorialError` becomes its message on standard error and exit code 1."""
+    for stream in (sys.stdout, sys.stderr):  # on Windows a file or pipe is written in an old code page without "→"
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
     try:
         action(*arguments)
     except TutorialError as error:

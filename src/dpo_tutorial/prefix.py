@@ -3,10 +3,6 @@
 Chosen and rejected begin with the same prompt, and under a causal mask what becomes of a token depends only on those
 before it. So the prompt may be computed once with both answers behind it, as long as neither answer sees the other
 (Wang and Hegde 2024, "Accelerating Direct Preference Optimization with Prefix Sharing", arXiv 2410.20305).
-
-Attention is the one place where tokens meet. There the two sequences of a pair are laid out apart, each behind its own
-copy of the prompt, and both run under the plain causal mask: no mask is built, and the kernels that skip what lies
-above the diagonal stay in use. Everything else (projections, feed-forward, norms) sees the prompt once.
 """
 
 from __future__ import annotations
@@ -17,26 +13,20 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-
-ATTENTION = "shared_prefix"  # the name under which transformers finds `attend`
 
 
 @dataclass(frozen=True)
 class Packed:
     """One row per pair: what both share, the rest of the chosen sequence, the rest of the rejected one, padding.
 
-    Shapes: `input_ids`, `position_ids` `[pairs, packed]`; `columns` `[2 x pairs, length]`, where in its packed row each
-    token of the batch now lies; `origins` `[pairs, packed]`, where in chosen and rejected sequence laid side by side,
-    `[pairs, 2 x length]`, each packed token has its like.
+    Shapes: `input_ids`, `position_ids` `[pairs, packed]`; `attention_mask` `[pairs, 1, packed, packed]`, true where a
+    token (row) sees another (column); `columns` `[2 x pairs, length]`, where in its packed row each token now lies.
     """
 
     input_ids: Tensor
     position_ids: Tensor
+    attention_mask: Tensor
     columns: Tensor
-    origins: Tensor
 
 
 def pack(input_ids: Tensor, attention_mask: Tensor) -> Packed:
@@ -53,42 +43,13 @@ def pack(input_ids: Tensor, attention_mask: Tensor) -> Packed:
     rejected = place >= tokens[0]
     position = torch.where(rejected, place - own[0], place).clamp(max=length - 1)  # as in its own sequence
     row = torch.arange(pairs, device=input_ids.device)[:, None] + pairs * rejected
+    part = torch.where(place < shared, 0, 1 + rejected.long())  # 0 shared, 1 chosen, 2 rejected
+    sees = (part[:, None, :] == 0) | (part[:, None, :] == part[:, :, None])
+    sees &= (place[:, None, :] <= place[:, :, None]) & (place < total)[:, None, :]
+    sees |= torch.eye(place.shape[1], dtype=torch.bool, device=input_ids.device)  # padding sees itself, not nothing
+
     columns = torch.cat([column.expand(pairs, -1), column + own[0] * (column >= shared)])
-    return Packed(
-        input_ids[row, position], position, columns.clamp(max=place.shape[1] - 1), position + length * rejected
-    )
-
-
-def attend(module, query: Tensor, key: Tensor, value: Tensor, attention_mask, packed: Packed | None = None, **kwargs):
-    """torch's attention; over packed rows, in each pair's two sequences apart.
-
-    Args:
-        query, key, value: `[pairs, heads, packed, width]`, as transformers hands them to an attention function.
-        packed: how the rows are packed; None: they are plain sequences.
-
-    Returns:
-        (`[pairs, packed, heads, width]`, None): no attention weights.
-    """
-    if packed is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    apart = (_rows(x, packed.columns) for x in (query, key, value))  # [2 x pairs, heads, length, width]
-    out, _ = sdpa_attention_forward(module, *apart, None, **kwargs | {"is_causal": True})
-    pairs = len(packed.input_ids)
-    beside = torch.cat([out[:pairs], out[pairs:]], dim=1).transpose(1, 2)  # [pairs, heads, 2 x length, width]
-    return _rows(beside, packed.origins).transpose(1, 2), None
-
-
-def _rows(x: Tensor, columns: Tensor) -> Tensor:
-    """`x[pair, :, column]` for every entry of `columns`, `[n x pairs, length]`; x is `[pairs, heads, tokens, width]`."""
-    pairs, heads, tokens, width = x.shape
-    row = torch.arange(len(columns), device=x.device)[:, None] % pairs
-    flat = x.transpose(1, 2).reshape(pairs * tokens, heads, width)
-    taken = flat.index_select(0, (row * tokens + columns).flatten())  # its backward adds, without sorting first
-    return taken.view(*columns.shape, heads, width).transpose(1, 2)
-
-
-AttentionInterface.register(ATTENTION, attend)
-AttentionMaskInterface.register(ATTENTION, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+    return Packed(input_ids[row, position], position, sees[:, None], columns.clamp(max=place.shape[1] - 1))
 
 
 def share_prefixes(model, max_tokens: int) -> bool:
@@ -103,16 +64,11 @@ def share_prefixes(model, max_tokens: int) -> bool:
         max_tokens: of the longest sequence; a model with a shorter attention window is left alone.
 
     Returns:
-        Whether it is on: not where attention has another implementation than torch's, or hands nothing on to it.
+        Whether it is on: not where attention has another implementation than torch's, or does not obey the mask.
     """
     causal = model.get_base_model()
     window = getattr(causal.config, "sliding_window", None)
-    if causal.config._attn_implementation not in ("sdpa", ATTENTION) or (window and window < max_tokens):
-        return False
-    before = causal.config._attn_implementation
-    causal.set_attn_implementation(ATTENTION)  # for good: checkpointing calls attention again in the backward pass
-    if not _obeys(causal):
-        causal.set_attn_implementation(before)
+    if causal.config._attn_implementation != "sdpa" or (window and window < max_tokens) or not _obeys(causal):
         return False
     plain = causal.forward
 
@@ -137,9 +93,7 @@ def forward(decoder, input_ids: Tensor, attention_mask: Tensor, **kwargs):
 
 
 def _forward_packed(decoder, packed: Packed, **kwargs):
-    assert decoder.config._attn_implementation == ATTENTION, "call share_prefixes first: plain attention mixes answers"
-    unused = packed.input_ids.new_ones((1, 1, 1, 1), dtype=torch.bool)  # a mask in four dimensions is left as it is
-    inputs = dict(input_ids=packed.input_ids, position_ids=packed.position_ids, attention_mask=unused, packed=packed)
+    inputs = dict(input_ids=packed.input_ids, attention_mask=packed.attention_mask, position_ids=packed.position_ids)
     outputs = type(decoder).forward(decoder, **inputs, **kwargs)
     rows = torch.arange(len(packed.input_ids), device=packed.columns.device).repeat(2)[:, None]
     outputs.last_hidden_state = outputs.last_hidden_state[rows, packed.columns]
@@ -148,7 +102,7 @@ def _forward_packed(decoder, packed: Packed, **kwargs):
 
 @torch.no_grad()
 def _obeys(causal) -> bool:
-    """Whether two short sequences come out packed as they do one by one: not every architecture hands `packed` on."""
+    """Whether two short sequences come out packed as they do one by one: some architectures ignore such a mask."""
     decoder, training = causal.base_model, causal.training
     causal.eval()
     ids = torch.tensor([[5, 6, 7, 8, 9, 10], [5, 6, 7, 11, 12, 13]], device=causal.device)
@@ -162,4 +116,4 @@ def _obeys(causal) -> bool:
         causal.train(training)
     return bool(
         (together - apart).norm() < 0.05 * apart.norm()
-    )  # rounding in 16 bits stays below, wrong attention far above
+    )  # rounding in 16 bits stays below, a wrong mask far above
