@@ -30,6 +30,7 @@ ROOT = HERE.parent
 LISTED = ROOT / "tests" / "colab-2026-08-19.txt"
 ADDRESS = f"git+https://github.com/{badges.slug(ROOT)}"
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+SMOKE = 'PROFILE = "smoke"\n'
 NEEDS_ADAPTER = "06_compare"  # the one notebook that cannot run first
 TRAINS = f"{NEEDS_ADAPTER} with TRAIN_IF_MISSING"
 
@@ -81,7 +82,6 @@ class Colab:
 
     def _describe_kernel(self, folder: Path) -> None:
         environment = {
-            "DPO_TUTORIAL_PROFILE": "smoke",
             "DPO_TUTORIAL_HEADLESS": "1",
             "DPO_TUTORIAL_CACHE": str(self.folder / "cache"),
             "MPLBACKEND": "module://matplotlib_inline.backend_inline",
@@ -142,7 +142,7 @@ class Session:
 
         def look(message: dict) -> None:
             if message["msg_type"] == "error":
-                shown.append("\n".join(message["content"]["traceback"]))
+                shown.append(re.sub(r"\x1b\[[0-9;]*m", "", "\n".join(message["content"]["traceback"])))  # no colours
 
         reply = self.client.execute_interactive(source, allow_stdin=False, output_hook=look, timeout=900)
         return "\n".join(shown) or ("no traceback" if reply["content"]["status"] != "ok" else None)
@@ -189,18 +189,18 @@ def rehearse(colab: Colab) -> dict:
         first, *others = NOTEBOOKS
         refused = early.run(first_cell(first, (colab.folder / "nowhere").as_uri()))
         with colab.session(first.stem) as session:
-            notebooks = {first.stem: session.run_notebook(first)}
+            notebooks = {first.stem: session.run_notebook(first, SMOKE)}
             converted = session.run("from dpo_tutorial import embedded; embedded.ensure_embedded_model()")
         changes = colab.changes()
         held = early.run_notebook(others[0])
 
     def alone(path: Path, name: str, parameters: str = "") -> tuple[str, dict]:
         with colab.session(name) as session:
-            return name, session.run_notebook(path, parameters)
+            return name, session.run_notebook(path, SMOKE + parameters)
 
     with ThreadPoolExecutor(2) as pool:  # each uses one thread
         needs = ROOT / "notebooks" / f"{NEEDS_ADAPTER}.ipynb"
-        jobs = [pool.submit(alone, needs, TRAINS, "TRAIN_IF_MISSING = True")]
+        jobs = [pool.submit(alone, needs, TRAINS, "TRAIN_IF_MISSING = True\n")]
         jobs += [pool.submit(alone, path, path.stem) for path in reversed(others)]  # the longest are the last two
         notebooks |= dict(job.result() for job in jobs)
     said = subprocess.run([colab.python, "-V"], stdout=subprocess.PIPE, text=True, check=True).stdout
@@ -272,9 +272,8 @@ def _result(name: str, found: dict) -> str:
 
 
 def _quoted(found: dict) -> str:
-    """What an error showed, in one line, without colours and without the stand-in's own folder."""
-    text = re.sub(r"\x1b\[[0-9;]*m", "", found["error"] or "nothing")
-    return re.sub(r"/\S*/sessions/[^/]+/", "", " ".join(text.split()))[-600:]
+    """What an error showed, in one line, without the stand-in's own folder."""
+    return re.sub(r"/\S*/sessions/[^/]+/", "", " ".join((found["error"] or "nothing").split()))[-600:]
 
 
 def main() -> int:
