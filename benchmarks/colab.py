@@ -23,11 +23,14 @@ from jupyter_client import KernelManager
 from jupyter_client.kernelspec import KernelSpecManager
 from packaging.version import Version
 
+from dpo_tutorial import badges
+
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 LISTED = ROOT / "tests" / "colab-2026-08-19.txt"
-ADDRESS = "git+https://github.com/dpo-tutorial/dpo-tutorial"
+ADDRESS = f"git+https://github.com/{badges.slug(ROOT)}"
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+SMOKE = 'PROFILE = "smoke"\n'
 NEEDS_ADAPTER = "06_compare"  # the one notebook that cannot run first
 TRAINS = f"{NEEDS_ADAPTER} with TRAIN_IF_MISSING"
 
@@ -54,11 +57,12 @@ class Colab:
         wanted = ["-r", LISTED, f"torch=={torch or tested_torch()}"]
         self._pip("install", "--quiet", "--no-compile", *wanted)  # only what is imported gets compiled, when it is
         self._name_a_torch_that_no_index_has()
-        self.checkout = folder / "checkout"
-        for name in ("pyproject.toml", "README.md", "LICENSE", "src"):
-            copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
-            (self.checkout / name).parent.mkdir(parents=True, exist_ok=True)
-            copy(ROOT / name, self.checkout / name)
+        self.checkout = folder / "checkout"  # pip builds in the folder that it is given
+        shutil.copytree(ROOT / "src", self.checkout / "src", ignore=shutil.ignore_patterns("*.egg-info", "__pycache__"))
+        for name in ("pyproject.toml", "README.md", "LICENSE"):
+            shutil.copy(ROOT / name, self.checkout)
+        self.kernels = folder / "kernels"
+        self._describe_kernel(self.kernels / "colab")
         self.before = self.packages()
 
     def _pip(self, *words) -> str:
@@ -75,6 +79,20 @@ class Colab:
         for name, change in changes.items():
             (old / name).write_text((old / name).read_text(encoding="utf-8").replace(*change), encoding="utf-8")
         old.rename(old.with_name(folder))
+
+    def _describe_kernel(self, folder: Path) -> None:
+        environment = {
+            "DPO_TUTORIAL_HEADLESS": "1",
+            "DPO_TUTORIAL_CACHE": str(self.folder / "cache"),
+            "MPLBACKEND": "module://matplotlib_inline.backend_inline",
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": "",  # the package is there only once the first cell installed it
+            "PYDEVD_DISABLE_FILE_VALIDATION": "1",  # spares a warning
+        }
+        argv = [str(self.python), "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+        described = {"argv": argv, "display_name": "Colab", "language": "python", "env": environment}
+        folder.mkdir(parents=True)
+        (folder / "kernel.json").write_text(json.dumps(described), encoding="utf-8")
 
     def packages(self) -> dict[str, str]:
         """Name → version of everything that is installed now."""
@@ -103,16 +121,7 @@ class Session:
     def __init__(self, colab: Colab, folder: Path) -> None:
         folder.mkdir(parents=True)
         self.colab = colab
-        spec = colab.folder / "kernels" / "colab"
-        spec.mkdir(parents=True, exist_ok=True)
-        environment = {
-            "DPO_TUTORIAL_PROFILE": "smoke", "DPO_TUTORIAL_HEADLESS": "1", "PYTHONPATH": "", "OMP_NUM_THREADS": "1",
-            "MPLBACKEND": "module://matplotlib_inline.backend_inline", "PYDEVD_DISABLE_FILE_VALIDATION": "1",
-        }  # fmt: skip
-        argv = [str(colab.python), "-m", "ipykernel_launcher", "-f", "{connection_file}"]
-        described = {"argv": argv, "display_name": "Colab", "language": "python", "env": environment}
-        (spec / "kernel.json").write_text(json.dumps(described), encoding="utf-8")
-        specs = KernelSpecManager(kernel_dirs=[str(spec.parent)])
+        specs = KernelSpecManager(kernel_dirs=[str(colab.kernels)])
         self.kernel = KernelManager(kernel_name="colab", kernel_spec_manager=specs)
         self.kernel.start_kernel(cwd=str(folder))
         self.client = self.kernel.blocking_client()
@@ -133,7 +142,7 @@ class Session:
 
         def look(message: dict) -> None:
             if message["msg_type"] == "error":
-                shown.append("\n".join(message["content"]["traceback"]))
+                shown.append(re.sub(r"\x1b\[[0-9;]*m", "", "\n".join(message["content"]["traceback"])))  # no colours
 
         reply = self.client.execute_interactive(source, allow_stdin=False, output_hook=look, timeout=900)
         return "\n".join(shown) or ("no traceback" if reply["content"]["status"] != "ok" else None)
@@ -172,25 +181,26 @@ def rehearse(colab: Colab) -> dict:
 
     Returns:
         `python`; `before` and `changes`, the packages; `notebooks`, by name what `run_notebook` returns; `held`, the
-        same for a session that had imported pandas before the package was installed; and `refused`, what the first
-        cell shows where pip fails.
+        same for a session that had imported pandas before the package was installed; `refused`, what the first cell
+        shows where pip fails; and `converted`, the error of taking the embedded model out of its wheel, or None.
     """
     with colab.session("held") as early:
         assert early.run("import pandas") is None
         first, *others = NOTEBOOKS
         refused = early.run(first_cell(first, (colab.folder / "nowhere").as_uri()))
         with colab.session(first.stem) as session:
-            notebooks = {first.stem: session.run_notebook(first)}
+            notebooks = {first.stem: session.run_notebook(first, SMOKE)}
+            converted = session.run("from dpo_tutorial import embedded; embedded.ensure_embedded_model()")
         changes = colab.changes()
         held = early.run_notebook(others[0])
 
     def alone(path: Path, name: str, parameters: str = "") -> tuple[str, dict]:
         with colab.session(name) as session:
-            return name, session.run_notebook(path, parameters)
+            return name, session.run_notebook(path, SMOKE + parameters)
 
     with ThreadPoolExecutor(2) as pool:  # each uses one thread
         needs = ROOT / "notebooks" / f"{NEEDS_ADAPTER}.ipynb"
-        jobs = [pool.submit(alone, needs, TRAINS, "TRAIN_IF_MISSING = True")]
+        jobs = [pool.submit(alone, needs, TRAINS, "TRAIN_IF_MISSING = True\n")]
         jobs += [pool.submit(alone, path, path.stem) for path in reversed(others)]  # the longest are the last two
         notebooks |= dict(job.result() for job in jobs)
     said = subprocess.run([colab.python, "-V"], stdout=subprocess.PIPE, text=True, check=True).stdout
@@ -201,6 +211,7 @@ def rehearse(colab: Colab) -> dict:
         "notebooks": dict(sorted(notebooks.items())),
         "held": held,
         "refused": refused,
+        "converted": converted,
     }
 
 
@@ -261,9 +272,8 @@ def _result(name: str, found: dict) -> str:
 
 
 def _quoted(found: dict) -> str:
-    """What an error showed, in one line, without colours and without the stand-in's own folder."""
-    text = re.sub(r"\x1b\[[0-9;]*m", "", found["error"] or "nothing")
-    return re.sub(r"/\S*/sessions/[^/]+/", "", " ".join(text.split()))[-600:]
+    """What an error showed, in one line, without the stand-in's own folder."""
+    return re.sub(r"/\S*/sessions/[^/]+/", "", " ".join((found["error"] or "nothing").split()))[-600:]
 
 
 def main() -> int:

@@ -49,7 +49,7 @@ def code_cells(path: Path) -> list:
     """A notebook's code cells as plain Python: a magic such as %pip is the call that IPython makes of it."""
     cells = [c for c in nbformat.read(path, as_version=4).cells if c.cell_type == "code"]
     for cell in cells:
-        cell.source = TransformerManager().transform_cell(cell.source)
+        cell.source = TransformerManager().transform_cell(cell.source).removesuffix("\n")
     return cells
 
 

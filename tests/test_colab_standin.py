@@ -27,7 +27,12 @@ def test_the_first_cell_keeps_torch_and_numpy_and_downgrades_nothing(record):
 
 @pytest.mark.parametrize("name", [p.stem for p in colab.NOTEBOOKS if p.stem != colab.NEEDS_ADAPTER])
 def test_a_notebook_runs_alone_in_an_empty_folder(record, name):
-    assert record["notebooks"][name]["error"] is None
+    error = record["notebooks"][name]["error"]
+    assert error is None, error
+
+
+def test_the_embedded_model_comes_out_of_its_wheel_there_too(record):
+    assert record["converted"] is None
 
 
 def test_06_before_05_gives_its_choices_and_no_traceback(record):
@@ -39,7 +44,8 @@ def test_06_before_05_gives_its_choices_and_no_traceback(record):
 
 
 def test_06_alone_trains_if_it_is_told_to_and_runs_to_its_end(record):
-    assert record["notebooks"][colab.TRAINS]["error"] is None
+    error = record["notebooks"][colab.TRAINS]["error"]
+    assert error is None, error
 
 
 def test_a_session_that_holds_what_pip_replaced_is_told_which_and_what_to_press(record):

@@ -145,16 +145,22 @@ def pretend(monkeypatch, held, installed):
     monkeypatch.setattr(importlib.metadata, "version", lambda name: installed if name == "pyarrow" else real(name))
 
 
-def test_resolve_stops_where_pip_replaced_what_this_session_holds(monkeypatch):
+def test_a_session_that_holds_what_pip_replaced_is_stopped(monkeypatch):
     pretend(monkeypatch, "18.1.0", "26.0.1")
     with pytest.raises(SessionError, match=r"pyarrow 26\.0\.1 \(this session still holds 18\.1\.0\)\.\n.*Restart"):
-        config.resolve()
+        environment.check_session()
+
+
+def test_it_is_stopped_where_it_imports_the_package_before_anything_else_can_fail():
+    code = "import sys, types; sys.modules['pyarrow'] = types.SimpleNamespace(__version__='0.1'); import dpo_tutorial"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 1 and "this session still holds 0.1" in done.stderr
 
 
 @pytest.mark.parametrize(("held", "there"), [("2.11.0+cu128", "2.11.0"), ("1.0", "1.0.0"), ("dev", "1.0"), (None, "1")])
 def test_a_session_whose_packages_are_those_on_the_disk_goes_on(monkeypatch, held, there):
     pretend(monkeypatch, held, there)
-    assert config.resolve(profile="smoke").profile == "smoke"
+    environment.check_session()
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from datasets import DatasetDict
 from nbclient.exceptions import DeadKernelError
 from peft import get_peft_model
 
-from dpo_tutorial import artifacts, config, data, embedded, errors, models, run, train
+from dpo_tutorial import artifacts, config, data, embedded, environment, errors, models, run, train
 
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "src").rglob("*.py"))
@@ -141,7 +141,7 @@ def without_eos(case):
 
 def replaced_by_pip(case):
     case.patch.setitem(sys.modules, "pyarrow", SimpleNamespace(__version__="18.1.0"))
-    config.resolve(profile="smoke")
+    environment.check_session()
 
 
 def too_large_for_the_gpu(case):

@@ -273,9 +273,7 @@ def resolve(recorded: Mapping[str, object] | None = None, /, **parameters) -> Co
 
     Raises:
         ConfigError: unknown profile or parameter (lists the known ones), or a value of the wrong type or range.
-        SessionError: pip replaced a package that is already imported; every notebook passes here before it needs one.
     """
-    environment.check_session()
     fields = {f.name: f for f in dataclasses.fields(Config)}
     recorded = dict(recorded or {})
     check_names(name.upper() for name in [*parameters, *recorded])

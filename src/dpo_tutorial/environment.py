@@ -190,6 +190,8 @@ def versions(packages: Iterable[str] = PACKAGES) -> dict[str, str]:
 def check_session() -> None:
     """Stop before a notebook runs on packages that are half old, in memory, and half new, on disk.
 
+    The package calls it when it is imported, which every notebook does before it needs anything else.
+
     Raises:
         SessionError: pip replaced a package that this process had already imported.
     """
