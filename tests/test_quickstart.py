@@ -1,4 +1,4 @@
-"""The quickstart: its file, and its run on a tiny model, killed, run again, and its adapter loaded elsewhere."""
+"""The quickstart as a file, and as a reader runs it: on a tiny model, killed, run again, its adapter loaded anew."""
 
 import json
 import os
