@@ -58,7 +58,7 @@ def cache(tmp_path, monkeypatch):
 @pytest.fixture
 def cached(cache):
     """A cached model folder with sums that fit, of small files."""
-    folder = cache / f"{embedded.NAME}-{embedded.GGUF_SHA256[:12]}"
+    folder = embedded.model_folder()
     folder.mkdir(parents=True)
     (folder / "config.json").write_text("{}")
     (folder / "model.safetensors").write_bytes(b"weights" * 100)
