@@ -7,29 +7,40 @@ GUIDE  := build/guide
 
 # A typed value as one word of the shell, whatever is in it; neither make nor the shell may read it as a command.
 quoted = '$(subst ','\'',$(value $(1)))'
-unexport PROFILE MODEL DATA SEED ARTIFACTS STRICT FRESH REPO
 
-# What reaches the notebooks: make run PROFILE=cpu DATA=my_pairs.jsonl SEED=1 (only what is typed, never the shell's variables)
-PARAMETERS := $(foreach name,PROFILE MODEL DATA SEED ARTIFACTS STRICT FRESH,$(if $(and $(filter command,$(origin $(name))),$(value $(name))),-p $(name) $(call quoted,$(name))))
+# What reaches the notebooks: make run PROFILE=cpu BETA=0.3. Every variable that is typed, but make's own and never the
+# shell's; dpo_tutorial.run knows which names there are.
+TYPED := $(sort $(foreach name,$(.VARIABLES),$(if $(filter command,$(origin $(name))),$(name))))
+TYPED := $(filter-out PYTHON VENV PY STAMP GUIDE REPO SHELL MAKEFLAGS,$(TYPED))
+PARAMETERS := $(foreach name,$(TYPED),-p '$(name)' $(call quoted,$(name)))
+unexport $(TYPED) REPO
 
 # The quickstart has knobs of its own, and lies beside its results.
 KNOBS  := PROFILE MODEL DATA PAIRS ARTIFACTS
-OTHERS := $(filter-out $(KNOBS) PYTHON VENV,$(foreach name,$(.VARIABLES),$(if $(filter command,$(origin $(name))),$(name))))
+OTHERS := $(filter-out $(KNOBS),$(TYPED))
 FOLDER := $(if $(and $(filter command,$(origin ARTIFACTS)),$(value ARTIFACTS)),$(call quoted,ARTIFACTS),artifacts)
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart run test notebooks lint badges bench guide clean
+.PHONY: help quickstart run test colab lowest notebooks lint badges bench gpu guide clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
 
+# The Python of the environment, where PYTHON is given and asks for another: then the environment is made anew.
+series = $(shell $(1) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
+ifneq ($(origin PYTHON),file)
+OTHER := $(filter-out $(call series,$(PYTHON)),$(call series,$(PY)))
+endif
+.PHONY: $(if $(OTHER),$(STAMP))
+
 $(STAMP): requirements.txt constraints.txt pyproject.toml
-	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(if $(OTHER),@echo "$(VENV) is of Python $(OTHER): it is made anew with $(PYTHON)")
+	$(if $(OTHER),,test -x $(PY) || )$(PYTHON) -m venv --clear $(VENV)
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt -c constraints.txt
 	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --editable .
 	touch $@
 
-run: $(STAMP)  ## all six notebooks, headless: PROFILE= MODEL= DATA= SEED= ARTIFACTS= STRICT= FRESH=
+run: $(STAMP)  ## all six notebooks, headless; NAME=value sets a parameter of docs/parameters.md
 	$(PY) -m dpo_tutorial.run $(PARAMETERS)
 
 quickstart: $(STAMP)  ## one page, minutes: PROFILE=smoke MODEL= DATA= PAIRS= ARTIFACTS=
@@ -44,9 +55,18 @@ test: $(STAMP) lint  ## style, unit tests, notebook checks, all six notebooks in
 	$(PY) -m papermill notebooks/00_quickstart.ipynb artifacts/smoke/00_quickstart.ipynb -p PROFILE smoke -p ARTIFACTS artifacts/smoke
 	DPO_TUTORIAL_PROFILE=smoke DPO_TUTORIAL_HEADLESS=1 $(PY) -m pytest --nbval-lax notebooks --ignore=notebooks/00_quickstart.ipynb -p no:cacheprovider --durations=6
 
+colab: $(STAMP)  ## a stand-in for Colab: its versions, the first cell, every notebook alone
+	$(PY) -m pytest -m colab tests/test_colab_standin.py
+
 lint: $(STAMP)  ## ruff, for .py and .ipynb
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+
+lowest:  ## unit tests with the lowest versions that pyproject.toml admits, in an environment of its own
+	$(PYTHON) -m venv --clear $(VENV)-lowest
+	$(PYTHON) scripts/lowest.py > $(VENV)-lowest/requirements.txt
+	$(VENV)-lowest/bin/python -m pip install --quiet --disable-pip-version-check -r $(VENV)-lowest/requirements.txt --editable .[dev]
+	$(VENV)-lowest/bin/python -m pytest tests
 
 notebooks: $(STAMP)  ## run the cpu profile and the quickstart, and write their outputs into notebooks/
 	$(PY) -m dpo_tutorial.run -p PROFILE cpu --refresh
@@ -54,11 +74,14 @@ notebooks: $(STAMP)  ## run the cpu profile and the quickstart, and write their 
 	$(PY) -m papermill notebooks/00_quickstart.ipynb artifacts/refresh/00_quickstart.ipynb -p MODEL embedded -p DATA embedded -p ARTIFACTS artifacts/refresh
 	$(PY) -c 'from pathlib import Path; from dpo_tutorial import run; run.clean_notebook(*(Path(f) / "00_quickstart.ipynb" for f in ("artifacts/refresh", "notebooks")))'
 
-badges: $(STAMP)  ## stamp the Colab badges: REPO=owner/name
+badges: $(STAMP)  ## stamp the Colab and Kaggle badges: REPO=owner/name
 	$(PY) -m dpo_tutorial.badges $(if $(value REPO),$(call quoted,REPO))
 
 bench: $(STAMP)  ## training speed beside stock TRL, about an hour on two cores
 	$(PY) benchmarks/training_speed.py
+
+gpu: $(STAMP)  ## what a GPU does: tests, speed, notebooks, UltraFeedback (ULTRAFEEDBACK_SAMPLE=folder)
+	$(PY) benchmarks/gpu.py A B C D page
 
 # The guide needs no torch, so it has an environment of its own. Its sources lie as in the repository, for the links
 # between them; only the start page moves to the root.
@@ -74,4 +97,4 @@ guide: $(VENV)-guide/.installed  ## the notebooks as a site in build/guide/html,
 	$(VENV)-guide/bin/python -m pytest --noconftest -m guide tests/test_guide.py
 
 clean:  ## remove results, the guide and the environments (not the model cache)
-	rm -rf artifacts build $(VENV) $(VENV)-guide
+	rm -rf artifacts build $(VENV) $(VENV)-guide $(VENV)-lowest

@@ -83,7 +83,6 @@ def one(name: str) -> dict:
 
 def sweep() -> None:
     """Every setting in a process of its own, two at a time on one core each; the untrained base beside them."""
-    environment.hand_over_measurements()  # one compute type for all settings
     alone = os.environ | {"OMP_NUM_THREADS": "1"}
 
     def run(name: str) -> tuple[str, dict]:
@@ -209,11 +208,10 @@ def made_on(part: dict) -> str:
     packages = ", ".join(
         f"{name} {versions[name]}" for name in ("torch", "transformers", "trl", "peft", "bitsandbytes")
     )
-    return (
-        f"{hardware['cores']} cores, {hardware['memory_gib']:g} GiB, matrices multiplied "
-        f"{hardware.get('cpu_bf16_speedup', '?')} times as fast in bfloat16 as in float32; {packages}; "
-        f"{part['step']}."
-    )
+    bf16 = hardware.get("cpu_bf16") or "without bfloat16"
+    if "cpu_bf16_speedup" in hardware:  # of records made while the compute type went by a measured speed
+        bf16 = f"matrices multiplied {hardware['cpu_bf16_speedup']} times as fast in bfloat16 as in float32"
+    return f"{hardware['cores']} cores, {hardware['memory_gib']:g} GiB, {bf16}; {packages}; {part['step']}."
 
 
 REWARDS = {

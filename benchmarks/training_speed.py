@@ -1,7 +1,8 @@
 """Training speed beside stock TRL: `python benchmarks/training_speed.py [section …]` writes its .json, .md and .png.
 
 Every measurement is a process of its own (allocator and peak memory belong to a process), and what is compared takes
-turns, because timings of shared machines drift: read the ratios. Sections: compare, switches, order, growth, cuda.
+turns, because timings of shared machines drift: read the ratios. Sections:
+compare, whole, switches, order, growth. What a GPU does is in `gpu.py`.
 """
 
 import argparse
@@ -15,7 +16,7 @@ import time
 from pathlib import Path
 
 REPEATS = 3
-#: Architectures with random weights, for speed only. The last two are those of the GPU profiles.
+#: Architectures with random weights, for speed only. The last two are those of the GPU profiles (`gpu.py`).
 SHAPES = {
     name: dict(
         hidden_size=hidden, intermediate_size=wide, num_hidden_layers=layers, num_attention_heads=heads,
@@ -181,8 +182,6 @@ def train_once(task: dict, folder: Path) -> dict:
 
     tokenizer = models.load_tokenizer(settings(task | {"knobs": {}}))
     base = models.load_base(cfg, quantize="16 bits" not in switches)
-    if "attention" in task:
-        base.set_attn_implementation(task["attention"])
     mark("load")
     splits = splits_of(task, cfg, tokenizer)
     val = splits["val"] if task.get("val") else None
@@ -337,12 +336,8 @@ def matmul_once(task: dict, folder: Path) -> dict:
 KINDS = {"train": train_once, "raw": raw_once, "prepare": prepare_once, "make": make_once, "matmul": matmul_once}
 
 
-def child(task: dict, may_fail: bool = False) -> dict:
-    """Run one task in a process of its own; what it prints last is its result.
-
-    Args:
-        may_fail: an error becomes the result, `{"failed": its last line}`, instead of the end.
-    """
+def child(task: dict) -> dict:
+    """Run one task in a process of its own; what it prints last is its result."""
     # as `make run` has it; not imported from there, because a child's peak memory counts from its parent's size on
     env = os.environ | {"TOKENIZERS_PARALLELISM": "false", "DPO_TUTORIAL_HEADLESS": "1"}
     env["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"  # what compiling costs a first run
@@ -351,14 +346,11 @@ def child(task: dict, may_fail: bool = False) -> dict:
     done = subprocess.run(
         [sys.executable, __file__, "--task", json.dumps(task)], capture_output=True, text=True, env=env,
     )  # fmt: skip
-    if done.returncode and not may_fail:
-        raise SystemExit(f"{task}\n{done.stderr[-4000:]}")
     if done.returncode:
-        result = {"failed": (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]}
-    else:
-        result = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("RESULT "))[7:])
+        raise SystemExit(f"{task}\n{done.stderr[-4000:]}")
+    result = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("RESULT "))[7:])
     about = {k: v for k, v in task.items() if k not in ("path", "make")}
-    said = result.get("failed") or f"{result.get('pairs_per_second', result.get('seconds', 0)):.2f}"
+    said = f"{result.get('pairs_per_second', result.get('seconds', 0)):.2f}"
     print(f"{about} {said}", file=sys.stderr, flush=True)
     return result
 
@@ -443,82 +435,7 @@ def growth(options) -> dict:
     return found
 
 
-#: Who trains on the GPU: (trainer, knobs of Config, other switches). Batches start at the first size that is tried.
-ON_GPU = {
-    "ours": ("ours", {}, ["planned"]),
-    "ours, checkpointing": ("ours", {}, []),
-    "ours, 1 pair at a time": ("ours", {"batch_size": 1}, []),
-    "stock TRL": ("stock", {}, []),
-}
-EFFECTIVE_BATCH = 8  # pairs a step, TRL's default
-
-
-def attentions() -> list[str]:
-    """torch's attention, and FlashAttention where it is installed."""
-    from transformers.utils import is_flash_attn_2_available
-
-    return ["sdpa", *(["flash_attention_2"] if is_flash_attn_2_available() else [])]
-
-
-def largest_batch(task: dict) -> dict:
-    """Train with 8 pairs at a time, or as many as memory allows, halved until it fits; as many pairs a step as ever."""
-    size = task["knobs"].get("batch_size", EFFECTIVE_BATCH)
-    while True:
-        sizes = {"batch_size": size, "grad_accum": EFFECTIVE_BATCH // size}
-        changed = {"per_device_train_batch_size": size, "gradient_accumulation_steps": EFFECTIVE_BATCH // size}
-        result = child(
-            task | {"knobs": task["knobs"] | sizes, "arguments": changed if task["trainer"] == "stock" else {}},
-            may_fail=True,
-        )
-        if size == 1 or "out of memory" not in result.get("failed", ""):
-            return result | {"batch_size": size}
-        size //= 2
-
-
-def cuda(options) -> dict | None:
-    """Ours and stock TRL on a GPU, for the shapes of its profiles, in turn; None where there is no GPU."""
-    import torch
-
-    if not torch.cuda.is_available() and not options.shapes:
-        return None
-    best = {dtype: child({"kind": "matmul", "dtype": dtype, "size": options.matmul}) for dtype in options.dtypes}
-    found = {"matmul": best, "runs": {}}
-    with tempfile.TemporaryDirectory() as folder:
-        for name in options.shapes or ("0.5B", "7B"):
-            child({"kind": "make", "make": SHAPES[name], "path": f"{folder}/{name}"})
-            tasks = {
-                f"{name}, {dtype}, {attention}, {which}": {
-                    "kind": "train", "trainer": trainer, "switches": others, "attention": attention, "val": 0,
-                    "pairs": options.pairs or 32, "length": options.length,
-                    "knobs": dict(model=f"{folder}/{name}", max_tokens=options.length, dtype=dtype,
-                                  gradient_checkpointing=True) | knobs,
-                }
-                for dtype in options.dtypes for attention in attentions()
-                for which, (trainer, knobs, others) in ON_GPU.items()
-            }  # fmt: skip
-            for _ in range(options.repeats):
-                for about, task in tasks.items():
-                    result = largest_batch(task)
-                    if "failed" not in result:
-                        flops = model_flops(name, result)
-                        result |= {"flops": flops, "utilisation": flops / best[task["knobs"]["dtype"]]["flops"]}
-                    found["runs"].setdefault(about, []).append(result)
-    return found
-
-
-def model_flops(name: str, result: dict) -> float:
-    """Multiplications and additions per second that a step needs, recomputation and padding not counted.
-
-    Per token: 2 per weight for each forward pass (policy, reference) and 2 for the gradient of the inputs; weights of
-    the base have no gradient of their own, and what the adapter adds is below 3%.
-    """
-    s = SHAPES[name]
-    head = s["hidden_size"] // s["num_attention_heads"] * s["num_key_value_heads"]
-    block = s["hidden_size"] * (2 * s["hidden_size"] + 2 * head + 3 * s["intermediate_size"])
-    return 3 * 2 * s["num_hidden_layers"] * block * result["tokens_per_second"]
-
-
-SECTIONS = {"compare": compare, "whole": whole, "switches": switches, "order": order, "growth": growth, "cuda": cuda}
+SECTIONS = {"compare": compare, "whole": whole, "switches": switches, "order": order, "growth": growth}
 
 
 # --- what is shown --------------------------------------------------------------------------------------------------
@@ -704,37 +621,9 @@ The audit of 1,000, 4,000 and 16,000 rows, of which 400 are kept for training, t
 rows stay on disk, whose mapped pages count here, and digests of 64 bytes each in memory."""
 
 
-def cuda_page(found: dict | None) -> str:
-    head = "## On a GPU\n\n"
-    if not found:
-        return (
-            head + "Not measured: no CUDA machine was at hand. `tests/test_training_speed.py` runs the code on a CPU."
-        )
-    rows = []
-    for about, runs in found["runs"].items():
-        failed = next((run["failed"] for run in runs if "failed" in run), None)
-        rows.append(
-            [about, str(runs[0]["batch_size"]), f"fails: {failed[:90]}", "", "", "", ""]
-            if failed
-            else [
-                about, str(runs[0]["batch_size"]), "on" if runs[0]["checkpointing"] else "off",
-                f"{middle(runs, 'tokens_per_second'):,.0f}", f"{middle(runs, 'peak_gib'):.1f}",
-                f"{middle(runs, 'flops') / 1e12:.1f}", f"{middle(runs, 'utilisation'):.0%}",
-            ]
-        )  # fmt: skip
-    repeats = len(next(iter(found["runs"].values())))
-    best = ", ".join(f"{run['flops'] / 1e12:.3g} TFLOP/s in {dtype}" for dtype, run in found["matmul"].items())
-    head += (
-        f"{repeats} training(s) each, in turn, with {EFFECTIVE_BATCH} pairs a step, as many at a time as fit.\n"
-        f"Utilisation is of what one large product of dense matrices reaches here: {best}.\n\n"
-    )
-    columns = ["", "pairs at a time", "checkpointing", "tokens/s", "peak GiB", "model TFLOP/s", "utilisation"]
-    return head + table(columns, rows)
-
-
 PAGES = {
     "compare": compare_page, "whole": whole_page, "switches": switches_page, "order": order_page,
-    "growth": growth_page, "cuda": cuda_page,
+    "growth": growth_page,
 }  # fmt: skip
 
 
@@ -742,7 +631,7 @@ def page(record: dict) -> str:
     hardware, sections = record["hardware"], record["sections"]
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
     where = hardware.get("gpu") or f"{hardware['cpu']}, {hardware['cores']} cores, {hardware['memory_gib']} GiB"
-    parts = [write(sections.get(name)) for name, write in PAGES.items() if name in sections or name == "cuda"]
+    parts = [write(sections.get(name)) for name, write in PAGES.items() if name in sections]
     return "\n\n".join(
         [
             "# Training speed, beside stock TRL",
@@ -790,10 +679,6 @@ def main() -> None:
     parser.add_argument("--task", help="one measurement; for the processes this one starts")
     parser.add_argument("--repeats", type=int, default=REPEATS)
     parser.add_argument("--pairs", type=int, default=64, help="training pairs of `compare`; 0: the whole profile")
-    parser.add_argument("--length", type=int, default=1024, help="tokens of a sequence in `cuda`")
-    parser.add_argument("--shapes", nargs="*", choices=list(SHAPES), help="of `cuda`")
-    parser.add_argument("--matmul", type=int, default=8192, help="rows of the matrices of `cuda`")
-    parser.add_argument("--dtypes", nargs="*", default=["bf16", "fp16"], help="of `cuda`")
     options = parser.parse_args()
     options.pairs = options.pairs or None
     if options.task:
@@ -803,7 +688,6 @@ def main() -> None:
         return
     from dpo_tutorial import environment
 
-    environment.hand_over_measurements()  # every process computes in one type
     target = Path(__file__).with_suffix(".json")
     record = json.loads(target.read_text()) if target.exists() else {"sections": {}}
     for name in options.sections or SECTIONS:

@@ -3,29 +3,41 @@
 import dataclasses
 from pathlib import Path
 
-from dpo_tutorial import config, run
+from dpo_tutorial import config
 from dpo_tutorial.report import markdown_table
 
 TARGET = Path(__file__).parents[1] / "docs" / "parameters.md"
 HEAD = """# Parameters
 
-Made from the config by `python scripts/parameters.py`; a test compares. Every name works as `-p NAME VALUE` of
-`python -m dpo_tutorial.train`; those marked with a dot also stand in the parameters cell of the notebooks, so that
-papermill, `make run` and Colab's reader can set them. Empty or None takes the value of the profile. Where a profile's
-column is empty, the general default holds. `DTYPE` follows the hardware.
+Every name works in five places and means the same in each; an unknown name is an error that lists the known ones.
+
+| where | how |
+| --- | --- |
+| make | `make run BETA=0.3` |
+| a command | `python -m dpo_tutorial.run -p BETA 0.3`; also `train`, `evaluate`, `sweep` and `dpo-tutorial doctor` |
+| papermill | `papermill notebooks/05_train_dpo.ipynb out.ipynb -p BETA 0.3` |
+| a notebook | `BETA = 0.3` in its cell of parameters, also where the cell does not list it |
+| the environment | `DPO_TUTORIAL_BETA=0.3` |
+
+What is given wins over the environment, that over the profile; an empty value is not given. The text is read as the
+type in the table, so `ARTIFACTS=007` is a folder called 007. Only papermill's own `-p` reads a number first, and makes
+7 of 007: there, use `-r NAME VALUE`. It also warns of names that the cell does not list; they are taken all the same.
+Names of layers are separated by commas: `LORA_TARGETS=q_proj,v_proj`.
+
+`PROFILE` chooses the column; where it is empty, the general default holds. `DTYPE` follows the hardware. This page is
+made from the config by `python scripts/parameters.py`, and a test compares.
 """
 
 
 def shown(value) -> str:
     if isinstance(value, tuple):
-        return " ".join(value)
+        return ",".join(value)
     return f"{value:g}" if isinstance(value, float) else "" if value is None else str(value)
 
 
 def page() -> str:
     """The table: one row per knob."""
-    in_notebooks = set(run.declared_parameters(run.notebooks(TARGET.parents[1] / "notebooks")[0]))
-    head = ["parameter", "in notebooks", "type", "unit", "default", *config.PROFILES, "what it is"]
+    head = ["parameter", "type", "unit", "default", *config.PROFILES, "what it is"]
     rows = []
     for f in dataclasses.fields(config.Config):
         if f.name in ("reasons", "profile"):
@@ -34,10 +46,7 @@ def page() -> str:
         own = ["" if v == f.default else shown(v) for v in values]
         kind = type(f.default).__name__
         kind = {"NoneType": "text", "str": "text", "tuple": "names"}.get(kind, kind)
-        rows.append(
-            [f"`{f.name.upper()}`", "•" if f.name.upper() in in_notebooks else "", kind, f.metadata["unit"]]
-            + [shown(f.default), *own, f.metadata["help"]]
-        )
+        rows.append([f"`{f.name.upper()}`", kind, f.metadata["unit"]] + [shown(f.default), *own, f.metadata["help"]])
     return f"{HEAD}\n{markdown_table(head, rows)}\n"
 
 

@@ -7,9 +7,11 @@ import importlib.util
 import os
 from pathlib import Path
 
+import nbformat
 import pytest
 import torch
 from datasets import Dataset
+from IPython.core.inputtransformer2 import TransformerManager
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -41,6 +43,14 @@ def script(path: str):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def code_cells(path: Path) -> list:
+    """A notebook's code cells as plain Python: a magic such as %pip is the call that IPython makes of it."""
+    cells = [c for c in nbformat.read(path, as_version=4).cells if c.cell_type == "code"]
+    for cell in cells:
+        cell.source = TransformerManager().transform_cell(cell.source).removesuffix("\n")
+    return cells
 
 
 def pair(prompt: str, chosen: str, rejected: str, **changes) -> dict:

@@ -1,14 +1,19 @@
 """`resolve()`: precedence, reasons, and errors that list what is known."""
 
+import importlib.metadata
 import subprocess
 import sys
+import time
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from dpo_tutorial import config, environment, models, train
-from dpo_tutorial.errors import ConfigError
+from dpo_tutorial.errors import ConfigError, SessionError
 
-NO_GPU = {"cuda": False, "cpu_bf16_speedup": 0.5, "cores": 2, "memory_gib": 24.0, "cpu": "x"}
+HARDWARE = environment.hardware  # the real one: tests see a machine without a GPU
+NO_GPU = {"cuda": False, "cpu_bf16": None, "cores": 2, "memory_gib": 24.0, "cpu": "x"}
 
 
 def gpu(capability, memory):
@@ -42,7 +47,7 @@ def test_every_choice_is_printed_with_its_reason(monkeypatch, capsys):
         (gpu([8, 9], 22.0), "gpu24", "bf16"),
         (gpu([9, 0], 79.0), "gpu80", "bf16"),
         (NO_GPU, "cpu", "fp32"),
-        (NO_GPU | {"cpu_bf16_speedup": 2.2}, "cpu", "bf16"),
+        (NO_GPU | {"cpu_bf16": "AVX512-BF16 and AMX-BF16"}, "cpu", "bf16"),
     ],
 )
 def test_profile_and_dtype_follow_the_hardware(monkeypatch, hardware, profile, dtype):
@@ -71,6 +76,7 @@ def test_an_unknown_parameter_lists_the_known_ones():
         {"learning_rate": "nan"}, {"learning_rate": -1}, {"epochs": -1}, {"lora_alpha": -3}, {"lora_dropout": 2},
         {"seed": -5}, {"seed": 2**32}, {"max_new_tokens": 0}, {"max_steps": 0}, {"max_grad_norm": -1}, {"beta": "inf"},
         {"lr_scheduler": "zigzag"}, {"warmup_ratio": -1}, {"save_steps": 0}, {"max_train": "inf"},
+        {"lora_targets": "q_proj,"}, {"lora_targets": ()}, {"lora_targets": 5}, {"model": ["a", "b"]},
     ],
 )  # fmt: skip
 def test_a_value_out_of_range_names_the_parameter_and_the_range(bad):
@@ -82,6 +88,7 @@ def test_strings_from_papermill_become_the_right_types():
     resolved = config.resolve(beta="0.3", max_train="12", gradient_checkpointing="true", lora_targets="q_proj,v_proj")
     assert resolved.beta == 0.3 and resolved.max_train == 12 and resolved.gradient_checkpointing is True
     assert resolved.lora_targets == ("q_proj", "v_proj")
+    assert config.resolve(lora_targets=["q_proj"]).lora_targets == ("q_proj",)
 
 
 @pytest.mark.parametrize(("given", "strict"), [(None, False), ("", False), ("true", True), (True, True), ("0", False)])
@@ -131,16 +138,60 @@ def test_seeds_repeat_python_numpy_and_torch():
     assert draw() == draw()
 
 
-def test_the_speed_of_bfloat16_is_measured_once_and_handed_to_the_notebooks(monkeypatch):
-    monkeypatch.delenv(environment._SPEEDUP, raising=False)
-    environment.cpu_bf16_speedup.cache_clear()
-    measured = environment.cpu_bf16_speedup()
-    assert 0 < measured < 100
-    monkeypatch.setenv(environment._SPEEDUP, "1.0")  # so that what hand_over writes is taken back
-    environment.hand_over_measurements()
-    asked = "from dpo_tutorial import environment; print(environment.cpu_bf16_speedup())"
-    done = subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True, check=True)
-    assert float(done.stdout) == measured
+def pretend(monkeypatch, held, installed):
+    """A session that holds pyarrow `held` while pip has put `installed` on the disk."""
+    monkeypatch.setitem(sys.modules, "pyarrow", SimpleNamespace(__version__=held))
+    real = importlib.metadata.version
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: installed if name == "pyarrow" else real(name))
+
+
+def test_a_session_that_holds_what_pip_replaced_is_stopped(monkeypatch):
+    pretend(monkeypatch, "18.1.0", "26.0.1")
+    with pytest.raises(SessionError, match=r"pyarrow 26\.0\.1 \(this session still holds 18\.1\.0\)\.\n.*Restart"):
+        environment.check_session()
+
+
+def test_it_is_stopped_where_it_imports_the_package_before_anything_else_can_fail():
+    code = "import sys, types; sys.modules['pyarrow'] = types.SimpleNamespace(__version__='0.1'); import dpo_tutorial"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 1 and "this session still holds 0.1" in done.stderr
+
+
+@pytest.mark.parametrize(("held", "there"), [("2.11.0+cu128", "2.11.0"), ("1.0", "1.0.0"), ("dev", "1.0"), (None, "1")])
+def test_a_session_whose_packages_are_those_on_the_disk_goes_on(monkeypatch, held, there):
+    pretend(monkeypatch, held, there)
+    environment.check_session()
+
+
+@pytest.mark.parametrize(
+    ("flags", "dtype", "reason"),
+    [
+        ({"avx512_bf16": True, "amx_bf16": True}, "bf16", "AVX512-BF16 and AMX-BF16"),
+        ({"avx512_bf16": True, "amx_bf16": False}, "bf16", "no AMX: if it is slow, try DTYPE=fp32"),
+        ({"avx2": True, "avx512_bf16": False, "amx_bf16": False}, "fp32", "neither"),
+        ({"architecture": "arm64", "neon": True, "bf16": True}, "fp32", "neither"),  # Graviton, Apple
+    ],
+)
+def test_a_cpu_computes_in_bfloat16_if_it_has_instructions_for_it(monkeypatch, flags, dtype, reason):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: flags)
+    chosen, why = environment.pick_dtype({"cuda": False, "cpu_bf16": environment.cpu_bf16()})
+    assert chosen == dtype and reason in why
+
+
+def test_the_compute_type_is_not_timed_so_load_on_the_machine_cannot_change_it(monkeypatch):
+    for clock in ("perf_counter", "perf_counter_ns", "monotonic", "process_time", "time"):
+        monkeypatch.setattr(time, clock, lambda: pytest.fail("the clock was read"))
+    assert environment.pick_dtype(HARDWARE())[0] in environment.DTYPES
+
+
+@pytest.mark.parametrize(
+    ("device", "words"),
+    [("cuda", "2.0 GiB allocated by torch on the GPU, since the"), ("cpu", "2.0 GiB of main memory")],
+)
+def test_a_peak_says_of_what_it_is_one(device, words, monkeypatch):
+    monkeypatch.setattr(environment, "device", lambda: device)
+    monkeypatch.setattr(environment, "peak_memory_gib", lambda: 2.0)
+    assert environment.peak_memory_in_words().startswith(words)
 
 
 def test_the_peak_of_child_processes_sees_a_large_one():

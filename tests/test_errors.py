@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,11 +15,10 @@ from datasets import DatasetDict
 from nbclient.exceptions import DeadKernelError
 from peft import get_peft_model
 
-from dpo_tutorial import artifacts, config, data, embedded, errors, models, run, train
+from dpo_tutorial import artifacts, config, data, embedded, environment, errors, models, run, train
 
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "src").rglob("*.py"))
-NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 FAMILY = {n for n, c in vars(errors).items() if isinstance(c, type) and issubclass(c, errors.TutorialError)}
 EXIT = "SystemExit(main())"  # the last line of a command
 ALLOWED = {("config.py", "ValueError")}  # raised and caught in one function
@@ -137,6 +137,11 @@ class Case:
 def without_eos(case):
     case.edit("tokenizer_config.json", eos_token=None)
     models.load_tokenizer(case.cfg)
+
+
+def replaced_by_pip(case):
+    case.patch.setitem(sys.modules, "pyarrow", SimpleNamespace(__version__="18.1.0"))
+    environment.check_session()
 
 
 def too_large_for_the_gpu(case):
@@ -262,6 +267,7 @@ SEEN = [
     (lambda c: config.resolve(beta="high"), errors.ConfigError, "BETA='high'", "float"),
     (lambda c: config.resolve(beta=0), errors.ConfigError, "BETA=0.0", "BETA"),
     (lambda c: config.resolve(loss_type="kto"), errors.ConfigError, "LOSS_TYPE='kto'", "sigmoid, ipo"),
+    (replaced_by_pip, errors.SessionError, "this session still holds 18.1.0", "Restart"),
     (lambda c: models.source(c.changed(model=str(c.tmp))), errors.ModelFetchError, "config.json", "MODEL"),
     (
         lambda c: models.source(c.changed(model="./my-model")),
@@ -302,7 +308,7 @@ SEEN = [
     (lambda c: data.choose_splits(DatasetDict(), 0), errors.DataError, "No training split", "train_prefs"),
     (a_kernel_that_dies, errors.NotebookError, "05_train_dpo.ipynb", "MAX_TOKENS"),
     (lambda c: run.notebooks(c.tmp), errors.ArtifactError, "No numbered notebook", "checkout"),
-    (lambda c: run.check_parameters({"BTA": "1"}, NOTEBOOKS), errors.ConfigError, "BTA", "BETA"),
+    (lambda c: config.named([("BTA", "1")]), errors.ConfigError, "BTA", "BETA"),
 ]  # fmt: skip
 
 
@@ -322,7 +328,16 @@ def test_the_table_and_the_judge_show_every_member_of_the_family():
     assert {kind.__name__ for _, kind, _, _ in SEEN} | {"JudgeError", "TutorialError"} == FAMILY
 
 
-# --- commands ----
+# --- commands and notebooks ----
+
+
+@pytest.mark.parametrize(("shell", "traceback"), [(["-m", "IPython"], False), ([], True)], ids=["IPython", "Python"])
+def test_a_notebook_shows_the_message_alone_and_a_script_its_traceback(shell, traceback):
+    code = "from dpo_tutorial.errors import ConfigError as E; raise E('This is wrong.', 'Do that.')"
+    done = subprocess.run([sys.executable, *shell, "-c", code], capture_output=True, text=True)
+    said = done.stdout + done.stderr
+    assert "ConfigError: This is wrong.\n  Mend: Do that." in said and ("Traceback" in said) == traceback
+    assert done.returncode == 1
 
 
 @pytest.mark.parametrize("command", [train.main, run.main], ids=["train", "run"])

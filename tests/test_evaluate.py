@@ -218,6 +218,22 @@ def test_the_command_writes_the_report_of_an_adapter_from_its_folder_alone(train
     assert not re.findall(r"(?:src|href)=[\"'](?!data:image/png;base64)", html), "the page fetches nothing"
 
 
+def test_of_the_settings_of_the_training_what_is_given_now_and_the_environment_come_first(
+    trained, tmp_path, monkeypatch
+):
+    seen = []
+    monkeypatch.setattr(evaluate.models, "load_tokenizer", lambda config: seen.append(config) or 1 / 0)
+    monkeypatch.setenv("DPO_TUTORIAL_MAX_NEW_TOKENS", "5")
+    monkeypatch.setenv("DPO_TUTORIAL_COMPARE_PROMPTS", "7")
+    with pytest.raises(ZeroDivisionError):
+        evaluate.main(["--adapter", str(trained.adapter), "-p", "COMPARE_PROMPTS", "3", "-p", "MODEL", "someone/model"])
+    with pytest.raises(ZeroDivisionError):
+        evaluate.main(["--adapter", str(trained.adapter), "-p", "PROFILE", "t4"])
+    assert (seen[1].profile, seen[1].model, seen[1].data) == ("t4", trained.config.model, trained.config.data)
+    assert (seen[0].max_new_tokens, seen[0].compare_prompts, seen[0].lora_r) == (5, 3, trained.config.lora_r)
+    assert (seen[0].data, seen[0].model, seen[0].model_revision) == (trained.config.data, "someone/model", None)
+
+
 def test_the_command_judges_an_adapter_on_other_data(trained, tmp_path, capsys):
     path = tmp_path / "other.jsonl"
     path.write_text("\n".join(json.dumps(pair(f"Other {i}?", f"Yes, {i}.", "Perhaps!")) for i in range(20)))

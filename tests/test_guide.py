@@ -231,13 +231,16 @@ def test_the_equations_of_this_tutorial_are_found_where_they_are_known_to_be():
 
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda p: p.stem)
-def test_a_notebook_opens_in_colab_and_its_code_can_be_copied(notebook, visit):
+def test_a_notebook_opens_in_colab_or_kaggle_and_its_code_can_be_copied(notebook, visit):
     tab = visit(page_of(notebook), "phone")
-    (button,) = tab.query_selector_all("a.guide-button")
-    assert button.is_visible() and button.inner_text() == "Open in Colab"
     slug = REPOSITORY.removeprefix("https://github.com/")
-    there = f"https://colab.research.google.com/github/{slug}/blob/main/notebooks/{notebook.name}"
-    assert button.get_attribute("href") == there
+    there = f"{slug}/blob/main/notebooks/{notebook.name}"
+    buttons = tab.query_selector_all("a.guide-button")
+    assert all(button.is_visible() for button in buttons)
+    assert {button.inner_text(): button.get_attribute("href") for button in buttons} == {
+        "Open in Colab": f"https://colab.research.google.com/github/{there}",
+        "Open in Kaggle": f"https://kaggle.com/kernels/welcome?src=https://github.com/{there}",
+    }
     assert len(tab.query_selector_all(".cell_input .copybtn")) == len(cells(notebook, "code"))
     assert not tab.query_selector_all(".cell_output .copybtn")
 

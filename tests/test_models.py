@@ -7,10 +7,29 @@ import pytest
 import torch
 from peft import get_peft_model
 
-from dpo_tutorial import models
+from dpo_tutorial import config, embedded, models, train
 from dpo_tutorial.errors import ArtifactError, ConfigError, ModelFetchError, ModelUnsuitableError
 
 IDS = torch.arange(3, 35).reshape(2, 16)
+
+UNPINNED = {"someone/model": "not pinned", "gpt2": "not pinned", "someone/model@main": "not pinned: main is a name"}
+PINNED = {"someone/model@" + "7ae557604a" * 4: "commit " + "7ae557604a" * 4}
+
+
+@pytest.mark.parametrize(("model", "words"), (UNPINNED | PINNED).items())
+def test_a_hub_model_is_called_pinned_only_where_a_commit_was_given(model, words):
+    cfg = config.resolve(profile="cpu", model=model)
+    where = models.source(cfg)
+    assert where.pin.startswith(words)
+    record = {"base": {"name": where.name, "revision": where.revision, "pin": where.pin}, "history": {"train": []}}
+    card = train.model_card(cfg, record | {"hardware": {"cores": 2}, "versions": {}})
+    assert f"| Base revision | {where.pin} |" in card and "SHA-256" not in card
+
+
+def test_a_folder_is_not_pinned_and_the_embedded_model_by_its_checksum(cfg, monkeypatch):
+    assert models.source(cfg).pin == "not pinned"
+    monkeypatch.setattr(embedded, "ensure_embedded_model", lambda: "somewhere")
+    assert embedded.GGUF_SHA256[:12] in models.source(dataclasses.replace(cfg, model="embedded")).pin
 
 
 def first_block_gradient(model) -> float:

@@ -6,7 +6,6 @@ import importlib.metadata
 import inspect
 import os
 import re
-import shlex
 import shutil
 import subprocess
 import sys
@@ -16,7 +15,6 @@ from pathlib import Path
 
 import bitsandbytes as bnb
 import datasets
-import nbformat
 import papermill
 import peft
 import pytest
@@ -24,10 +22,11 @@ import transformers
 import trl
 import trl.trainer.utils
 import yaml
+from conftest import code_cells
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from dpo_tutorial import badges, models, train
+from dpo_tutorial import badges, models, train, versions
 from dpo_tutorial.errors import ConfigError
 
 ROOT = Path(__file__).parents[1]
@@ -57,8 +56,7 @@ def python_files():
         if path.suffix == ".py":
             yield path.name, path.read_text(encoding="utf-8")
         else:
-            cells = [c.source for c in nbformat.read(path, as_version=4).cells if c.cell_type == "code"]
-            yield path.name, "\n".join(cells)
+            yield path.name, "\n".join(c.source for c in code_cells(path))
 
 
 # --- pins ----
@@ -123,8 +121,7 @@ def test_every_library_that_the_package_or_a_notebook_imports_is_declared():
 
 def workflow(name):
     parsed = yaml.safe_load((ROOT / ".github" / "workflows" / name).read_text(encoding="utf-8"))
-    (job,) = parsed["jobs"].values()
-    return parsed, job
+    return parsed, next(iter(parsed["jobs"].values()))
 
 
 def commands(job):
@@ -139,9 +136,10 @@ def test_every_workflow_is_yaml_with_triggers_and_jobs():
     paths = sorted((ROOT / ".github" / "workflows").glob("*.y*ml"))
     assert [p.name for p in paths] == ["cpu.yml", "gpu.yml", "pages.yml"]
     for path in paths:
-        parsed, job = workflow(path.name)
+        parsed, _ = workflow(path.name)
         assert parsed[True], "`on:` is read as true by YAML"
-        assert job["timeout-minutes"] and parsed["permissions"] == {"contents": "read"}
+        assert all(job["timeout-minutes"] for job in parsed["jobs"].values())
+        assert parsed["permissions"] == {"contents": "read"}
 
 
 def test_the_cpu_workflow_runs_make_test_on_pushes_and_pull_requests():
@@ -150,6 +148,8 @@ def test_the_cpu_workflow_runs_make_test_on_pushes_and_pull_requests():
     assert job["runs-on"] == "ubuntu-latest"
     assert commands(job)[-1] == "make test"
     assert "scripts/sample_ultrafeedback.py" in commands(job)[0], "the tests on real rows need their sample"
+    assert tuple(job["strategy"]["matrix"]["python"]) == versions.TESTED_PYTHONS
+    assert commands(parsed["jobs"]["lowest"]) == ["make lowest"]
 
 
 def test_the_gpu_workflow_runs_a_profile_on_a_gpu_runner_and_uploads_always():
@@ -180,34 +180,52 @@ def test_the_profiles_offered_by_the_gpu_workflow_exist_and_need_a_gpu():
     assert set(choice["options"]) == set(PROFILES) - {"cpu", "smoke"} and choice["default"] in choice["options"]
 
 
-def test_the_ci_script_is_executable_and_calls_make_test_then_make_run():
+def test_the_ci_script_is_executable_and_calls_make_test_make_run_and_make_colab():
     script = ROOT / ".ci" / "run"
     assert os.access(script, os.X_OK)
     subprocess.run(["bash", "-n", str(script)], check=True)
     text = script.read_text(encoding="utf-8")
-    assert re.findall(r"^make \w+.*$", text, re.MULTILINE) == ["make test", "make run"]
+    assert re.findall(r"^make \w+.*$", text, re.MULTILINE) == ["make test", "make run", "make colab"]
     assert re.search(r"^set -e", text, re.MULTILINE), "a failed test must stop it"
 
 
-def planned(*arguments):
+def planned(*arguments, where=ROOT):
     """The commands that `make` would run, whatever make or environment this test itself runs under."""
-    ours = ("MAKEFLAGS", "MFLAGS", "MAKELEVEL", "MAKEOVERRIDES", "PROFILE", "MODEL", "DATA", "SEED", "ARTIFACTS")
+    ours = (
+        "PYTHON",
+        "MAKEFLAGS",
+        "MFLAGS",
+        "MAKELEVEL",
+        "MAKEOVERRIDES",
+        "PROFILE",
+        "MODEL",
+        "DATA",
+        "SEED",
+        "ARTIFACTS",
+    )
     environment = {k: v for k, v in os.environ.items() if k not in ours}
     command = ["make", "--dry-run", *arguments]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout
-
-
-def test_the_makefile_hands_given_parameters_and_only_those_to_the_runner():
-    shown = planned("run", "PROFILE=cpu", "DATA=my pairs.jsonl", "SEED=")
-    (line,) = [line for line in shown.splitlines() if "dpo_tutorial.run" in line]
-    handed = shlex.split(line.partition("dpo_tutorial.run")[2])
-    assert handed == ["-p", "PROFILE", "cpu", "-p", "DATA", "my pairs.jsonl"]
+    return subprocess.run(command, cwd=where, env=environment, capture_output=True, text=True, check=True).stdout
 
 
 def test_make_test_checks_style_then_runs_the_tests_and_the_notebooks():
     shown = planned("test")
     places = [shown.find(part) for part in ("ruff check", "ruff format --check", "pytest tests", "--nbval")]
     assert -1 not in places and places == sorted(places)
+
+
+@pytest.mark.parametrize(("python", "anew"), [("", False), ("PYTHON=./now", False), ("PYTHON=./other", True)])
+def test_an_environment_of_another_python_than_asked_for_is_made_anew(tmp_path, python, anew):
+    for name in ("Makefile", "requirements.txt", "constraints.txt", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / "venv" / "bin").mkdir(parents=True)
+    for name, series in (("venv/bin/python", "3.11"), ("now", "3.11"), ("other", "3.12")):
+        (tmp_path / name).write_text(f"#!/bin/sh\necho {series}\n", encoding="utf-8")
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / "venv" / ".installed").touch()
+    shown = planned("run", "VENV=venv", *python.split(), where=tmp_path)
+    assert ("-m venv --clear venv" in shown and "of Python 3.11" in shown and "pip install" in shown) is anew
+    assert "venv/bin/python -m dpo_tutorial.run" in shown
 
 
 def test_the_readme_names_both_commands():
@@ -218,29 +236,37 @@ def test_the_readme_names_both_commands():
 # --- badges ----
 
 
-def test_the_badge_page_is_the_one_that_make_badges_writes():
-    expected = badges.badge_page(badges.slug(ROOT), [p.name for p in NOTEBOOKS])
-    assert (ROOT / "colab_badge.md").read_text(encoding="utf-8") == expected
+def test_the_badge_page_has_the_rows_that_make_badges_writes_and_no_others():
+    page = (ROOT / "colab_badge.md").read_text(encoding="utf-8")
+    rows = badges.badge_rows(badges.slug(ROOT), [p.name for p in NOTEBOOKS])
+    assert rows in page and page.count("](notebooks/") == len(NOTEBOOKS)
 
 
-def test_the_badge_page_links_each_notebook_once_and_its_badge_once():
-    page = badges.badge_page("me/dpo", ["01_a.ipynb", "02_b.ipynb"])
+def test_a_row_links_its_notebook_once_and_each_badge_once():
+    rows = badges.badge_rows("me/dpo", ["01_a.ipynb", "02_b.ipynb"])
     for name in ("01_a.ipynb", "02_b.ipynb"):
-        assert page.count(f"](notebooks/{name})") == 1
-        assert page.count(f"https://colab.research.google.com/github/me/dpo/blob/main/notebooks/{name}") == 1
+        (row,) = [line for line in rows.splitlines() if f"](notebooks/{name})" in line]
+        assert row.count(f"https://colab.research.google.com/github/me/dpo/blob/main/notebooks/{name})") == 1
+        there = f"https://github.com/me/dpo/blob/main/notebooks/{name}"
+        assert row.count(f"https://kaggle.com/kernels/welcome?src={there})") == 1
+
+
+def test_stamping_writes_a_row_for_a_new_notebook_and_keeps_the_text_around_the_table(copied):
+    page = copied / "colab_badge.md"
+    before = page.read_text(encoding="utf-8")
+    shutil.copy(copied / "notebooks" / "01_setup.ipynb", copied / "notebooks" / "07_new.ipynb")
+    badges.stamp(copied, badges.slug(copied))
+    after = page.read_text(encoding="utf-8")
+    new = badges.badge_rows(badges.slug(copied), ["07_new.ipynb"])
+    assert new in after and after.replace(new, "") == before
 
 
 @pytest.fixture
 def copied(tmp_path):
     """Everything that stamping writes, copied to where it may."""
-    slug = badges.slug(ROOT)
     shutil.copytree(ROOT / "notebooks", tmp_path / "notebooks")
-    shutil.copy(ROOT / "pyproject.toml", tmp_path)
-    readme = f"# Tutorial\n\n{badges.badge(slug, '01_setup.ipynb')}\n\nSee also https://github.com/huggingface/trl.\n"
-    page = badges.badge_page(slug, [p.name for p in NOTEBOOKS])
-    for name, text in (("README.md", readme), ("colab_badge.md", page)):
-        there = ROOT / name
-        (tmp_path / name).write_bytes(there.read_bytes() if there.exists() else text.encode())
+    for name in ("pyproject.toml", "README.md", "colab_badge.md"):
+        shutil.copy(ROOT / name, tmp_path)
     return tmp_path
 
 
@@ -347,7 +373,7 @@ def named(function):
         ("run.py", "papermill.execute_notebook", papermill.execute_notebook,
          {"parameters", "kernel_name", "cwd", "progress_bar", "log_output"}),
         ("data.py", "load_dataset", datasets.load_dataset, {"revision", "data_files"}),
-        ("models.py", "PeftModel.from_pretrained", peft.PeftModel.from_pretrained, set()),
+        ("models.py", "PeftModel.from_pretrained", peft.PeftModel.load_adapter, {"torch_device"}),  # handed on to it
     ],
     ids=["DPOTrainer", "LoraConfig", "BitsAndBytesConfig", "papermill", "load_dataset", "PeftModel"],
 )  # fmt: skip

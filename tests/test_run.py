@@ -20,8 +20,11 @@ from dpo_tutorial.errors import ArtifactError, ConfigError, NotebookError
 
 ROOT = Path(__file__).parents[1]
 KERNEL = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}
-PARAMETERS = 'PROFILE = ""\nARTIFACTS = ""  # folder\nTRAIN_IF_MISSING = False\n# NOT_ONE = 1'
-SHOWN = 'print("profile:", PROFILE)\nprint("artifacts:", ARTIFACTS)\nprint("trains:", bool(TRAIN_IF_MISSING))'
+PARAMETERS = 'PROFILE = ""\nARTIFACTS = ""  # folder'
+SHOWN = """from dpo_tutorial import config
+cfg = config.from_notebook(globals())
+print("artifacts:", cfg.artifacts)
+print("trains:", cfg.train_if_missing)"""
 
 
 def write(path, *cells):
@@ -81,20 +84,6 @@ def no_kernel(monkeypatch):
 # --- parameters ----
 
 
-def test_an_unknown_parameter_is_an_error_that_lists_the_known_ones(tmp_path):
-    with pytest.raises(ConfigError) as error:
-        run.check_parameters({"PROFILE": "cpu", "BTEA": "1", "profile": "cpu"}, tiny(tmp_path))
-    message = str(error.value)
-    assert "BTEA, profile" in message
-    assert "ARTIFACTS, PROFILE, TRAIN_IF_MISSING" in message and "NOT_ONE" not in message
-
-
-def test_a_parameter_that_only_one_notebook_declares_is_known(tmp_path):
-    run.check_parameters({"TRAIN_IF_MISSING": "True"}, tiny(tmp_path))
-    with pytest.raises(ConfigError):
-        run.check_parameters({"TRAIN_IF_MISSING": "True"}, tiny(tmp_path)[1:])
-
-
 def test_an_unknown_parameter_stops_the_run_before_anything_is_executed(tmp_path, no_kernel):
     with pytest.raises(ConfigError):
         run.run_all({"BTEA": "1", "ARTIFACTS": str(tmp_path / "results")}, tiny(tmp_path))
@@ -122,14 +111,12 @@ def test_a_wrong_profile_or_parameter_exits_with_1_lists_the_known_ones_and_runs
     assert no_kernel == [] and not (tmp_path / "results").exists()
 
 
-def test_each_notebook_gets_the_parameters_it_declares_and_the_profile(tmp_path, no_kernel):
-    given = {"PROFILE": "smoke", "ARTIFACTS": str(tmp_path / "results"), "TRAIN_IF_MISSING": "True"}
+def test_each_notebook_gets_every_parameter_as_the_text_that_was_typed(tmp_path, no_kernel):
+    given = {"PROFILE": "smoke", "ARTIFACTS": str(tmp_path / "results"), "TRAIN_IF_MISSING": "True", "BETA": "1e-1"}
     result = run_quietly(given, tiny(tmp_path))
     assert result.error is None
     handed = {Path(a[0]).name: k["parameters"] for a, k in no_kernel}
-    assert set(handed) == {"01_a.ipynb", "02_b.ipynb", "03_c.ipynb"}
-    assert set(handed["01_a.ipynb"]) == {"PROFILE", "ARTIFACTS", "TRAIN_IF_MISSING"}
-    assert handed["02_b.ipynb"] == handed["03_c.ipynb"] == {"PROFILE": "smoke"}
+    assert handed == dict.fromkeys(("01_a.ipynb", "02_b.ipynb", "03_c.ipynb"), given)
 
 
 def test_an_empty_parameter_means_not_set(tmp_path, no_kernel, monkeypatch):
@@ -137,12 +124,6 @@ def test_an_empty_parameter_means_not_set(tmp_path, no_kernel, monkeypatch):
     result = run_quietly({"PROFILE": "", "ARTIFACTS": str(tmp_path / "results")}, tiny(tmp_path))
     assert result.error is None and result.summary["profile"] == "smoke"
     assert all(k["parameters"]["PROFILE"] == "smoke" for _, k in no_kernel)
-
-
-def test_declared_parameters_are_the_assignments_of_the_tagged_cell(tmp_path):
-    first, second, _ = tiny(tmp_path)
-    assert run.declared_parameters(first) == ["PROFILE", "ARTIFACTS", "TRAIN_IF_MISSING"]
-    assert run.declared_parameters(second) == []
 
 
 def test_notebooks_are_the_numbered_ones_in_order(tmp_path):
@@ -161,7 +142,7 @@ def test_a_folder_without_numbered_notebooks_is_an_error_that_names_it(tmp_path)
 
 def test_parameters_reach_the_kernel(stopped):
     text = printed(stopped.executed / "01_a.ipynb")
-    assert "profile: smoke" in text
+    assert "profile 'smoke'" in text
     assert f"artifacts: {stopped.artifacts}" in text
 
 

@@ -3,12 +3,15 @@
 import dataclasses
 import json
 import math
+import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
 import trl.kernels.chunked_logprob
 import trl.trainer.utils
-from conftest import pair
+from conftest import TEXTS, pair
 from datasets import Dataset, concatenate_datasets
 
 from dpo_tutorial import artifacts, config, data, dpo, environment, evaluate, models, statistics, train
@@ -159,7 +162,7 @@ def test_the_adapter_is_saved_with_its_base_and_scores_the_same_after_reloading(
     record = run.require_adapter()
     assert record["base"]["name"] == "tiny-llama" and record["history"]["train"] and record["versions"]["trl"]
     card = (run.adapter / "README.md").read_text()
-    assert "tiny-llama" in card and "beta 0.1" in card
+    assert "tiny-llama" in card and "beta 0.1" in card and "| Base revision | not pinned |" in card
     assert str(run.dir) not in card + json.dumps(json.loads((run.adapter / "adapter_config.json").read_text()))
 
     before = evaluate.score_pairs(cfg, trainer.model, tokenizer, pairs)
@@ -278,3 +281,56 @@ def test_without_our_cast_fp16_fails_on_cuda(cfg, tokenizer, pairs, tmp_path, mo
     trainer = trainer_for(on_cuda(cfg, "fp16"), tokenizer, pairs, tmp_path)
     with pytest.raises((RuntimeError, NotImplementedError), match="BFloat16"):
         trainer.train()
+
+
+TWO_GPUS = """
+import torch
+from transformers import AutoModelForCausalLM
+from dpo_tutorial import config, models, train
+
+torch.cuda.is_available, torch.cuda.device_count = (lambda: True), (lambda: 2)
+torch.cuda.set_device = lambda device: None
+
+class Loaded(Exception): pass
+def from_pretrained(*_, device_map, **__): raise Loaded(device_map)
+AutoModelForCausalLM.from_pretrained = from_pretrained
+
+made = train.dpo_config(config.Config(dtype="fp16"), "unused")
+print(made.n_gpu, made.device, made.parallel_mode.value)
+try: models.load_base(config.Config(model={model!r}, dtype="fp16"))
+except Loaded as loaded: print(*loaded.args)
+"""
+
+
+def test_where_two_gpus_are_in_view_as_on_kaggle_one_process_takes_the_first_alone(tiny_folder, tmp_path):
+    """In a process of its own, because accelerate keeps what it saw; in such a process torch.cuda can be faked."""
+    code = TWO_GPUS.format(model=str(tiny_folder))
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout.splitlines() == ["1 cuda:0 not_parallel", "{'': 0}"], done.stderr[-2000:]
+
+
+def test_what_lies_in_an_input_folder_is_read_and_never_written_as_on_kaggle(tiny_folder, cfg, tokenizer, tmp_path):
+    """Model, pairs and adapter come from `/kaggle/input`, which is read-only; results go to the working folder."""
+    given, working = tmp_path / "input", tmp_path / "working"
+    shutil.copytree(tiny_folder, given / "model")
+    rows = [pair(f"{ask} {n}", chosen, rejected) for n in range(6) for ask, chosen, rejected in TEXTS]
+    (given / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    first = dataclasses.replace(cfg, model=str(given / "model"), data=str(given / "pairs.jsonl"))
+    splits = artifacts.Run(first).ensure_data(tokenizer).splits
+    base = models.load_base(first)
+    train.train(first, artifacts.Run(first), base, tokenizer, splits["train"], splits["val"])
+    shutil.copytree(artifacts.Run(first).adapter, given / "adapter")
+    for path in [*given.rglob("*"), given]:
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    before = {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in [given, *given.rglob("*")]}
+
+    here = dataclasses.replace(first, artifacts=str(working))
+    prepared = artifacts.Run(here).ensure_data(tokenizer)
+    assert artifacts.read_training_record(given / "adapter")["base"]["name"] == "model"
+    assert models.load_policy(here, given / "adapter").peft_config
+    train.train(
+        here, artifacts.Run(here), models.load_base(here), tokenizer, *map(prepared.splits.get, ("train", "val"))
+    )
+    after = {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in [given, *given.rglob("*")]}
+    assert after == before, "as root nothing is read-only, so the folder itself is compared"
+    assert artifacts.Run(here).require_adapter()

@@ -16,24 +16,23 @@ import nbformat
 import pytest
 import torch
 import yaml
-from conftest import TEXTS, pair
+from conftest import TEXTS, code_cells, pair
 from peft import get_peft_model
 from safetensors.torch import load_file, save_file
-from test_notebooks import code, each, outputs
+from test_notebooks import each, outputs
 from test_repository import planned
 
-from dpo_tutorial import config, data, models
+from dpo_tutorial import badges, config, data, models
 from dpo_tutorial.errors import ArtifactError, DataError, ModelCorruptError, ModelUnsuitableError
 
 ROOT = Path(__file__).parents[1]
 
 
 def source(path):
-    """The Python of a file; of a notebook its code cells (`test_notebooks.py` shows that they are plain Python)."""
-    text = path.read_text(encoding="utf-8")
+    """The Python of a file; of a notebook its code cells, a magic as the call that IPython makes of it."""
     if path.suffix == ".py":
-        return text
-    return "\n".join(c.source for c in nbformat.reads(text, as_version=4).cells if c.cell_type == "code")
+        return path.read_text(encoding="utf-8")
+    return "\n".join(c.source for c in code_cells(path))
 
 
 def files(*folders):
@@ -274,8 +273,9 @@ def test_the_search_for_shells_finds_one(text):
 
 
 @every_shipped_file
-def test_no_file_starts_a_shell(path):
-    assert shells(source(path)) == []
+def test_no_file_starts_a_shell_and_a_notebook_only_that_of_the_bootstrap_cell(path):
+    known = ["get_ipython()"] if path.suffix == ".ipynb" else []
+    assert shells(source(path)) == known
 
 
 @pytest.mark.parametrize("value", ["my pairs.jsonl", "o'clock.jsonl", "'; id; '", "$(id)", "$(shell id)", "`id`"])
@@ -319,7 +319,7 @@ flags = [word for pair in given.items() for word in ("-p", *pair)]
 assert train.main(flags) == 0
 adapter = f"{folder}/artifacts/smoke/adapter"
 assert evaluate.main(["--adapter", adapter, "--out", f"{folder}/report", "-p", "MAX_NEW_TOKENS", "4"]) == 0
-run.run_all({k: v for k, v in given.items() if k in run.declared_parameters(Path(notebook))}, [Path(notebook)])
+run.run_all(given, [Path(notebook)])
 run.clean_notebook(Path(f"{folder}/artifacts/smoke/executed") / Path(notebook).name, Path(folder) / "clean.ipynb")
 assert train.main(["-p", "MODEL", "nobody/nothing", "-p", "ARTIFACTS", given["ARTIFACTS"]]) == 1
 """
@@ -467,11 +467,12 @@ def test_a_notebook_shows_no_folder_no_token_and_no_login(path):
 
 @each
 def test_a_notebook_installs_only_by_the_bootstrap_cell(path):
-    """No `!pip install` of a parameter: cells are plain Python, and the one that runs pip has only fixed words."""
-    (cell,) = [c for c in code(path) if re.search(r"subprocess|\bpip\b", c.source)]
-    (call,) = [c for name, c in calls(cell.source) if name.startswith("subprocess.")]
-    words = {n.id for n in ast.walk(call) if isinstance(n, ast.Name)}
-    assert words <= {"subprocess", "sys", "str", "keep", "package"} and isinstance(call.args[0], ast.List)
+    """No `!pip install` of a parameter: one cell runs pip, before any parameter is set, and only with fixed words."""
+    text = source(path)
+    run = [call for name, call in calls(text) if name.startswith(("subprocess.", "get_ipython", "os.system"))]
+    (magic,) = [[ast.literal_eval(a) for a in call.args] for call in run if call.args]
+    assert magic == ["pip", f'install -q {{kept}} "dpo-tutorial @ git+https://github.com/{badges.slug(ROOT)}"']
+    assert text.index("run_line_magic") < text.index("PROFILE")
 
 
 def test_a_notebook_executed_now_and_cleaned_shows_no_private_thing(pipeline):

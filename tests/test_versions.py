@@ -7,6 +7,9 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from conftest import script
+from packaging.requirements import Requirement
+from packaging.version import Version
 
 from dpo_tutorial import environment, versions
 
@@ -17,8 +20,20 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["
 def test_the_package_holds_the_pins_of_requirements_txt():
     original, there = ROOT / "requirements.txt", ROOT / "src" / "dpo_tutorial" / "resources" / "requirements.txt"
     assert there.read_text() == original.read_text(), f"cp {original.name} {there.relative_to(ROOT)}"
-    assert f"(Python {versions.TESTED_PYTHON})" in original.read_text()
-    assert PROJECT["requires-python"] == f">={versions.TESTED_PYTHON}"
+    oldest, *_, newest = versions.TESTED_PYTHONS
+    assert f"(Python {oldest} to {newest})" in original.read_text()
+    assert PROJECT["requires-python"] == f">={oldest}"
+    assert PROJECT["classifiers"] == [f"Programming Language :: Python :: {v}" for v in versions.TESTED_PYTHONS]
+
+
+def test_the_lowest_versions_are_those_that_the_ranges_admit_first():
+    lowest = script("scripts/lowest.py").lowest
+    for line, pin in zip(PROJECT["dependencies"], lowest(PROJECT["dependencies"]), strict=True):
+        allowed, (only,) = Requirement(line), Requirement(pin).specifier
+        bound = min(Version(s.version) for s in allowed.specifier)
+        assert only.operator == "==" and Version(only.version) == bound and bound in allowed.specifier
+    with pytest.raises(AssertionError, match="numpy"):
+        lowest(["numpy"])
 
 
 def test_the_ranges_are_those_of_the_installed_package_without_its_extras(monkeypatch):
@@ -27,7 +42,8 @@ def test_the_ranges_are_those_of_the_installed_package_without_its_extras(monkey
 
 
 @pytest.mark.parametrize(
-    ("version", "status"), [("3.10.14", "fail"), ("3.11.7", "ok"), ("3.12.1", "warn"), ("3.110.0", "warn")]
+    ("version", "status"),
+    [("3.10.14", "fail"), ("3.11.7", "ok"), ("3.13.15", "ok"), ("3.14.0", "warn"), ("3.110.0", "warn")],
 )
 def test_python(monkeypatch, version, status):
     monkeypatch.setattr(versions.platform, "python_version", lambda: version)

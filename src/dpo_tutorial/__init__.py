@@ -5,6 +5,10 @@ __version__ = "0.1.0"
 import logging
 import warnings
 
+from .environment import check_session
+
+check_session()  # in Colab, pip may just have replaced what this notebook had imported before
+
 # Two notices that a reader can do nothing about: TRL 1.16 still says gradient_checkpointing where transformers 5.23
 # would say activation_checkpointing, and bitsandbytes looks for an optional CPU kernel that is not on the index.
 warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*is deprecated", category=FutureWarning)

@@ -1,4 +1,4 @@
-"""Stamp every Colab badge from the one slug in pyproject.toml: `python -m dpo_tutorial.badges owner/name`."""
+"""Stamp Colab's and Kaggle's badges from the one slug in pyproject.toml: `python -m dpo_tutorial.badges owner/name`."""
 
 from __future__ import annotations
 
@@ -21,17 +21,25 @@ def slug(root: Path) -> str:
 
 
 def badge(owner_and_name: str, notebook: str) -> str:
-    """One badge in Markdown."""
+    """Colab's badge in Markdown."""
     target = f"https://colab.research.google.com/github/{owner_and_name}/blob/main/notebooks/{notebook}"
     return f"[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]({target})"
 
 
-def badge_page(owner_and_name: str, names: list[str]) -> str:
-    """The text of colab_badge.md: a badge per notebook, and its Markdown to copy."""
-    lines = ["# Open in Colab", "", "Written by `make badges`; the repository's name comes from `pyproject.toml`.", ""]
-    lines += ["| notebook | badge |", "|---|---|"]
-    lines += [f"| [{n.removesuffix('.ipynb')}](notebooks/{n}) | {badge(owner_and_name, n)} |" for n in names]
-    return "\n".join(lines) + "\n"
+def kaggle_badge(owner_and_name: str, notebook: str) -> str:
+    """Kaggle's badge in Markdown; Kaggle imports the notebook that the link names."""
+    source = f"https://github.com/{owner_and_name}/blob/main/notebooks/{notebook}"
+    image = "https://kaggle.com/static/images/open-in-kaggle.svg"
+    return f"[![Open in Kaggle]({image})](https://kaggle.com/kernels/welcome?src={source})"
+
+
+def badge_rows(owner_and_name: str, names: list[str]) -> str:
+    """The rows of the table in colab_badge.md: a notebook and its two badges each."""
+    rows = []
+    for name in names:
+        both = f"{badge(owner_and_name, name)} | {kaggle_badge(owner_and_name, name)}"
+        rows.append(f"| [{name.removesuffix('.ipynb')}](notebooks/{name}) | {both} |\n")
+    return "".join(rows)
 
 
 def stamp(root: Path, owner_and_name: str) -> None:
@@ -52,7 +60,10 @@ def stamp(root: Path, owner_and_name: str) -> None:
             rf"(?<=github\.com/){re.escape(old)}(?![\w-])|(?<=/github/){re.escape(old)}(?=/)", owner_and_name, text
         )
         path.write_text(text, encoding="utf-8")
-    (root / "colab_badge.md").write_text(badge_page(owner_and_name, [p.name for p in paths]), encoding="utf-8")
+    page = root / "colab_badge.md"  # its table is written anew, the text around it stays
+    rows = badge_rows(owner_and_name, [p.name for p in paths])
+    text = re.sub(r"(^\| \[.+\n)+", lambda _: rows, page.read_text(encoding="utf-8"), count=1, flags=re.MULTILINE)
+    page.write_text(text, encoding="utf-8")
 
 
 def main() -> int:

@@ -13,11 +13,10 @@ import time
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
 from datasets import Dataset
 from transformers import TrainerCallback
 
-from . import artifacts
+from . import artifacts, environment
 from .config import Config
 from .embedded import sha256
 from .errors import ArtifactError
@@ -36,7 +35,7 @@ def fingerprint(config: Config, trainer) -> dict:
         "config": config.training_identity(),
         "pairs": digest_of_pairs(trainer.train_dataset),
         "base": digest_of_base(trainer.model),
-        "processes": PartialState().num_processes,  # each takes its share of the batches
+        "processes": environment.processes().num_processes,  # each takes its share of the batches
     }
 
 
@@ -167,7 +166,7 @@ class Seal(TrainerCallback):
         self.order = torch.get_rng_state()
 
     def on_save(self, args, state, control, **kwargs) -> None:
-        PartialState().wait_for_everyone()  # each process writes the state of its own random numbers
+        environment.processes().wait_for_everyone()  # each process writes the state of its own random numbers
         if not state.is_world_process_zero:
             return
         order = torch.get_rng_state() if float(state.epoch).is_integer() else self.order  # at its end: the next epoch's

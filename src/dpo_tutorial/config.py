@@ -1,10 +1,15 @@
-"""One frozen config, a few named profiles, and `resolve()`, which says why it chose what it chose."""
+"""One frozen config, a few named profiles, and `resolve()`, which says why it chose what it chose.
+
+A knob is a field of `Config`; its name in capitals sets it, in the same words from five places: `make run NAME=value`,
+`papermill -p NAME value`, `-p NAME VALUE` of a command, the environment (`DPO_TUTORIAL_NAME`) and a notebook's cell.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 import os
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -34,6 +39,7 @@ RANGES = {
     "lora_r": _COUNT,
     "lora_alpha": _COUNT,
     "lora_dropout": _SHARE,
+    "lora_targets": (lambda v: v and all(v), "names of layers, separated by commas"),
     "max_tokens": (lambda v: v >= 32, "32 or more"),
     "beta": _POSITIVE,
     "loss_type": (lambda v: v in LOSS_TYPES, f"one of {', '.join(LOSS_TYPES)}"),
@@ -54,6 +60,12 @@ RANGES = {
 
 def _knob(default, group: str, what: str, unit: str = ""):
     return field(default=default, metadata={"group": group, "help": what, "unit": unit})
+
+
+#: Where, how often and from what a run stores or takes its results; none of these changes what they are.
+_NOT_THE_RESULT = (
+    "artifacts", "save_steps", "fresh", "strict", "reasons", "adapter", "train_if_missing", "judge_url", "judge_model",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -95,6 +107,10 @@ class Config:
 
     compare_prompts: int = _knob(24, "compare", "held-out prompts answered by base and policy", "prompts")
     max_new_tokens: int = _knob(96, "compare", "longest generated answer", "tokens")
+    adapter: str = _knob("", "compare", "notebook 06: folder of the adapter to judge; empty: this run's")
+    train_if_missing: bool = _knob(False, "compare", "notebook 06: train here and now where there is no adapter")
+    judge_url: str = _knob("", "compare", "notebook 06: chat API that judges the answers (its key: JUDGE_API_KEY)")
+    judge_model: str = _knob("", "compare", "notebook 06: the model that this API is asked for")
 
     seed: int = _knob(42, "run", "seed of python, numpy, torch, the shuffle and the sampler")
     artifacts: str = _knob("artifacts", "run", "folder that receives <profile>/…")
@@ -116,7 +132,7 @@ class Config:
     def identity(self) -> dict:
         """The values that decide the result, as plain JSON types (not where or how often it is stored, nor why)."""
         values = dataclasses.asdict(self)
-        for name in ("artifacts", "save_steps", "fresh", "strict", "reasons"):
+        for name in _NOT_THE_RESULT:
             values.pop(name)
         return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
 
@@ -171,64 +187,118 @@ PROFILES: dict[str, dict] = {
     ),
 }  # fmt: skip
 
-_ENV_NAMES = ("profile", "model", "data", "seed", "artifacts")
+_PREFIX = "DPO_TUTORIAL_"
+#: Variables with this prefix that are no knobs; `embedded`, `environment` and `judge` read them.
+_OTHER_VARIABLES = ("CACHE", "WHEEL", "HEADLESS", "CPU_BF16_SPEEDUP")
 
 
 def known_parameters() -> list[str]:
-    """Names a notebook or `-p NAME VALUE` may set: every knob of `Config` that is not derived."""
+    """The names that may be set, in capitals: every field of `Config` but `reasons`."""
     return [f.name.upper() for f in dataclasses.fields(Config) if f.name != "reasons"]
 
 
-def resolve(**parameters) -> Config:
-    """Turn a notebook's parameters into a config, and print what was chosen and why.
-
-    Precedence: a parameter that is not empty, then the environment (`DPO_TUTORIAL_PROFILE`, `_MODEL`, `_DATA`,
-    `_SEED`, `_ARTIFACTS`), then the profile's default; the profile itself follows the hardware.
+def check_names(names: Iterable[str], hint: str = "", prefix: str = "") -> None:
+    """Refuse names that are no knob.
 
     Args:
-        **parameters: any knob of `Config`, upper or lower case. `None` and `""` mean "not set".
+        hint: added to what is said to do about it.
+        prefix: what stood before each name where it was found.
+
+    Raises:
+        ConfigError: names them, and lists the known ones.
+    """
+    unknown = sorted(prefix + name for name in set(names) - set(known_parameters()))
+    if unknown:
+        mend = f"Known parameters: {', '.join(known_parameters())}.{hint}"
+        raise ConfigError(f"Unknown parameter {', '.join(unknown)}.", mend)
+
+
+def named(pairs: Iterable[Sequence[str]]) -> dict[str, str]:
+    """The `-p NAME VALUE` pairs of a command line; of a name given twice the last value.
+
+    Raises:
+        ConfigError: a name that is no knob. Names are in capitals, as they are everywhere else.
+    """
+    given = dict(pairs)
+    check_names(given)
+    return given
+
+
+def from_notebook(names: Mapping[str, object]) -> Config:
+    """The config of a notebook: `cfg = config.from_notebook(globals())`, below the cell tagged `parameters`.
+
+    Every knob among the names is taken, whether the tagged cell, another one or papermill set it, listed there or not.
+
+    Raises:
+        ConfigError: as `resolve`; also for a plain value under another name in capitals, or under a knob's name in
+            small letters as long as no later cell can have made it.
+    """
+    known = known_parameters()
+    first = not any(isinstance(value, Config) for value in names.values())  # a second time, later cells may have run
+    stray = [
+        name
+        for name, value in names.items()
+        if name not in known and not name.startswith("_") and _could_set_a_knob(value)
+        if name.isupper() or (first and name.upper() in known)
+    ]
+    check_names(stray, " In a notebook these, and only these, are written in capitals.")
+    return resolve(**{name: names[name] for name in known if name in names})
+
+
+def _could_set_a_knob(value: object) -> bool:
+    if isinstance(value, (list, tuple)):
+        return all(isinstance(part, str) for part in value)
+    return value is None or isinstance(value, (str, int, float))
+
+
+def _from_environment() -> dict[str, str]:
+    found = {}
+    for name, value in os.environ.items():
+        if name.startswith(_PREFIX) and name.removeprefix(_PREFIX) not in _OTHER_VARIABLES:
+            found[name.removeprefix(_PREFIX)] = value
+    others = ", ".join(_PREFIX + name for name in _OTHER_VARIABLES)
+    check_names(found, f" In the environment each has {_PREFIX} before it; there are also {others}.", _PREFIX)
+    return {name.lower(): value for name, value in found.items() if value}
+
+
+def resolve(recorded: Mapping[str, object] | None = None, /, **parameters) -> Config:
+    """Turn parameters into a config, and print what was chosen and why.
+
+    Precedence: a parameter, then the environment (`DPO_TUTORIAL_` and the name), then `recorded`, then the profile's
+    default; the profile itself follows the hardware. `None` and `""` mean "not set".
+
+    Args:
+        recorded: values of an earlier run, as `Config.identity` gives them, in place of the profile's.
+        **parameters: any knob of `Config`, in capitals or small letters.
 
     Raises:
         ConfigError: unknown profile or parameter (lists the known ones), or a value of the wrong type or range.
     """
-    given = {name.lower(): value for name, value in parameters.items()}
-    fields = {f.name: f for f in dataclasses.fields(Config) if f.name != "reasons"}
-    unknown = sorted(set(given) - set(fields))
-    if unknown:
-        raise ConfigError(
-            f"Unknown parameter {', '.join(n.upper() for n in unknown)}.",
-            f"Known parameters: {', '.join(known_parameters())}.",
-        )
-    given = {name: value for name, value in given.items() if value is not None and value != ""}
-    reasons = []
-    for name in _ENV_NAMES:
-        value = os.environ.get(f"DPO_TUTORIAL_{name.upper()}", "")
-        if value and name not in given:
-            given[name] = value
-            reasons.append(f"{name} = {value}: set by DPO_TUTORIAL_{name.upper()}")
+    fields = {f.name: f for f in dataclasses.fields(Config)}
+    recorded = dict(recorded or {})
+    check_names(name.upper() for name in [*parameters, *recorded])
+    given = {name: (value, f"set by {_PREFIX}{name.upper()}") for name, value in _from_environment().items()}
+    given |= {name.lower(): (value, "asked for") for name, value in parameters.items() if value not in (None, "")}
+    given = {name: (_coerce(fields[name], value), why) for name, (value, why) in given.items()}
 
     hardware = environment.hardware()
-    profile = given.pop("profile", None)
-    if profile is None:
-        profile, why = _profile_for(hardware)
-        reasons.append(f"profile = {profile}: {why}")
-    elif not any(r.startswith("profile") for r in reasons):
-        reasons.append(f"profile = {profile}: asked for")
+    choices = [given.pop("profile", None), (recorded.pop("profile", None), "recorded"), _profile_for(hardware)]
+    profile, why = next(choice for choice in choices if choice and choice[0])
     if profile not in PROFILES:
         raise ConfigError(f"Unknown profile {profile!r}.", f"Known profiles: {', '.join(PROFILES)}.")
+    dtype, measured = environment.pick_dtype(hardware)
+    reasons = [f"profile = {profile}: {why}"] + ([] if "dtype" in given else [f"dtype = {dtype}: {measured}"])
 
-    dtype, why = environment.pick_dtype(hardware)
-    if "dtype" not in given:
-        reasons.append(f"dtype = {dtype}: {why}")
     values = {"dtype": dtype} | PROFILES[profile]
-    for name in given:  # another model or dataset does not share the pinned commit of the default
-        if name in ("model", "data"):
+    values |= {name: value if value is None else _coerce(fields[name], value) for name, value in recorded.items()}
+    for name in ("model", "data"):  # another model or dataset does not share the pinned commit of the default
+        if name in given:
             values[f"{name}_revision"] = None
-            reasons.append(f"{name} = {given[name]}: asked for")
-    for name, value in given.items():
-        values[name] = _coerce(fields[name], value)
+    for name, (value, why) in given.items():
+        values[name] = value
+        reasons.append(f"{name} = {','.join(value) if isinstance(value, tuple) else value}: {why}")
     for name in ("model", "data"):
-        spec, at, revision = str(values.get(name, EMBEDDED)).rpartition("@")
+        spec, at, revision = values.get(name, EMBEDDED).rpartition("@")
         if at and not Path(values[name]).expanduser().exists():
             values[name], values[f"{name}_revision"] = spec, revision
     config = Config(profile=profile, **values, reasons=tuple(reasons))
@@ -239,18 +309,20 @@ def resolve(**parameters) -> Config:
 
 
 def _coerce(f: dataclasses.Field, value: object) -> object:
-    """Papermill and the environment hand over strings; turn them into the field's own type."""
-    kind = type(f.default)
+    """The value in its field's own type: a command line, the environment and papermill hand over text."""
+    kind = str if f.default is None else type(f.default)
     try:
         if kind is bool:
             if str(value).lower() not in ("true", "false", "0", "1"):
                 raise ValueError
             return str(value).lower() in ("true", "1")
         if kind is tuple:
-            return tuple(value.split(",")) if isinstance(value, str) else tuple(value)
+            return tuple(str(part).strip() for part in (value.split(",") if isinstance(value, str) else value))
+        if kind is str and isinstance(value, (list, tuple, dict)):
+            raise ValueError
         if kind is int and float(value) != int(float(value)):
             raise ValueError
-        return kind(float(value)) if kind is int else kind(value) if kind in (float, str) else str(value)
+        return int(float(value)) if kind is int else kind(value)
     except (TypeError, ValueError, OverflowError):
         raise ConfigError(
             f"{f.name.upper()}={value!r} is not of type {kind.__name__}.",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import glob
 import json
 from collections import Counter
 from collections.abc import Iterator
@@ -92,7 +93,7 @@ def _read(config: Config) -> DatasetDict:
                     f"DATA={spec} does not exist (looked in {Path.cwd()}).", "Give the path of an existing file."
                 )
             kind = "parquet" if path.suffix == ".parquet" else "json"
-            return load_dataset(kind, data_files={"train": str(path)})
+            return load_dataset(kind, data_files={"train": glob.escape(str(path))})  # `[1]` in a name is no pattern
         if path.suffix in (".csv", ".tsv") and path.is_file():
             with path.open(encoding="utf-8-sig", errors="replace", newline="") as stream:
                 found = next(csv.reader(stream, delimiter="," if path.suffix == ".csv" else "\t"), [])

@@ -63,7 +63,7 @@ def _doctor(options: argparse.Namespace, findings: list[Finding]) -> None:
     record, said = {"profile": None, "hardware": None}, io.StringIO()
     with contextlib.redirect_stdout(said):  # with --json, standard output is JSON and nothing else
         try:
-            config = configs.resolve(**dict(options.p))
+            config = configs.resolve(**configs.named(options.p))
             findings += examine(config)
             record = {"profile": config.profile, "hardware": environment.hardware()}
         except (ImportError, OSError) as error:  # torch is missing or cannot be loaded: say what can be said

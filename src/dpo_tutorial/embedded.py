@@ -28,11 +28,12 @@ GGUF_BYTES = 98_362_432
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 NAME = "SmolLM2-135M-Instruct"
 _SUMS = "SHA256SUMS.json"
+_CONVERSION = 2  # raise it when `convert_gguf` would write something else: an older copy is not used then
 
 
 def model_folder() -> Path:
     """Where the converted model is kept; asking does not make it."""
-    return environment.cache_dir() / f"{NAME}-{GGUF_SHA256[:12]}"
+    return environment.cache_dir() / f"{NAME}-{GGUF_SHA256[:12]}-{_CONVERSION}"
 
 
 def or_hub(model: str = "", data: str = "") -> tuple[tuple[str, str | None], tuple[str, str | None]]:
@@ -166,16 +167,31 @@ def convert_gguf(gguf: Path, target: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), trust_remote_code=False, **where)
     if not tokenizer.chat_template:
         raise ModelCorruptError("The GGUF file carries no chat template.", f"Fetch {REQUIREMENT} again.")
+    set_special_tokens(tokenizer, gguf)
     model = AutoModelForCausalLM.from_pretrained(
         str(gguf.parent), dtype=torch.bfloat16, trust_remote_code=False, **where
     )
     # transformers marks the model as GGUF-quantized and then refuses to save it, though its weights are plain now
     model.hf_quantizer, model.is_quantized = None, False
-    del model.config.quantization_config
+    vars(model.config).pop("quantization_config", None)  # transformers 5.15 notes it elsewhere
     model.config._name_or_path = NAME
     target.mkdir(parents=True)
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)
+
+
+def set_special_tokens(tokenizer, gguf: Path) -> None:
+    """Give the tokenizer the special tokens that the GGUF's own metadata names.
+
+    Older transformers get them wrong: 5.17 takes `<|im_start|>` for the EOS of this file, and then no answer ends.
+    """
+    from gguf import GGUFReader
+
+    fields = GGUFReader(gguf).fields
+    for ours, theirs in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
+        token = tokenizer.convert_ids_to_tokens(int(fields[f"tokenizer.ggml.{theirs}_token_id"].contents()))
+        setattr(tokenizer, f"{ours}_token", token)
+    tokenizer.clean_up_tokenization_spaces = False  # it would take spaces out before punctuation
 
 
 def sha256(path: Path) -> str:

@@ -4,23 +4,34 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import functools
 import gc
 import importlib.metadata
 import os
 import platform
 import random
 import re
+import sys
 import threading
-import time
 from collections.abc import Iterable
 from pathlib import Path
 
+from packaging.version import InvalidVersion, Version
+
+from .errors import SessionError
+
 DTYPES = ("bf16", "fp16", "fp32")
-_SPEEDUP = "DPO_TUTORIAL_CPU_BF16_SPEEDUP"
 PACKAGES = (
     "torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate", "papermill", "numpy",
 )  # fmt: skip
+
+#: Module → distribution, of packages that cannot run half old and half new.
+_WHOLE = {
+    name: name
+    for name in (
+        "torch", "numpy", "pandas", "pyarrow", "scipy", "matplotlib", "statsmodels", "transformers", "tokenizers",
+        "safetensors", "huggingface_hub", "datasets", "accelerate", "peft", "trl", "bitsandbytes",
+    )
+} | {"PIL": "pillow", "sklearn": "scikit-learn"}  # fmt: skip
 
 
 def project_root() -> Path:
@@ -43,7 +54,10 @@ def without_paths(text: str) -> str:
     """The text with the folders of project, cache and home as `.`, `<cache>` and `~`: what is shown to others."""
     for folder, name in ((project_root(), "."), (cache_dir(), "<cache>"), (Path.home(), "~")):
         if folder.is_absolute() and len(folder.parts) > 1:  # the root of the file system is nobody's home
-            text = re.sub(rf"(?<![\w.-]){re.escape(str(folder))}(?![\w-]|\.\w)", name, text)
+            # between two parts of a Windows path stands one backslash, in a repr or in JSON two, in a URL a slash
+            written = r"(?:\\\\?|/)".join(re.escape(part.rstrip("\\/")) for part in folder.parts)
+            same = re.IGNORECASE if "\\" in str(folder) else 0  # Windows knows one file by its name in any case
+            text = re.sub(rf"(?<![\w.-]){written}(?![\w-]|\.\w)", name, text, flags=same)
     return text
 
 
@@ -59,7 +73,7 @@ def hardware() -> dict:
         "cuda": torch.cuda.is_available(),
     }
     if not record["cuda"]:
-        record["cpu_bf16_speedup"] = cpu_bf16_speedup()
+        record["cpu_bf16"] = cpu_bf16()
     else:
         properties = torch.cuda.get_device_properties(0)
         record |= {
@@ -71,33 +85,17 @@ def hardware() -> dict:
     return record
 
 
-@functools.cache
-def cpu_bf16_speedup() -> float:
-    """How many times as fast this CPU multiplies matrices in bfloat16 as in float32: the best of five, one decimal.
+def cpu_bf16() -> str | None:
+    """The instructions with which this CPU multiplies bfloat16 matrices, "AVX512-BF16 and AMX-BF16"; None without.
 
-    Measured, because flags do not tell: a processor may list AVX512-BF16 and still be slower in it
-    (`benchmarks/cpu_step.md`).
+    Asked of the processor, not timed: load on the machine would change the answer, and with it the run. Arm processors
+    with bfloat16, Apple's among them, count as without: nothing here was measured on one, and float32 is right on all.
     """
     import torch
 
-    if handed := os.environ.get(_SPEEDUP):
-        return float(handed)
-
-    def seconds(dtype) -> float:
-        a, b = torch.ones(1024, 576, dtype=dtype), torch.ones(576, 1536, dtype=dtype)
-        times = []
-        for _ in range(6):  # the first one warms up
-            started = time.perf_counter()
-            a @ b
-            times.append(time.perf_counter() - started)
-        return min(times[1:])
-
-    return round(seconds(torch.float32) / seconds(torch.bfloat16), 1)
-
-
-def hand_over_measurements() -> None:
-    """Let processes started from here take this one's measurement: all notebooks of a run compute in one type."""
-    os.environ[_SPEEDUP] = str(cpu_bf16_speedup())
+    flags = torch.cpu.get_capabilities()  # by CPUID, so on Windows too; public since torch 2.11
+    names = {"avx512_bf16": "AVX512-BF16", "amx_bf16": "AMX-BF16"}
+    return " and ".join(name for flag, name in names.items() if flags.get(flag)) or None
 
 
 def pick_dtype(hardware: dict) -> tuple[str, str]:
@@ -113,9 +111,12 @@ def pick_dtype(hardware: dict) -> tuple[str, str]:
         if major >= 8:
             return "bf16", f"compute capability {major}.{minor} computes in bfloat16"
         return "fp16", f"compute capability {major}.{minor} has no native bfloat16"
-    speedup = hardware["cpu_bf16_speedup"]
-    measured = f"this CPU multiplies bfloat16 matrices {speedup:g} times as fast as float32, measured now"
-    return ("bf16" if speedup >= 1.5 else "fp32"), measured
+    found = hardware["cpu_bf16"]
+    if not found:
+        return "fp32", "this CPU has neither AVX512-BF16 nor AMX-BF16"
+    if "AMX" not in found:  # about twice as fast on some processors, half as fast on others (benchmarks/cpu_step.md)
+        found += ", but no AMX: if it is slow, try DTYPE=fp32"
+    return "bf16", f"this CPU has {found}"
 
 
 def torch_dtype(name: str):
@@ -148,9 +149,21 @@ def release_free_memory() -> None:
 
 
 def device() -> str:
+    """Where weights are loaded, trained and run: "cuda" where there is a CUDA device, else "cpu".
+
+    Apple's GPUs ("mps") and Intel's ("xpu") are left alone: nothing here was tried on one. Libraries that would look
+    for one themselves are told this device, so that nothing is loaded on one device and trained on another.
+    """
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def processes():
+    """accelerate's record of the processes that train together, on `device()`; made on the first call."""
+    from accelerate import PartialState
+
+    return PartialState(cpu=device() == "cpu")
 
 
 def seed_everything(seed: int) -> None:
@@ -174,6 +187,31 @@ def versions(packages: Iterable[str] = PACKAGES) -> dict[str, str]:
     return found
 
 
+def check_session() -> None:
+    """Stop before a notebook runs on packages that are half old, in memory, and half new, on disk.
+
+    The package calls it when it is imported, which every notebook does before it needs anything else.
+
+    Raises:
+        SessionError: pip replaced a package that this process had already imported.
+    """
+    replaced = []
+    for module, distribution in _WHOLE.items():
+        held = getattr(sys.modules.get(module), "__version__", None)
+        try:  # base versions, because the local part (+cu128) may be missing on one side
+            there = importlib.metadata.version(distribution)
+            if held and Version(Version(held).base_version) != Version(Version(there).base_version):
+                replaced.append(f"{distribution} {there} (this session still holds {held})")
+        except (importlib.metadata.PackageNotFoundError, InvalidVersion):
+            continue
+    if replaced:
+        raise SessionError(
+            f"pip installed {', '.join(replaced)}.",
+            "Restart, then run from the top (Colab: Runtime > Restart session; Kaggle: Run > Restart & clear cell "
+            "outputs; Jupyter: Kernel > Restart).",
+        )
+
+
 def free_memory_gib() -> float:
     """Memory that a model could still take: of the GPU where there is one, else of the machine."""
     import psutil
@@ -192,21 +230,33 @@ def synchronize() -> None:
 
 
 def peak_memory_gib() -> float:
-    """Peak memory of this process so far: CUDA allocations where there is a GPU, else resident set size."""
+    """What torch has allocated on the GPU at most since the last reset, or, without a GPU, this process's memory.
+
+    A `PeakMemory` block resets the first. The second is the resident set since the process began: nothing resets it.
+    """
+    import psutil
     import torch
 
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
-    import resource
+    if sys.platform == "win32":
+        return psutil.Process().memory_info().peak_wset / 2**30
+    return _resident_peak_gib("RUSAGE_SELF")
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+def children_peak_memory_gib() -> float | None:
+    """Resident set peak of the largest process that this one started and saw end: of a run, its largest notebook.
+
+    None on Windows, which keeps no such record of processes that have ended.
+    """
+    return None if sys.platform == "win32" else _resident_peak_gib("RUSAGE_CHILDREN")
 
 
-def children_peak_memory_gib() -> float:
-    """Resident set peak of the largest process that this one started and saw end: of a run, its largest notebook."""
-    import resource
+def _resident_peak_gib(whose: str) -> float:
+    import resource  # not on Windows
 
-    return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
+    peak = resource.getrusage(getattr(resource, whose)).ru_maxrss
+    return peak / (2**30 if sys.platform == "darwin" else 2**20)  # macOS counts bytes, Linux KiB
 
 
 class PeakMemory:
@@ -253,3 +303,10 @@ class PeakMemory:
             self._done.set()
             self._watcher.join()
         self.gib, self.total_gib = (self._peak - self._before) / 2**30, self._peak / 2**30
+
+
+def peak_memory_in_words() -> str:
+    """`peak_memory_gib`, and what it is the peak of."""
+    if device() == "cuda":
+        return f"{peak_memory_gib():.1f} GiB allocated by torch on the GPU, since the count was last reset"
+    return f"{peak_memory_gib():.1f} GiB of main memory, since this process began"

@@ -21,9 +21,17 @@ class TutorialError(Exception):
         self.mend = mend
         super().__init__(f"{cause}\n  Mend: {mend}")
 
+    def _render_traceback_(self) -> list[str]:
+        """What a notebook shows: the message alone. IPython asks for it; plain Python prints its traceback."""
+        return [f"{type(self).__name__}: {self}"]
+
 
 class ConfigError(TutorialError):
     """An unknown profile or parameter, or a value out of range."""
+
+
+class SessionError(TutorialError):
+    """This process has imported a package that was replaced on disk since."""
 
 
 class ModelFetchError(TutorialError):
@@ -83,6 +91,9 @@ def disk_error(error: BaseException) -> str | None:
 
 def exit_code(action: Callable, *arguments) -> int:
     """Run what a command does; a `TutorialError` becomes its message on standard error and exit code 1."""
+    for stream in (sys.stdout, sys.stderr):  # on Windows a file or pipe is written in an old code page without "→"
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
     try:
         action(*arguments)
     except TutorialError as error:

@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from . import artifacts, data, dpo, environment, errors, house_style, models, statistics
-from .config import Config, resolve
+from .config import Config, named, resolve
 
 
 def score_pairs(
@@ -319,10 +319,8 @@ def _report(options: argparse.Namespace) -> None:
 
     record = artifacts.read_training_record(Path(options.adapter))
     beta = record["config"]["beta"]
-    settings = {name: value for name, value in record["config"].items() if name != "dtype"}
-    if options.data:
-        settings |= {"data": options.data, "data_revision": None}
-    config = resolve(**settings | {name.lower(): value for name, value in options.p})
+    recorded = {name: value for name, value in record["config"].items() if name != "dtype"}
+    config = resolve(recorded, **({"DATA": options.data} if options.data else {}) | named(options.p))
     environment.seed_everything(config.seed)
     tokenizer = models.load_tokenizer(config)
     run = artifacts.Run(config, Path(options.out))

@@ -13,7 +13,7 @@ from typing import Protocol
 
 import torch
 from huggingface_hub import InferenceClient
-from huggingface_hub.errors import HfHubHTTPError, InferenceTimeoutError
+from huggingface_hub.errors import HfHubHTTPError
 from IPython.display import display
 from tqdm.auto import tqdm
 
@@ -139,8 +139,6 @@ class ChatJudge:
             try:
                 answer = self._client.chat_completion(request, model=self.name, temperature=0, max_tokens=8, seed=0)
                 return answer.choices[0].message.content
-            except InferenceTimeoutError:
-                cause, mend, again = f"gave no answer within {self.timeout:g} seconds", "Raise timeout.", True
             except HfHubHTTPError as error:
                 status = error.response.status_code
                 cause = f"answered with HTTP status {status}: {self._short(error.server_message) or 'no reason given'}"
@@ -149,8 +147,11 @@ class ChatJudge:
             except (AttributeError, LookupError, TypeError, ValueError):
                 cause, mend = "answered with no chat completion in JSON", "Check that url is an OpenAI-compatible API."
             except Exception as error:  # of whichever HTTP library this version of huggingface_hub is built on
+                again = "Timeout" in type(error).__name__  # huggingface_hub 1 lets those of its library through
                 cause = f"cannot be reached ({type(error).__name__})"
                 mend = "Start the server, check url and the network, and unset HF_HUB_OFFLINE."
+                if again:
+                    cause, mend = f"gave no answer within {self.timeout:g} seconds", "Raise timeout."
             if not again:
                 break
         raise JudgeError(f"The judge at {self.url} {cause}.", mend)  # not chained: the cause may quote the key

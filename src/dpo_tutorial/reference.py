@@ -12,13 +12,12 @@ import hashlib
 import json
 
 import numpy as np
-from accelerate import PartialState
 from accelerate.utils import gather_object
 from datasets import Dataset
 from tqdm.auto import tqdm
 from trl import DPOTrainer
 
-from . import artifacts, checkpoints
+from . import artifacts, checkpoints, environment
 from .config import Config
 from .errors import ArtifactError
 
@@ -44,7 +43,7 @@ def _with_reference(trainer: DPOTrainer, pairs: Dataset, config: Config, run: ar
     of |= {"base": checkpoints.digest_of_base(trainer.model), "pairs": checkpoints.digest_of_pairs(pairs)}
     name = f"reference-{hashlib.sha256(json.dumps(of, sort_keys=True).encode()).hexdigest()[:16]}.json"
     found = _read(run, name, len(pairs))
-    PartialState().wait_for_everyone()  # all have looked before one writes
+    environment.processes().wait_for_everyone()  # all have looked before one writes
     if found is None:
         found = _compute(trainer, pairs)
         if trainer.is_world_process_zero():
@@ -72,7 +71,7 @@ def _compute(trainer: DPOTrainer, pairs: Dataset) -> dict[str, list[float]]:
     batches = [order[i : i + size].tolist() for i in range(0, len(order), size)]
     training, mine = trainer.model.training, []
     trainer.model.eval()
-    with PartialState().split_between_processes(batches) as own:
+    with environment.processes().split_between_processes(batches) as own:
         for rows in tqdm(own, desc="reference", leave=False):
             batch = trainer._prepare_inputs(trainer.data_collator([pairs[i] for i in rows]))
             sides = (values.tolist() for values in trainer.compute_ref_log_probs(trainer.model, batch))

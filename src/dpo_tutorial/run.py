@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
@@ -21,7 +22,7 @@ from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 
 from . import artifacts, config, data, environment, models
-from .errors import ArtifactError, ConfigError, NotebookError, exit_code
+from .errors import ArtifactError, NotebookError, exit_code
 
 #: What a kernel must not do in a headless run: fetch chatter, wait for a vote, start tokenizer threads after a fork,
 #: or keep small freed pieces apart, which leaves holes between large ones (`benchmarks/memory_plan.md`).
@@ -46,48 +47,11 @@ def notebooks(folder: Path | None = None) -> list[Path]:
     return found
 
 
-def declared_parameters(notebook: Path) -> list[str]:
-    """Names assigned in the cell tagged `parameters`."""
-    for cell in nbformat.read(notebook, as_version=4).cells:
-        if "parameters" in cell.metadata.get("tags", []):
-            return re.findall(r"^([A-Z][A-Z_]*)\s*=", cell.source, re.MULTILINE)
-    return []
-
-
-def check_parameters(given: dict[str, str], paths: list[Path]) -> None:
-    """Papermill only warns about a name that no notebook has; here it is an error that lists the known ones."""
-    known = sorted({name for path in paths for name in declared_parameters(path)})
-    unknown = sorted(set(given) - set(known))
-    if unknown:
-        raise ConfigError(f"Unknown parameter {', '.join(unknown)}.", f"The notebooks know: {', '.join(known)}.")
-
-
-def literal(value: str) -> bool | int | float | str:
-    """What a command line says, as the literal a parameters cell would hold: `False` is not a text."""
-    if value in ("True", "False", "true", "false"):
-        return value in ("True", "true")
-    for kind in (int, float):
-        try:
-            return kind(value)
-        except ValueError:
-            continue
-    return value
-
-
-def resolve(parameters: dict[str, str], paths: list[Path]) -> tuple[dict, config.Config]:
-    """What a command line gives: the notebooks' parameters as literals, and the config they make.
-
-    Raises:
-        ConfigError: unknown profile or parameter, or a value of the wrong type or range.
-    """
-    given = {k: literal(v) for k, v in parameters.items() if v != ""}
-    check_parameters(given, paths)
-    names = set(config.known_parameters())
-    return given, config.resolve(**{k: v for k, v in given.items() if k in names})
-
-
 def run_all(parameters: dict[str, str], paths: list[Path] | None = None) -> dict:
     """Execute the notebooks in order into `<artifacts>/<profile>/executed/`.
+
+    Args:
+        parameters: knobs by their names in capitals, as text; each notebook gets all of them and makes its config.
 
     Returns:
         The summary that is printed at the end and saved as `summary.json`.
@@ -98,13 +62,13 @@ def run_all(parameters: dict[str, str], paths: list[Path] | None = None) -> dict
         NotebookError: a notebook failed; names the cell and the partial notebook. Later ones do not run.
     """
     paths = paths or notebooks()
-    given, resolved = resolve(parameters, paths)
+    resolved = config.resolve(**config.named(parameters.items()))
     run = artifacts.Run(resolved)
     models.load_tokenizer(resolved)  # a missing model or data file is found now, not after minutes
     data.load_preferences(resolved)
     run.lock("notebooks")
     try:
-        return _run_all(run, given, paths)
+        return _run_all(run, parameters, paths)
     finally:
         run.unlock("notebooks")
 
@@ -115,21 +79,20 @@ def _run_all(run: artifacts.Run, given: dict, paths: list[Path]) -> dict:
     (run.dir / "summary.json").unlink(missing_ok=True)
     executed.mkdir()
     os.environ.update(_KERNEL_ENV)
-    environment.hand_over_measurements()
     minutes = {}
     for number, path in enumerate(paths, 1):
         print(f"[{number}/{len(paths)}] {path.name}", flush=True)
         started = time.perf_counter()
-        own = {k: v for k, v in given.items() if k in declared_parameters(path)}
-        own["PROFILE"] = run.config.profile
         with training_lines(run.dir / "progress.jsonl"):
-            _execute(path, executed / path.name, own)
+            _execute(path, executed / path.name, given | {"PROFILE": run.config.profile})
         minutes[path.stem] = round((time.perf_counter() - started) / 60, 2)
         print(f"[{number}/{len(paths)}] {path.name} done in {minutes[path.stem]:.1f} min", flush=True)
     return _summary(run, minutes)
 
 
 def _execute(path: Path, target: Path, parameters: dict) -> None:
+    # Papermill warns of a name that the notebook's cell does not list; all of these were checked, and all are taken.
+    logging.getLogger("papermill").setLevel(logging.ERROR)
     try:
         papermill.execute_notebook(
             str(path), str(target), parameters=parameters, kernel_name="python3", cwd=str(Path.cwd()),
@@ -182,7 +145,8 @@ def training_lines(progress: Path, every: float = 20.0) -> Iterator[None]:
 
 def _summary(run: artifacts.Run, minutes: dict[str, float]) -> dict:
     summary = {"profile": run.config.profile, "why": list(run.config.reasons), "minutes": minutes}
-    summary["peak_memory_gib"] = round(environment.children_peak_memory_gib(), 2)
+    peak = environment.children_peak_memory_gib()
+    summary["peak_memory_gib"] = peak and round(peak, 2)
     comparison = run.dir / "comparison.json"
     if comparison.exists():
         found = run.read_json("comparison.json")
@@ -199,7 +163,8 @@ def _summary(run: artifacts.Run, minutes: dict[str, float]) -> dict:
     print(
         "minutes    " + ", ".join(f"{k} {v:.1f}" for k, v in minutes.items()) + f"; {sum(minutes.values()):.1f} in all"
     )
-    print(f"memory     {summary['peak_memory_gib']:.1f} GiB of main memory at the peak of the largest notebook")
+    if peak:
+        print(f"memory     {peak:.1f} GiB of main memory at the peak of the largest notebook")
     if "held_out" in summary:
         a = summary["held_out"]
         print(f"held out   accuracy {a['rate']:.2f} (95% {a['low']:.2f} to {a['high']:.2f}, n = {a['n']}); base 0.50")
@@ -260,7 +225,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _main(options: argparse.Namespace) -> None:
-    summary = run_all(dict(options.p))
+    summary = run_all(config.named(options.p))
     if options.refresh:
         for path in notebooks():
             clean_notebook(Path(summary["executed"]) / path.name, path)

@@ -600,4 +600,4 @@ def picture(figure: Figure) -> Image:
     """The figure as an image that carries its alt text into the notebook and every page made from it."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", facecolor="white")
-    return Image(buffer.getvalue(), alt=alt_text(figure))
+    return Image(buffer.getvalue(), metadata={"alt": alt_text(figure)})  # Colab's IPython 7.34 knows no `alt=`

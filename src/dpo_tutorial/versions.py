@@ -14,7 +14,7 @@ from packaging.version import Version
 from . import environment
 from .errors import Finding
 
-TESTED_PYTHON = "3.11"  # also the oldest that works: `requires-python` in pyproject.toml
+TESTED_PYTHONS = ("3.11", "3.12", "3.13")  # the first is also the oldest that works: `requires-python`
 BROUGHT = ("torch", "numpy")  # the machine brings them (pyproject.toml says why), so they are never to be installed
 
 
@@ -40,13 +40,13 @@ def ranges() -> dict[str, SpecifierSet]:
 
 
 def python() -> Finding:
-    version = platform.python_version()
-    if Version(version).release < Version(TESTED_PYTHON).release:
-        mend = f"Make an environment with Python {TESTED_PYTHON}."
-        return Finding("python", "fail", f"{version}, older than {TESTED_PYTHON}", mend)
-    if not version.startswith(f"{TESTED_PYTHON}."):
-        mend = f"Usually fine. If something else fails, try Python {TESTED_PYTHON}."
-        return Finding("python", "warn", f"{version}, tested with {TESTED_PYTHON}", mend)
+    version, (oldest, *_, newest) = platform.python_version(), TESTED_PYTHONS
+    if Version(version).release < Version(oldest).release:
+        mend = f"Make an environment with Python {oldest} to {newest}."
+        return Finding("python", "fail", f"{version}, older than {oldest}", mend)
+    if version.rpartition(".")[0] not in TESTED_PYTHONS:
+        mend = f"Usually fine. If something else fails, try Python {newest}."
+        return Finding("python", "warn", f"{version}, tested with {oldest} to {newest}", mend)
     return Finding("python", "ok", f"{version}, as tested")
 
 
