@@ -115,8 +115,8 @@ fit into the holes that short ones left. Without glibc's per-thread cache
 memory back after each step held the peak at 2.8 in 13 steps, and 8 steps took 85 s instead of 75. One run each; not
 kept in `memory_plan.json`.
 
-On CUDA: not measured. The formulae differ there where the code does: no process, no holes, and a head that works inside
-one tile of logits (`footprint.logit_bytes`).
+On CUDA six settings of a 0.5B shape are measured ([gpu.md](gpu.md)). The formulae differ there
+where the code does: no process, no holes, and a head that works inside one tile of logits (`footprint.logit_bytes`).
 
 - **Exact:** weights, adapters, gradients, optimizer; `tests/test_planner.py` compares them with tensors.
 - **Counted:** activations and logits, from what autograd keeps and what TRL's head allocates.

@@ -58,7 +58,7 @@ def cache(tmp_path, monkeypatch):
 @pytest.fixture
 def cached(cache):
     """A cached model folder with sums that fit, of small files."""
-    folder = cache / f"{embedded.NAME}-{embedded.GGUF_SHA256[:12]}"
+    folder = embedded.model_folder()
     folder.mkdir(parents=True)
     (folder / "config.json").write_text("{}")
     (folder / "model.safetensors").write_bytes(b"weights" * 100)
@@ -248,3 +248,26 @@ def test_the_preference_set_is_short_and_balanced_in_the_tokens_of_the_embedded_
         chosen, rejected = (sum(side) / len(rows) for side in zip(*lengths, strict=True))
         assert 0.4 <= longer <= 0.6 and abs(chosen - rejected) / min(chosen, rejected) < 0.10, split
         assert sum(max(pair) < 80 for pair in lengths) / len(rows) > 0.9, split
+
+
+def test_special_tokens_are_those_of_the_ggufs_own_metadata(tokenizer, tmp_path):
+    """transformers 5.17 takes the BOS of this file for its EOS; an answer then never ends."""
+    import copy
+
+    from gguf import GGUFWriter
+
+    wrong = copy.deepcopy(tokenizer)
+    wrong.eos_token = wrong.pad_token = "<|im_start|>"
+    ids = {name: tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in ("im_start", "im_end", "endoftext")}
+    writer = GGUFWriter(tmp_path / "tiny.gguf", "llama")
+    writer.add_bos_token_id(ids["im_start"])
+    writer.add_eos_token_id(ids["im_end"])
+    writer.add_unk_token_id(ids["endoftext"])
+    writer.add_pad_token_id(ids["im_end"])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    embedded.set_special_tokens(wrong, tmp_path / "tiny.gguf")
+    assert (wrong.eos_token, wrong.pad_token, wrong.bos_token) == ("<|im_end|>", "<|im_end|>", "<|im_start|>")
+    assert wrong.eos_token_id == ids["im_end"]

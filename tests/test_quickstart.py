@@ -38,7 +38,7 @@ trainer.add_callback(Count)
 """
 REPORT = """
 import json, pathlib
-margins = args.beta * (policy_gap - base_gap)
+margins = next(iter(judges.values()))
 pathlib.Path(ARTIFACTS, "report.json").write_text(json.dumps({
     "output": OUTPUT, "kind": kind, "gpu": os.environ["CUDA_VISIBLE_DEVICES"], "steps": Count.steps,
     "reached": trainer.state.global_step, "losses": [r["loss"] for r in trainer.state.log_history if "loss" in r],
