@@ -6,10 +6,11 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from conftest import code_cells
 
 from dpo_tutorial.exercises import exercise
 
-NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("0*.ipynb"))
+NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("0[1-9]_*.ipynb"))
 HEADING = re.compile(r"^### Exercise (\d\.\d): .+ \((★{1,3}), (\d+) minutes\)$", re.MULTILINE)
 SOLUTION = re.compile(r"<details>\s*<summary>Solution</summary>\s*```python\n(.*?)```", re.DOTALL)
 
@@ -31,10 +32,9 @@ def found_in(path: Path) -> dict[str, dict]:
 def imports_of(path: Path) -> dict:
     """The names that the notebook's own import lines bind: what an exercise may use beside its own."""
     names: dict = {}
-    for cell in nbformat.read(path, as_version=4).cells:
-        if cell.cell_type == "code":
-            lines = [n for n in ast.parse(cell.source).body if isinstance(n, ast.Import | ast.ImportFrom)]
-            exec(compile(ast.Module(lines, type_ignores=[]), path.name, "exec"), names)
+    for cell in code_cells(path):
+        lines = [n for n in ast.parse(cell.source).body if isinstance(n, ast.Import | ast.ImportFrom)]
+        exec(compile(ast.Module(lines, type_ignores=[]), path.name, "exec"), names)
     return names
 
 
