@@ -1,7 +1,9 @@
 """The quickstart as a file, and as a reader runs it: on a tiny model, killed, run again, its adapter loaded anew."""
 
+import html
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -152,6 +154,17 @@ def test_readers_find_it_first():
         assert text.index("https://colab.research.google.com/github/") == text.index(badge.rpartition("(")[2][:-1])
     for other in test_notebooks.PATHS:
         assert f"]({NOTEBOOK.name}) → " in nbformat.read(other, as_version=4).cells[0].source
+
+
+def test_what_it_says_of_its_answers_is_what_its_table_shows():
+    (table,) = [o.data["text/html"] for c in code() for o in c.outputs if "same greedy decoding" in str(o.get("data"))]
+    rows = [list(map(html.unescape, row)) for row in re.findall(3 * "<td>(.*?)</td>", table, re.DOTALL)]
+    ended = [sum(row[column].rstrip().endswith((".", "!", "?")) for row in rows) for column in (1, 2)]
+    prose = [c.source for c in nbformat.read(NOTEBOOK, as_version=4).cells if c.cell_type == "markdown"]
+    assert any(f"{ended[1]} of {len(rows)} instead of {ended[0]}," in text for text in prose), ended
+    (top,) = [text for text in prose if text.startswith("## What you will have")]
+    before, after = re.findall(r"(?<!\*)\*([^*]+)\*(?!\*)", top)
+    assert any(before in row[1] and after in row[2] for row in rows)
 
 
 def make(*words):
