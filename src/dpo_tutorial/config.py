@@ -189,7 +189,7 @@ PROFILES: dict[str, dict] = {
 
 _PREFIX = "DPO_TUTORIAL_"
 #: Variables with this prefix that are no knobs; `embedded`, `environment` and `judge` read them.
-_OTHER_VARIABLES = ("CACHE", "WHEEL", "HEADLESS", "CPU_BF16_SPEEDUP")
+_OTHER_VARIABLES = ("CACHE", "WHEEL", "HEADLESS")
 
 
 def known_parameters() -> list[str]:
