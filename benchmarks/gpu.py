@@ -506,7 +506,7 @@ def stage_c(options, record: Record) -> None:
         command = [places.get(word, word) for word in command]
         log = (keep / f"{folder}.log").open("w")
         artifacts = p("ARTIFACTS", str(out), flag="-r" if folder == "quickstart" else "-p")
-        going[folder] = subprocess.Popen(command + artifacts, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
+        going[folder] = subprocess.Popen([*command, *artifacts], cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
     while going:
         for folder in [f for f, process in going.items() if process.poll() is not None]:
             code = going.pop(folder).returncode
