@@ -212,6 +212,7 @@ def _clean_output(output: nbformat.NotebookNode) -> nbformat.NotebookNode:
         output.text = environment.without_paths(output.text)
     for kind, value in output.get("data", {}).items():
         if isinstance(value, str) and kind.startswith("text/"):
+            value = re.sub(r"<div>\s*<progress.*?</div>", "", value, flags=re.DOTALL)  # the bar above Trainer's table
             output.data[kind] = environment.without_paths(value)
     return output
 
