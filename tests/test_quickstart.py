@@ -194,7 +194,10 @@ def test_a_killed_session_goes_on_and_ends_as_an_undisturbed_one(
     assert resumed["steps"] < resumed["reached"] == STEPS
     for name, weights in adapter(undisturbed).items():
         assert torch.equal(adapter(resumed)[name], weights), name
-    assert (resumed["losses"], resumed["margins"]) == (undisturbed["losses"], undisturbed["margins"])
+    assert resumed["margins"] == undisturbed["margins"]
+    # Trainer logs means over three steps; of the three that the stop fell into, it knows only those behind it.
+    others = [a == b for a, b in zip(resumed["losses"], undisturbed["losses"], strict=True)]
+    assert others.count(False) <= 1 and others[-1]
 
 
 def test_a_finished_training_is_not_repeated(undisturbed, instrumented, tiny_folder, pairs_folder, tmp_path):
