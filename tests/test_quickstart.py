@@ -195,7 +195,7 @@ def test_a_killed_session_goes_on_and_ends_as_an_undisturbed_one(
     for name, weights in adapter(undisturbed).items():
         assert torch.equal(adapter(resumed)[name], weights), name
     assert resumed["margins"] == undisturbed["margins"]
-    # Trainer logs means over three steps; of the three that the stop fell into, it knows only those behind it.
+    # Trainer logs means over a few steps; of those that the stop fell into, it knows only the ones behind it.
     others = [a == b for a, b in zip(resumed["losses"], undisturbed["losses"], strict=True)]
     assert others.count(False) <= 1 and others[-1]
 
