@@ -5,9 +5,9 @@ import os
 import re
 import shutil
 import subprocess
+from importlib.metadata import version
 
 import pytest
-import torch
 from test_show import HOSTILE, Page
 
 from dpo_tutorial import artifacts, evaluate, judge, report, show, statistics
@@ -123,7 +123,7 @@ def test_the_saved_comparison_has_the_settings_versions_and_hardware_beside_it(c
     paths = report.save(artifacts.Run(cfg, tmp_path / "out"), training, RECORDS, comparison)
     assert [p.name for p in paths] == ["records.json", "comparison.json", "report.html"]
     saved = json.loads((tmp_path / "out" / "comparison.json").read_text())
-    assert saved["adapter"]["config"]["beta"] == cfg.beta and saved["versions"]["torch"] == torch.__version__
+    assert saved["adapter"]["config"]["beta"] == cfg.beta and saved["versions"]["torch"] == version("torch")
     assert "cores" in saved["hardware"]
     assert json.loads((tmp_path / "out" / "records.json").read_text()) == RECORDS
 
