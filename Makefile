@@ -17,7 +17,7 @@ unexport $(TYPED) REPO
 
 # The quickstart has knobs of its own, and lies beside its results.
 KNOBS  := PROFILE MODEL DATA PAIRS ARTIFACTS
-OTHERS := $(filter-out $(KNOBS),$(TYPED))
+UNKNOWN := $(filter-out $(KNOBS),$(TYPED))
 FOLDER := $(if $(and $(filter command,$(origin ARTIFACTS)),$(value ARTIFACTS)),$(call quoted,ARTIFACTS),artifacts)
 
 .DEFAULT_GOAL := help
@@ -44,7 +44,7 @@ run: $(STAMP)  ## all six notebooks, headless; NAME=value sets a parameter of do
 	$(PY) -m dpo_tutorial.run $(PARAMETERS)
 
 quickstart: $(STAMP)  ## one page, minutes: PROFILE=smoke MODEL= DATA= PAIRS= ARTIFACTS=
-	$(if $(OTHERS),$(error quickstart does not know $(OTHERS). It knows $(KNOBS)))
+	$(if $(UNKNOWN),$(error quickstart does not know $(UNKNOWN). It knows $(KNOBS)))
 	mkdir -p $(FOLDER)
 	$(PY) -m papermill notebooks/00_quickstart.ipynb $(FOLDER)/00_quickstart.ipynb $(foreach name,$(KNOBS),$(if $(and $(filter command,$(origin $(name))),$(value $(name))),-p $(name) $(call quoted,$(name))))
 

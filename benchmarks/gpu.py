@@ -250,7 +250,7 @@ def five_steps(options, record: Record, cfg, base, tokenizer, cast: bool) -> Non
     """Five steps with the adapter in float32, and as TRL leaves it: in fp16 that fails (trl#4901)."""
     length = 64 if options.tiny else 256
     pairs = speed.full_length(tokenizer, length, 40, asked=" b" * (length // 4))
-    ours, said = train.cast_trainable_to_fp32, ""
+    ours, types, said = train.cast_trainable_to_fp32, [], ""
     if not cast:
         train.cast_trainable_to_fp32 = lambda model: None
     try:
@@ -266,7 +266,7 @@ def five_steps(options, record: Record, cfg, base, tokenizer, cast: bool) -> Non
                 "finite": finite,
             }
     except Exception as error:  # this is what is measured
-        types, found, said = types if "types" in locals() else [], {}, f"{type(error).__name__}: {error}"[:300]
+        found, said = {}, f"{type(error).__name__}: {error}"[:300]
     finally:
         train.cast_trainable_to_fp32 = ours
     base = trainer.model.unload()
@@ -550,13 +550,13 @@ def stage_d(options, record: Record) -> None:
     record.write("D", "baselines", **baselines(rows))
     queue = tasks(options)
     if options.workers == 1:
-        worker(options, queue, record.path)
+        worker(options, queue, record.path, rows)
         return
     context = multiprocessing.get_context("spawn")
     line = context.Queue()
     for task in queue:
         line.put(task)
-    working = [context.Process(target=worker, args=(options, line, record.path)) for _ in range(options.workers)]
+    working = [context.Process(target=worker, args=(options, line, record.path, rows)) for _ in range(options.workers)]
     for process in working:
         process.start()
     for process in working:
@@ -588,20 +588,19 @@ def split(rows: list[dict], seed: int, fold: int, folds: int = FOLDS) -> tuple[l
     return sides
 
 
-def worker(options, queue, path: Path) -> None:
+def worker(options, queue, path: Path, rows: list[dict]) -> None:
     """Train and score one task after another: trained in the GPU's type, scored in float32, which hides no margin."""
     import queue as queues
 
     started = time.perf_counter()
     cfg = settings(options, batch_size=8, grad_accum=1, max_tokens=1024, save_steps=10**6)
     tokenizer = models.load_tokenizer(cfg)
-    rows = ultrafeedback(tokenizer, options)
     exact = dataclasses.replace(cfg, dtype="fp32")
     if options.tiny:
         base, judge = (random_base(TINY, c, tokenizer) for c in (cfg, exact))
     else:
         base, judge = models.load_base(cfg), models.load_base(exact)
-    from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+    from peft import get_peft_model
 
     scorer = get_peft_model(judge, models.lora_config(exact))
     record = Record(path)
@@ -613,13 +612,13 @@ def worker(options, queue, path: Path) -> None:
         if time.perf_counter() - started > options.seconds:
             return
         begun = time.perf_counter()
-        base, found = one_fold(options, cfg, exact, base, scorer, tokenizer, rows, task,
-                               get_peft_model_state_dict, set_peft_model_state_dict)  # fmt: skip
+        base, found = one_fold(options, cfg, exact, base, scorer, tokenizer, rows, task)
         record.write("D", "fold", **task, **found, seconds=time.perf_counter() - begun)
 
 
-def one_fold(options, cfg, exact, base, scorer, tokenizer, rows, task, read_state, set_state) -> tuple:
+def one_fold(options, cfg, exact, base, scorer, tokenizer, rows, task) -> tuple:
     from datasets import Dataset
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
     held, rest = split(rows, task["seed"], task["fold"], 2 if options.tiny else FOLDS)
     ours = dataclasses.replace(cfg, learning_rate=task["rate"], epochs=float(task["epochs"]), seed=task["seed"])
@@ -634,7 +633,7 @@ def one_fold(options, cfg, exact, base, scorer, tokenizer, rows, task, read_stat
         seconds = time.perf_counter() - started
     log = train.history(trainer)["train"]
     free()
-    set_state(scorer, read_state(trainer.model))
+    set_peft_model_state_dict(scorer, get_peft_model_state_dict(trainer.model))
     records = evaluate.score_pairs(exact, scorer, tokenizer, Dataset.from_list(held))
     found = {
         "train_seconds": seconds, "steps": len(log), "first_loss": log[0]["loss"], "n": len(records),

@@ -21,6 +21,8 @@ for name in [
     n for n in os.environ if n.startswith("DPO_TUTORIAL_") and n not in ("DPO_TUTORIAL_CACHE", "DPO_TUTORIAL_WHEEL")
 ]:
     del os.environ[name]  # a test says what it depends on
+for name in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL", "MAKEOVERRIDES"):
+    os.environ.pop(name, None)  # under `make test`, a test's own make would take itself for a part of that one
 
 torch.set_num_threads(1)  # tiny models: two threads would only wait for each other
 

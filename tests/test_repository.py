@@ -193,10 +193,6 @@ def planned(*arguments, where=ROOT):
     """The commands that `make` would run, whatever make or environment this test itself runs under."""
     ours = (
         "PYTHON",
-        "MAKEFLAGS",
-        "MFLAGS",
-        "MAKELEVEL",
-        "MAKEOVERRIDES",
         "PROFILE",
         "MODEL",
         "DATA",

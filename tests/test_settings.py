@@ -98,12 +98,10 @@ def made_by_make(tmp_path, seen):
     python.write_text(f"#!{sys.executable}\n{note}\n")
     python.chmod(0o755)
     (tmp_path / ".installed").touch()
-    ours = {"MAKEFLAGS", "MFLAGS", "MAKELEVEL", "MAKEOVERRIDES"}
-    environment = {name: value for name, value in os.environ.items() if name not in ours}
 
     def handed(*typed):
         command = ["make", "--silent", "run", f"VENV={tmp_path}", *typed]
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         module, *rest = json.loads(noted.read_text())[1:]
         assert module == "dpo_tutorial.run"

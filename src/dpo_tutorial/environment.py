@@ -198,9 +198,11 @@ def check_session() -> None:
     replaced = []
     for module, distribution in _WHOLE.items():
         held = getattr(sys.modules.get(module), "__version__", None)
+        if held is None:  # not imported yet: nothing to look up
+            continue
         try:  # base versions, because the local part (+cu128) may be missing on one side
             there = importlib.metadata.version(distribution)
-            if held and Version(Version(held).base_version) != Version(Version(there).base_version):
+            if Version(Version(held).base_version) != Version(Version(there).base_version):
                 replaced.append(f"{distribution} {there} (this session still holds {held})")
         except (importlib.metadata.PackageNotFoundError, InvalidVersion):
             continue
