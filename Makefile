@@ -49,7 +49,7 @@ quickstart: $(STAMP)  ## one page, minutes: PROFILE=smoke MODEL= DATA= PAIRS= AR
 	$(PY) -m papermill notebooks/00_quickstart.ipynb $(FOLDER)/00_quickstart.ipynb $(foreach name,$(KNOBS),$(if $(and $(filter command,$(origin $(name))),$(value $(name))),-p $(name) $(call quoted,$(name))))
 
 test: $(STAMP) lint  ## style, unit tests, notebook checks, all six notebooks in the smoke profile
-	$(PY) -m pytest tests
+	OMP_NUM_THREADS=1 $(PY) -m pytest tests -n auto --dist loadfile --durations=15
 	rm -rf artifacts/smoke
 	mkdir -p artifacts/smoke
 	$(PY) -m papermill notebooks/00_quickstart.ipynb artifacts/smoke/00_quickstart.ipynb -p PROFILE smoke -p ARTIFACTS artifacts/smoke
@@ -66,7 +66,7 @@ lowest:  ## unit tests with the lowest versions that pyproject.toml admits, in a
 	$(PYTHON) -m venv --clear $(VENV)-lowest
 	$(PYTHON) scripts/lowest.py > $(VENV)-lowest/requirements.txt
 	$(VENV)-lowest/bin/python -m pip install --quiet --disable-pip-version-check -r $(VENV)-lowest/requirements.txt --editable .[dev]
-	$(VENV)-lowest/bin/python -m pytest tests
+	OMP_NUM_THREADS=1 $(VENV)-lowest/bin/python -m pytest tests -n auto --dist loadfile
 
 notebooks: $(STAMP)  ## run the cpu profile and the quickstart, and write their outputs into notebooks/
 	$(PY) -m dpo_tutorial.run -p PROFILE cpu --refresh
