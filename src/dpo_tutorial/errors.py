@@ -54,10 +54,6 @@ class ArtifactError(TutorialError):
     """A file of the run is missing, stale, or cannot be written."""
 
 
-class JudgeError(TutorialError):
-    """A judge cannot be reached, or answers with something that is no verdict."""
-
-
 class NotebookError(TutorialError):
     """A notebook stopped; names the cell and the partial notebook."""
 
