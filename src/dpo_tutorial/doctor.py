@@ -142,9 +142,11 @@ def _hub_cache(kind: str = "", name: str = "") -> Path:
 
 
 def model_here(config: Config) -> bool:
+    """Whether its weights are on this machine."""
     if config.model == configs.EMBEDDED:
         return embedded.model_folder().exists()
-    return Path(config.model).expanduser().exists() or _hub_cache("model", config.model).exists()
+    kept = _hub_cache("model", config.model).glob("snapshots/*/*.safetensors")
+    return Path(config.model).expanduser().exists() or any(kept)
 
 
 def model(config: Config) -> str:
