@@ -9,7 +9,7 @@ GUIDE  := build/guide
 quoted = '$(subst ','\'',$(value $(1)))'
 
 # What reaches the notebooks: make run PROFILE=cpu BETA=0.3. Every variable that is typed, but make's own and never the
-# shell's; dpo_tutorial.run knows which names there are.
+# shell's; the command knows which names there are.
 TYPED := $(sort $(foreach name,$(.VARIABLES),$(if $(filter command,$(origin $(name))),$(name))))
 TYPED := $(filter-out PYTHON VENV PY STAMP GUIDE REPO SHELL MAKEFLAGS,$(TYPED))
 PARAMETERS := $(foreach name,$(TYPED),-p '$(name)' $(call quoted,$(name)))
@@ -21,7 +21,7 @@ UNKNOWN := $(filter-out $(KNOBS),$(TYPED))
 FOLDER := $(if $(and $(filter command,$(origin ARTIFACTS)),$(value ARTIFACTS)),$(call quoted,ARTIFACTS),artifacts)
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart run test colab lowest notebooks lint badges bench gpu guide clean
+.PHONY: help quickstart run test colab lowest notebooks lint pins badges bench gpu guide clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
@@ -33,15 +33,15 @@ OTHER := $(filter-out $(call series,$(PYTHON)),$(call series,$(PY)))
 endif
 .PHONY: $(if $(OTHER),$(STAMP))
 
-$(STAMP): requirements.txt constraints.txt pyproject.toml
+$(STAMP): requirements.txt pyproject.toml
 	$(if $(OTHER),@echo "$(VENV) is of Python $(OTHER): it is made anew with $(PYTHON)")
 	$(if $(OTHER),,test -x $(PY) || )$(PYTHON) -m venv --clear $(VENV)
-	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt -c constraints.txt
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --editable .
 	touch $@
 
 run: $(STAMP)  ## all six notebooks, headless; NAME=value sets a parameter of docs/parameters.md
-	$(PY) -m dpo_tutorial.run $(PARAMETERS)
+	$(PY) -m dpo_tutorial run $(PARAMETERS)
 
 quickstart: $(STAMP)  ## one page, minutes: PROFILE=smoke MODEL= DATA= PAIRS= ARTIFACTS=
 	$(if $(UNKNOWN),$(error quickstart does not know $(UNKNOWN). It knows $(KNOBS)))
@@ -69,13 +69,17 @@ lowest:  ## unit tests with the lowest versions that pyproject.toml admits, in a
 	OMP_NUM_THREADS=1 $(VENV)-lowest/bin/python -m pytest tests -n auto --dist loadfile
 
 notebooks: $(STAMP)  ## run the cpu profile and the quickstart, and write their outputs into notebooks/
-	$(PY) -m dpo_tutorial.run -p PROFILE cpu --refresh
-	rm -rf artifacts/refresh && mkdir -p artifacts/refresh
-	$(PY) -m papermill notebooks/00_quickstart.ipynb artifacts/refresh/00_quickstart.ipynb -p MODEL embedded -p DATA embedded -p ARTIFACTS artifacts/refresh
-	$(PY) -c 'from pathlib import Path; from dpo_tutorial import run; run.clean_notebook(*(Path(f) / "00_quickstart.ipynb" for f in ("artifacts/refresh", "notebooks")))'
+	$(PY) scripts/refresh_notebooks.py
+
+# torch brings the CUDA packages that fit it; on a machine without a GPU they would be gigabytes for nothing.
+pins:  ## write requirements.txt from pyproject.toml with uv; no version moves that still fits
+	printf 'torch\nnumpy\n' | uv pip compile --quiet --universal --python-version 3.11 --extra dev --no-annotate --no-header pyproject.toml - --output-file requirements.txt
+	{ echo '# What this repository was tested with (Python 3.11 to 3.13): everything, made by `make pins`. Ranges are in pyproject.toml.'; \
+	  echo '# On Colab do not install this file: the notebooks keep the torch and numpy that are there.'; \
+	  grep -vE '^(cuda|nvidia|triton)' requirements.txt; } > requirements.new && mv requirements.new requirements.txt
 
 badges: $(STAMP)  ## stamp the Colab and Kaggle badges: REPO=owner/name
-	$(PY) -m dpo_tutorial.badges $(if $(value REPO),$(call quoted,REPO))
+	$(PY) scripts/badges.py $(if $(value REPO),$(call quoted,REPO))
 
 bench: $(STAMP)  ## training speed beside stock TRL, about an hour on two cores
 	$(PY) benchmarks/training_speed.py

@@ -474,10 +474,10 @@ def stage_c(options, record: Record) -> None:
     python = sys.executable
     t4 = ["MAX_TOKENS", "512", "MAX_TRAIN", "600", "DTYPE", "fp16"]
     runs = {
-        "embedded": ("embedded model and pairs", [python, "-m", "dpo_tutorial.run", *p("PROFILE", "cpu")]),
+        "embedded": ("embedded model and pairs", [python, "-m", "dpo_tutorial", "run", *p("PROFILE", "cpu")]),
         "ultrafeedback-fp16": (
             "UltraFeedback rows, fp16 as on a T4 (not a T4)",
-            [python, "-m", "dpo_tutorial.run", *p("PROFILE", "cpu", "DATA", sample, *t4)],
+            [python, "-m", "dpo_tutorial", "run", *p("PROFILE", "cpu", "DATA", sample, *t4)],
         ),
         "quickstart": (
             "quickstart",
@@ -494,7 +494,7 @@ def stage_c(options, record: Record) -> None:
         ),
     }
     if options.tiny:
-        runs = {"smoke": ("smoke", [python, "-m", "dpo_tutorial.run", *p("PROFILE", "smoke")])}
+        runs = {"smoke": ("smoke", [python, "-m", "dpo_tutorial", "run", *p("PROFILE", "smoke")])}
     quickstart = next((ROOT / "notebooks").glob("00_*.ipynb"), None)
     started, going = time.perf_counter(), {}
     for folder, (_, command) in runs.items():

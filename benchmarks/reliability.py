@@ -107,7 +107,7 @@ def small_files() -> None:
 
 def stop_after_first_checkpoint(folder: Path) -> None:
     """SIGKILL a training once its first checkpoint is sealed."""
-    command = [PYTHON, "-m", "dpo_tutorial.train", "-p", "PROFILE", "smoke", "-p", "SAVE_STEPS", "1"]
+    command = [PYTHON, "-m", "dpo_tutorial", "train", "-p", "PROFILE", "smoke", "-p", "SAVE_STEPS", "1"]
     command += ["-p", "ARTIFACTS", str(folder / "artifacts")]
     child = subprocess.Popen(command, cwd=HERE.parent, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while child.poll() is None and not list(folder.glob("artifacts/smoke/trainer/checkpoint-1/whole.json")):

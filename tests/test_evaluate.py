@@ -10,7 +10,7 @@ from conftest import TEXTS, pair
 from datasets import Dataset
 from peft import get_peft_model
 
-from dpo_tutorial import artifacts, evaluate, house_style, models, statistics, train
+from dpo_tutorial import artifacts, cli, evaluate, house_style, models, statistics, train
 
 
 @pytest.fixture
@@ -206,7 +206,7 @@ def trained(cfg, tokenizer, tmp_path):
 
 def test_the_command_writes_the_report_of_an_adapter_from_its_folder_alone(trained, tmp_path, capsys):
     out = tmp_path / "report"
-    assert evaluate.main(["--adapter", str(trained.adapter), "--out", str(out)]) == 0
+    assert cli.main(["compare", "--adapter", str(trained.adapter), "--out", str(out)]) == 0
     comparison = json.loads((out / "comparison.json").read_text())
     records = json.loads((out / "records.json").read_text())
     assert comparison["held_out"]["after"] == statistics.summarise(records)
@@ -226,9 +226,11 @@ def test_of_the_settings_of_the_training_what_is_given_now_and_the_environment_c
     monkeypatch.setenv("DPO_TUTORIAL_MAX_NEW_TOKENS", "5")
     monkeypatch.setenv("DPO_TUTORIAL_COMPARE_PROMPTS", "7")
     with pytest.raises(ZeroDivisionError):
-        evaluate.main(["--adapter", str(trained.adapter), "-p", "COMPARE_PROMPTS", "3", "-p", "MODEL", "someone/model"])
+        cli.main(
+            ["compare", "--adapter", str(trained.adapter), "-p", "COMPARE_PROMPTS", "3", "-p", "MODEL", "someone/model"]
+        )
     with pytest.raises(ZeroDivisionError):
-        evaluate.main(["--adapter", str(trained.adapter), "-p", "PROFILE", "t4"])
+        cli.main(["compare", "--adapter", str(trained.adapter), "-p", "PROFILE", "t4"])
     assert (seen[1].profile, seen[1].model, seen[1].data) == ("t4", trained.config.model, trained.config.data)
     assert (seen[0].max_new_tokens, seen[0].compare_prompts, seen[0].lora_r) == (5, 3, trained.config.lora_r)
     assert (seen[0].data, seen[0].model, seen[0].model_revision) == (trained.config.data, "someone/model", None)
@@ -238,7 +240,7 @@ def test_the_command_judges_an_adapter_on_other_data(trained, tmp_path, capsys):
     path = tmp_path / "other.jsonl"
     path.write_text("\n".join(json.dumps(pair(f"Other {i}?", f"Yes, {i}.", "Perhaps!")) for i in range(20)))
     options = ["--adapter", str(trained.adapter), "--data", str(path), "--out", str(tmp_path / "other")]
-    assert evaluate.main(options) == 0
+    assert cli.main(["compare", *options]) == 0
     assert "Other data than it was trained on" in capsys.readouterr().out
     shown = json.loads((tmp_path / "other" / "comparison.json").read_text())["token_rewards"][0]
     assert shown["prompt"][0]["content"].startswith("Other")
@@ -254,6 +256,6 @@ def test_the_command_judges_an_adapter_on_other_data(trained, tmp_path, capsys):
 )
 def test_the_command_names_cause_and_mend(options, words, trained, tmp_path, capsys):
     options = [str(trained.adapter) if o == "ADAPTER" else o for o in options]
-    assert evaluate.main([*options, "--out", str(tmp_path / "out")]) == 1
+    assert cli.main(["compare", *options, "--out", str(tmp_path / "out")]) == 1
     said = capsys.readouterr().err
     assert words in said and "Mend:" in said

@@ -8,10 +8,13 @@ from pathlib import Path
 import nbformat
 import pytest
 from conftest import code_cells as code
+from conftest import script
 
-from dpo_tutorial import badges, config, run
+from dpo_tutorial import config, run
 
 ROOT = Path(__file__).parents[1]
+badges = script("scripts/badges.py")
+refresh = script("scripts/refresh_notebooks.py")
 PATHS = sorted((ROOT / "notebooks").glob("0[1-9]_*.ipynb"))  # the quickstart: test_quickstart.py
 IN_ALL = ["PROFILE", "MODEL", "DATA", "SEED", "ARTIFACTS"]
 
@@ -230,25 +233,25 @@ def test_outputs_hold_no_widget_no_error_and_no_stderr(path):
 def test_outputs_are_those_of_the_source_beside_them(path):
     if outputs(path):
         notebook = read(path)
-        assert notebook.metadata["dpo_tutorial"]["source_sha256"] == run.source_digest(notebook)
+        assert notebook.metadata["dpo_tutorial"]["source_sha256"] == refresh.source_digest(notebook)
 
 
 def test_the_source_digest_follows_the_code_and_nothing_else():
     notebook = nbformat.from_dict(read(PATHS[0]))
-    digest = run.source_digest(notebook)
+    digest = refresh.source_digest(notebook)
     assert re.fullmatch("[0-9a-f]{64}", digest)
     notebook.cells[0].source += " more prose"
     first, second = [c for c in notebook.cells if c.cell_type == "code"][:2]
     first.outputs = [nbformat.v4.new_output("stream", text="said\n")]
     first.execution_count = 7
     notebook.metadata["dpo_tutorial"] = {"source_sha256": digest}
-    assert run.source_digest(notebook) == digest
+    assert refresh.source_digest(notebook) == digest
     first.source, second.source = second.source, first.source
-    assert run.source_digest(notebook) != digest, "the order of the cells counts"
+    assert refresh.source_digest(notebook) != digest, "the order of the cells counts"
     first.source, second.source = second.source, first.source
-    assert run.source_digest(notebook) == digest
+    assert refresh.source_digest(notebook) == digest
     first.source += "\npass"
-    assert run.source_digest(notebook) != digest
+    assert refresh.source_digest(notebook) != digest
 
 
 @each

@@ -19,7 +19,7 @@ from conftest import TEXTS, pair
 from datasets import Dataset
 from safetensors.torch import load_file
 
-from dpo_tutorial import artifacts, environment, models, run, sweep, train
+from dpo_tutorial import artifacts, environment, models, run, train
 from dpo_tutorial.errors import ModelFetchError
 
 GIB = 2**30
@@ -103,20 +103,6 @@ def test_paths_of_windows_are_taken_out_of_what_is_shown(windows_folders, text, 
 def test_a_windows_folder_that_is_missing_is_not_looked_for_on_the_hub(cfg, where):
     with pytest.raises(ModelFetchError, match="does not exist"):
         models.load_tokenizer(dataclasses.replace(cfg, model=where))
-
-
-def test_a_sweep_over_paths_keeps_each_run_below_its_own_folder(monkeypatch, tmp_path):
-    folders = []
-
-    def run_all(parameters, paths):
-        folders.append(parameters["ARTIFACTS"])
-        side = {"rate": 0.5, "low": 0.4, "high": 0.6, "n": 9}
-        return {"held_out": side, "rewards": {"chosen": 0, "rejected": 0}, "kl_per_answer": 0, "minutes": {"05": 1}}
-
-    monkeypatch.setattr(run, "run_all", run_all)
-    sweep.sweep("MODEL", [r"C:\models\a", r"D:\b"], {"PROFILE": "cpu", "ARTIFACTS": str(tmp_path)})
-    names = [PureWindowsPath(folder).relative_to(PureWindowsPath(tmp_path / "sweep-model")) for folder in folders]
-    assert [str(name) for name in names] == ["C__models_a", "D__b"]
 
 
 def test_a_run_in_a_folder_with_spaces_and_letters_of_all_kinds(cfg, tiny_folder, tmp_path, monkeypatch):

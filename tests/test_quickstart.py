@@ -17,15 +17,16 @@ import pytest
 import test_notebooks
 import test_prose
 import torch
-from conftest import pair
+from conftest import pair, script
 from nbformat.v4 import new_code_cell
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-from dpo_tutorial import badges, config, data, dpo, embedded, environment
+from dpo_tutorial import config, data, dpo, embedded, environment
 
 ROOT = Path(__file__).parents[1]
+badges = script("scripts/badges.py")
 NOTEBOOK = ROOT / "notebooks" / "00_quickstart.ipynb"
 PAIRS, STEPS = 240, 60
 

@@ -22,27 +22,33 @@ import transformers
 import trl
 import trl.trainer.utils
 import yaml
-from conftest import code_cells
+from conftest import code_cells, script
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from packaging.version import Version
 
-from dpo_tutorial import badges, models, train, versions
+from dpo_tutorial import models, train
 from dpo_tutorial.errors import ConfigError
 
 ROOT = Path(__file__).parents[1]
+badges = script("scripts/badges.py")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 SOURCES = sorted((ROOT / "src").rglob("*.py"))
 SPLITS = {"train_prefs.jsonl", "val_prefs.jsonl", "test_prefs.jsonl"}
 
 
-def lines(name):
-    text = (ROOT / name).read_text(encoding="utf-8")
-    return [line.strip() for line in text.splitlines() if line.strip() and not line.startswith("#")]
-
-
 def pins(name):
-    return {canonicalize_name(line.partition("==")[0]): line.partition("==")[2] for line in lines(name)}
+    """Package → the versions pinned, more than one where a marker chooses."""
+    text = (ROOT / name).read_text(encoding="utf-8")
+    found = {}
+    for line in text.splitlines():
+        if line and not line.startswith("#"):
+            requirement = Requirement(line)
+            (only,) = requirement.specifier
+            assert only.operator == "==", line
+            found.setdefault(canonicalize_name(requirement.name), set()).add(only.version)
+    return found
 
 
 def ranges(*extras):
@@ -62,36 +68,41 @@ def python_files():
 # --- pins ----
 
 
-@pytest.mark.parametrize("name", ["requirements.txt", "constraints.txt", "docs/requirements.txt"])
-def test_every_requirement_is_one_exact_pin(name):
-    assert lines(name)
-    for line in lines(name):
-        assert re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*==[0-9][0-9A-Za-z.]*", line), line
-    assert len(pins(name)) == len(lines(name)), "a package is named twice"
-
-
-def test_constraints_agree_with_every_requirement():
-    constraints = pins("constraints.txt")
-    assert {n: (v, constraints.get(n)) for n, v in pins("requirements.txt").items() if constraints.get(n) != v} == {}
-
-
 def test_the_guide_has_the_same_version_of_whatever_both_environments_hold():
-    constraints = pins("constraints.txt")
-    shared = {n: (v, constraints[n]) for n, v in pins("docs/requirements.txt").items() if n in constraints}
-    assert shared and {n: both for n, both in shared.items() if both[0] != both[1]} == {}
+    ours, guide = pins("requirements.txt"), pins("docs/requirements.txt")
+    shared = {name: (ours[name], guide[name]) for name in ours if name in guide}
+    assert shared and {name: both for name, both in shared.items() if not both[1] <= both[0]} == {}
 
 
-def test_every_dependency_of_the_package_has_a_pin_in_its_range():
-    constraints = pins("constraints.txt")
+def test_every_dependency_has_a_pin_in_its_range():
+    ours = pins("requirements.txt")
     for name, specifier in ranges("dev").items():
-        assert name in constraints, f"{name} is not pinned"
-        assert specifier.contains(constraints[name]), f"{name} {constraints[name]} is not {specifier}"
+        assert name in ours, f"{name} is not pinned: make pins"
+        assert all(map(specifier.contains, ours[name])), f"{name} {ours[name]} is not {specifier}: make pins"
 
 
-def test_every_direct_pin_lies_in_the_range_of_pyproject():
-    known = ranges("dev")
-    for name, version in pins("requirements.txt").items():
-        assert name not in known or known[name].contains(version), f"{name} {version} is not {known[name]}"
+def test_everything_that_is_pulled_in_is_pinned():
+    ours = pins("requirements.txt")
+    waiting, seen = [*ranges("dev"), "torch", "numpy"], set()
+    while waiting:
+        name = canonicalize_name(waiting.pop())
+        if name in seen or name.startswith(("cuda", "nvidia", "triton")):
+            continue
+        seen.add(name)
+        assert name in ours, f"{name} is not pinned: make pins"
+        if Version(importlib.metadata.version(name)).public in ours[name]:  # another version may need other packages
+            needs = map(Requirement, importlib.metadata.requires(name) or [])
+            waiting += [r.name for r in needs if r.marker is None or r.marker.evaluate({"extra": ""})]
+
+
+def test_the_lowest_versions_are_those_that_the_ranges_admit_first():
+    lowest, dependencies = script("scripts/lowest.py").lowest, PROJECT["project"]["dependencies"]
+    for line, pin in zip(dependencies, lowest(dependencies), strict=True):
+        allowed, (only,) = Requirement(line), Requirement(pin).specifier
+        bound = min(Version(s.version) for s in allowed.specifier)
+        assert only.operator == "==" and Version(only.version) == bound and bound in allowed.specifier
+    with pytest.raises(AssertionError, match="numpy"):
+        lowest(["numpy"])
 
 
 def test_torch_and_numpy_are_left_to_the_machine():
@@ -148,7 +159,8 @@ def test_the_cpu_workflow_runs_make_test_on_pushes_and_pull_requests():
     assert job["runs-on"] == "ubuntu-latest"
     assert commands(job)[-1] == "make test"
     assert "scripts/sample_ultrafeedback.py" in commands(job)[0], "the tests on real rows need their sample"
-    assert tuple(job["strategy"]["matrix"]["python"]) == versions.TESTED_PYTHONS
+    tested = [f"Programming Language :: Python :: {version}" for version in job["strategy"]["matrix"]["python"]]
+    assert tested == PROJECT["project"]["classifiers"]
     assert commands(parsed["jobs"]["lowest"]) == ["make lowest"]
 
 
@@ -212,7 +224,7 @@ def test_make_test_checks_style_then_runs_the_tests_and_the_notebooks():
 
 @pytest.mark.parametrize(("python", "anew"), [("", False), ("PYTHON=./now", False), ("PYTHON=./other", True)])
 def test_an_environment_of_another_python_than_asked_for_is_made_anew(tmp_path, python, anew):
-    for name in ("Makefile", "requirements.txt", "constraints.txt", "pyproject.toml"):
+    for name in ("Makefile", "requirements.txt", "pyproject.toml"):
         shutil.copy(ROOT / name, tmp_path)
     (tmp_path / "venv" / "bin").mkdir(parents=True)
     for name, series in (("venv/bin/python", "3.11"), ("now", "3.11"), ("other", "3.12")):
@@ -221,7 +233,7 @@ def test_an_environment_of_another_python_than_asked_for_is_made_anew(tmp_path, 
     (tmp_path / "venv" / ".installed").touch()
     shown = planned("run", "VENV=venv", *python.split(), where=tmp_path)
     assert ("-m venv --clear venv" in shown and "of Python 3.11" in shown and "pip install" in shown) is anew
-    assert "venv/bin/python -m dpo_tutorial.run" in shown
+    assert "venv/bin/python -m dpo_tutorial run" in shown
 
 
 def test_the_readme_names_both_commands():

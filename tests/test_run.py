@@ -13,12 +13,14 @@ from types import SimpleNamespace
 import nbformat
 import papermill
 import pytest
+from conftest import script
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from dpo_tutorial import config, environment, run
+from dpo_tutorial import cli, config, environment, run
 from dpo_tutorial.errors import ArtifactError, ConfigError, NotebookError
 
 ROOT = Path(__file__).parents[1]
+refresh = script("scripts/refresh_notebooks.py")
 KERNEL = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}
 PARAMETERS = 'PROFILE = ""\nARTIFACTS = ""  # folder'
 SHOWN = """from dpo_tutorial import config
@@ -102,7 +104,7 @@ def test_a_wrong_profile_or_parameter_exits_with_1_lists_the_known_ones_and_runs
     arguments, wrong, listed, tmp_path, monkeypatch, no_kernel, capsys
 ):
     monkeypatch.chdir(ROOT)
-    code = run.main([*arguments, "-p", "ARTIFACTS", str(tmp_path / "results")])
+    code = cli.main(["run", *arguments, "-p", "ARTIFACTS", str(tmp_path / "results")])
     screen = capsys.readouterr()
     assert code == 1
     assert "ConfigError" in screen.err and wrong in screen.err
@@ -212,7 +214,7 @@ def cleaned(tmp_path, *cells, **metadata):
     source, target = tmp_path / "executed.ipynb", tmp_path / "clean.ipynb"
     notebook = new_notebook(cells=list(cells), metadata=KERNEL | metadata)
     nbformat.write(notebook, source)
-    run.clean_notebook(source, target)
+    refresh.clean_notebook(source, target)
     result = nbformat.read(target, as_version=4)
     nbformat.validate(result)
     return result
@@ -254,7 +256,7 @@ def test_cleaning_removes_the_traces_of_papermill_and_widgets(tmp_path, machine)
 def test_cleaning_notes_the_digest_of_the_source_as_it_is_in_the_repository(tmp_path, machine):
     result = cleaned(tmp_path, *executed_cells(machine))
     source = new_notebook(cells=[new_code_cell('PROFILE = ""'), new_code_cell("work()")])
-    assert result.metadata["dpo_tutorial"]["source_sha256"] == run.source_digest(source)
+    assert result.metadata["dpo_tutorial"]["source_sha256"] == refresh.source_digest(source)
 
 
 def test_cleaning_drops_stderr_and_widget_views_and_keeps_every_other_output(tmp_path, machine):
@@ -275,7 +277,7 @@ def test_cleaning_replaces_the_folders_of_this_machine(tmp_path, machine):
 def test_cleaning_twice_changes_nothing_more(tmp_path, machine):
     cleaned(tmp_path, *executed_cells(machine))
     once = (tmp_path / "clean.ipynb").read_bytes()
-    run.clean_notebook(tmp_path / "clean.ipynb", tmp_path / "again.ipynb")
+    refresh.clean_notebook(tmp_path / "clean.ipynb", tmp_path / "again.ipynb")
     assert (tmp_path / "again.ipynb").read_bytes() == once
 
 
@@ -295,26 +297,39 @@ def test_cleaning_with_a_relative_cache_folder_leaves_ordinary_words_alone(tmp_p
     assert cell.outputs[0].text == "KV cache off: 0.5\n"
 
 
-def test_refresh_writes_the_cleaned_outputs_over_the_notebooks_of_this_checkout(tmp_path, machine, monkeypatch, capsys):
-    source = write(tmp_path / "notebooks" / "01_a.ipynb", new_code_cell("work()"))
+def checkout(tmp_path, monkeypatch):
+    """A root of two notebooks for the script; its papermill writes an executed quickstart."""
+    root = tmp_path / "checkout"
+    paths = [
+        write(root / "notebooks" / name, new_code_cell("work()")) for name in ("00_quickstart.ipynb", "01_a.ipynb")
+    ]
+    monkeypatch.setattr(refresh, "ROOT", root)
+
+    def papermill(command, **_):
+        write(Path(command[4]), new_code_cell("work()", outputs=[new_output("stream", text="quick\n")]))
+
+    monkeypatch.setattr(refresh.subprocess, "run", papermill)
+    return paths
+
+
+def test_refresh_writes_the_cleaned_outputs_of_both_runs(tmp_path, machine, monkeypatch, capsys):
+    paths = checkout(tmp_path, monkeypatch)
     executed = write(tmp_path / "executed" / "01_a.ipynb", *executed_cells(machine))
     monkeypatch.setattr(run, "run_all", lambda parameters: {"executed": str(executed.parent)})
-    monkeypatch.setattr(run, "notebooks", lambda: [source])
-    assert run.main([]) == 0
-    assert not nbformat.read(source, 4).cells[0].outputs, "without --refresh nothing is written"
-    assert run.main(["--refresh"]) == 0
-    assert [c.source for c in nbformat.read(source, 4).cells] == ["# Text", 'PROFILE = ""', "work()"]
+    refresh.refresh()
+    assert printed(paths[0]) == "quick\n"
+    assert [c.source for c in nbformat.read(paths[1], 4).cells] == ["# Text", 'PROFILE = ""', "work()"]
 
 
-def test_a_failed_run_writes_no_notebook_and_exits_with_1(tmp_path, monkeypatch, capsys):
+def test_a_failed_run_writes_no_notebook(tmp_path, monkeypatch):
     def fail(parameters):
         raise NotebookError("02_b.ipynb stopped", "look")
 
-    written = []
+    paths = checkout(tmp_path, monkeypatch)
     monkeypatch.setattr(run, "run_all", fail)
-    monkeypatch.setattr(run, "clean_notebook", lambda *a: written.append(a))
-    assert run.main(["--refresh"]) == 1
-    assert "NotebookError: 02_b.ipynb stopped" in capsys.readouterr().err and written == []
+    with pytest.raises(NotebookError):
+        refresh.refresh()
+    assert [printed(path) for path in paths] == ["", ""]
 
 
 def test_the_last_notebook_run_alone_names_the_one_that_makes_the_adapter(tmp_path):

@@ -56,7 +56,7 @@ def test_the_audit_finds_the_real_dirt_and_loses_no_row(cfg, sample, tokenizer):
 
 def test_all_six_notebooks_run_on_real_rows(sample, tmp_path):
     done = subprocess.run(
-        [sys.executable, "-m", "dpo_tutorial.run", "-p", "PROFILE", "smoke", "-p", "DATA", str(sample),
+        [sys.executable, "-m", "dpo_tutorial", "run", "-p", "PROFILE", "smoke", "-p", "DATA", str(sample),
          "-p", "ARTIFACTS", str(tmp_path)],
         cwd=ROOT, capture_output=True, text=True,
     )  # fmt: skip
@@ -67,7 +67,7 @@ def test_all_six_notebooks_run_on_real_rows(sample, tmp_path):
     assert (tmp_path / "smoke" / "adapter" / "adapter_model.safetensors").is_file()
     in_06 = json.loads((tmp_path / "smoke" / "comparison.json").read_text())
     again = tmp_path / "again"
-    command = [sys.executable, "-m", "dpo_tutorial.evaluate", "--adapter", str(tmp_path / "smoke" / "adapter")]
+    command = [sys.executable, "-m", "dpo_tutorial", "compare", "--adapter", str(tmp_path / "smoke" / "adapter")]
     subprocess.run([*command, "--out", str(again)], cwd=ROOT, capture_output=True, text=True, check=True)
     outside = json.loads((again / "comparison.json").read_text())
     assert set(outside) == set(in_06), "the command and notebook 06 report the same things"

@@ -1,7 +1,5 @@
 """Align a language model with Direct Preference Optimization on one GPU, or on none."""
 
-__version__ = "0.1.0"
-
 import logging
 import warnings
 

@@ -64,7 +64,7 @@ def _knob(default, group: str, what: str, unit: str = ""):
 
 #: Where, how often and from what a run stores or takes its results; none of these changes what they are.
 _NOT_THE_RESULT = (
-    "artifacts", "save_steps", "fresh", "strict", "reasons", "adapter", "train_if_missing", "judge_url", "judge_model",
+    "artifacts", "save_steps", "fresh", "strict", "reasons", "adapter", "train_if_missing",
 )  # fmt: skip
 
 
@@ -109,8 +109,6 @@ class Config:
     max_new_tokens: int = _knob(96, "compare", "longest generated answer", "tokens")
     adapter: str = _knob("", "compare", "notebook 06: folder of the adapter to judge; empty: this run's")
     train_if_missing: bool = _knob(False, "compare", "notebook 06: train here and now where there is no adapter")
-    judge_url: str = _knob("", "compare", "notebook 06: chat API that judges the answers (its key: JUDGE_API_KEY)")
-    judge_model: str = _knob("", "compare", "notebook 06: the model that this API is asked for")
 
     seed: int = _knob(42, "run", "seed of python, numpy, torch, the shuffle and the sampler")
     artifacts: str = _knob("artifacts", "run", "folder that receives <profile>/…")

@@ -1,11 +1,10 @@
-"""What can be wrong, as an error or as a finding of the doctor: each names the cause and the mend."""
+"""What can be wrong: each error names the cause and the mend."""
 
 from __future__ import annotations
 
 import errno
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 
 
 class TutorialError(Exception):
@@ -54,22 +53,8 @@ class ArtifactError(TutorialError):
     """A file of the run is missing, stale, or cannot be written."""
 
 
-class JudgeError(TutorialError):
-    """A judge cannot be reached, or answers with something that is no verdict."""
-
-
 class NotebookError(TutorialError):
     """A notebook stopped; names the cell and the partial notebook."""
-
-
-@dataclass(frozen=True)
-class Finding:
-    """What one check found: `status` is "ok", "warn" or "fail"; `mend` is empty where there is nothing to do."""
-
-    name: str
-    status: str
-    found: str
-    mend: str = ""
 
 
 def first_line(error: BaseException) -> str:
@@ -90,13 +75,12 @@ def disk_error(error: BaseException) -> str | None:
 
 
 def exit_code(action: Callable, *arguments) -> int:
-    """Run what a command does; a `TutorialError` becomes its message on standard error and exit code 1."""
+    """Run what a command does; the code is what it returns, else 0, and 1 with the message of a `TutorialError`."""
     for stream in (sys.stdout, sys.stderr):  # on Windows a file or pipe is written in an old code page without "→"
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
     try:
-        action(*arguments)
+        return action(*arguments) or 0
     except TutorialError as error:
         print(f"\n{type(error).__name__}: {error}", file=sys.stderr)
         return 1
-    return 0

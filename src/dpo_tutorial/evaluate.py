@@ -1,11 +1,10 @@
 """Judge the change: implicit rewards on held-out pairs, answers before and after, how far the policy moved.
 
-`python -m dpo_tutorial.evaluate --adapter DIR` gives the report of notebook 06 without a notebook.
+`dpo-tutorial compare --adapter DIR` gives the report of notebook 06 without a notebook.
 """
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,8 +14,8 @@ from datasets import Dataset
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from . import artifacts, data, dpo, environment, errors, house_style, models, statistics
-from .config import Config, named, resolve
+from . import artifacts, data, dpo, environment, house_style, models, statistics
+from .config import Config, resolve
 
 
 def score_pairs(
@@ -304,37 +303,28 @@ def derive(records, prompts, before, after, *, noise, kl, outside, words, shown)
     }
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Judge a trained adapter: `comparison.json`, `records.json` and one self-contained `report.html`."""
-    parser = argparse.ArgumentParser(prog="python -m dpo_tutorial.evaluate", description=main.__doc__)
-    parser.add_argument("--adapter", required=True, metavar="DIR", help="folder that training saved")
-    parser.add_argument("--data", default="", help="hub id[@revision], folder or file; default: what it was trained on")
-    parser.add_argument("--out", default="report", metavar="DIR", help="folder for the report (default: report)")
-    parser.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="set a parameter")
-    return errors.exit_code(_report, parser.parse_args(argv))
+def write_report(adapter: str, source: str, out: str, parameters: dict[str, str]) -> None:
+    """Judge the adapter in a folder: `comparison.json`, `records.json` and one self-contained `report.html` in `out`.
 
-
-def _report(options: argparse.Namespace) -> None:
+    Args:
+        source: hub id[@revision], folder or file with pairs to judge it on; "" for what it was trained on.
+    """
     from . import report  # here, because report.py draws and this module need not
 
-    record = artifacts.read_training_record(Path(options.adapter))
+    record = artifacts.read_training_record(Path(adapter))
     beta = record["config"]["beta"]
     recorded = {name: value for name, value in record["config"].items() if name != "dtype"}
-    config = resolve(recorded, **({"DATA": options.data} if options.data else {}) | named(options.p))
+    config = resolve(recorded, **({"DATA": source} if source else {}) | parameters)
     environment.seed_everything(config.seed)
     tokenizer = models.load_tokenizer(config)
-    run = artifacts.Run(config, Path(options.out))
+    run = artifacts.Run(config, Path(out))
     prepared = run.ensure_data(tokenizer)
-    if options.data:
+    if source:
         print("Other data than it was trained on: whether the training rows are among them is for you to know.")
     else:
         run.check_adapter(record, prepared.choices)
-    policy = models.load_policy(config, options.adapter)
+    policy = models.load_policy(config, adapter)
     records, comparison = compare(config, policy, tokenizer, prepared.splits, beta)
     for path in report.save(run, record, records, comparison):
         print(f"wrote {path}")
     print("\n".join(comparison["verdict"]))
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -1,9 +1,7 @@
-"""Run the six notebooks in order with papermill: `python -m dpo_tutorial.run -p PROFILE cpu`."""
+"""Run the six notebooks in order with papermill: `dpo-tutorial run -p PROFILE cpu`."""
 
 from __future__ import annotations
 
-import argparse
-import hashlib
 import json
 import logging
 import os
@@ -16,13 +14,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import nbformat
 import papermill
 from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 
 from . import artifacts, config, data, environment, models
-from .errors import ArtifactError, NotebookError, exit_code
+from .errors import ArtifactError, NotebookError
 
 #: What a kernel must not do in a headless run: fetch chatter, wait for a vote, start tokenizer threads after a fork,
 #: or keep small freed pieces apart, which leaves holes between large ones (`benchmarks/memory_plan.md`).
@@ -173,65 +170,3 @@ def _summary(run: artifacts.Run, minutes: dict[str, float]) -> dict:
     for name in ("adapter", "comparison", "figures", "executed"):
         print(f"{name:<10} {summary[name]}")
     return summary
-
-
-def source_digest(notebook: nbformat.NotebookNode) -> str:
-    """SHA-256 over the sources of the code cells: tells whether the outputs beside them are of this source."""
-    slug = re.compile(r"(?<=github\.com/)[\w.-]+/[\w.-]+")  # `make badges` may change it without a new run
-    sources = [slug.sub("", cell.source) for cell in notebook.cells if cell.cell_type == "code"]
-    return hashlib.sha256(json.dumps(sources).encode()).hexdigest()
-
-
-def clean_notebook(source: Path, target: Path) -> None:
-    """Copy an executed notebook for the repository: outputs kept; papermill's traces, widgets and paths removed."""
-    notebook = nbformat.read(source, as_version=4)
-    notebook.cells = [c for c in notebook.cells if "injected-parameters" not in c.metadata.get("tags", [])]
-    for cell in notebook.cells:
-        tags = [t for t in cell.metadata.get("tags", []) if t != "papermill-error-cell-tag"]
-        cell.metadata = {"tags": tags} if tags else {}
-        if cell.cell_type == "code":
-            cell.outputs = [_clean_output(o) for o in cell.outputs if not _is_chatter(o)]
-    notebook.metadata = {
-        "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
-        "language_info": {"name": "python"},
-        "dpo_tutorial": {"source_sha256": source_digest(notebook)},
-    }
-    nbformat.validate(notebook)
-    target.write_text(nbformat.writes(notebook) + "\n", encoding="utf-8")
-
-
-def _is_chatter(output: dict) -> bool:
-    """Progress bars: live they help, on paper they are noise (and widget state breaks GitHub's rendering)."""
-    if output.output_type == "stream":
-        return output.name == "stderr"
-    return "application/vnd.jupyter.widget-view+json" in output.get("data", {})
-
-
-def _clean_output(output: nbformat.NotebookNode) -> nbformat.NotebookNode:
-    if "text" in output:
-        output.text = environment.without_paths(output.text)
-    for kind, value in output.get("data", {}).items():
-        if isinstance(value, str) and kind.startswith("text/"):
-            value = re.sub(r"<div>\s*<progress.*?</div>", "", value, flags=re.DOTALL)  # the bar above Trainer's table
-            output.data[kind] = environment.without_paths(value)
-    return output
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Run all six notebooks; `--refresh` copies the executed ones, cleaned, over `notebooks/`."""
-    parser = argparse.ArgumentParser(prog="python -m dpo_tutorial.run", description=main.__doc__)
-    parser.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="set a parameter")
-    parser.add_argument("--refresh", action="store_true", help="write the outputs into notebooks/")
-    return exit_code(_main, parser.parse_args(argv))
-
-
-def _main(options: argparse.Namespace) -> None:
-    summary = run_all(config.named(options.p))
-    if options.refresh:
-        for path in notebooks():
-            clean_notebook(Path(summary["executed"]) / path.name, path)
-        print("notebooks/ now holds the outputs of this run")
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

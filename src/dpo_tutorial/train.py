@@ -1,8 +1,7 @@
-"""Build the DPO trainer and train the adapter. `python -m dpo_tutorial.train` does it without a notebook."""
+"""Build the DPO trainer and train the adapter. `dpo-tutorial train` does it without a notebook."""
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import dataclasses
 import json
@@ -18,8 +17,8 @@ from transformers.trainer_utils import SaveStrategy
 from trl import DPOConfig, DPOTrainer
 
 from . import artifacts, checkpoints, data, environment, evaluate, footprint, models, planner, prefix, reference
-from .config import Config, named, resolve
-from .errors import ArtifactError, disk_error, exit_code
+from .config import Config, resolve
+from .errors import ArtifactError, disk_error
 
 
 def dpo_config(config: Config, output_dir: str | Path, **changes) -> DPOConfig:
@@ -326,15 +325,9 @@ def model_card(config: Config, record: dict) -> str:
     )
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Train without a notebook, for example under `accelerate launch`."""
-    parser = argparse.ArgumentParser(prog="python -m dpo_tutorial.train", description=main.__doc__)
-    parser.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="set a parameter")
-    return exit_code(_train, parser.parse_args(argv).p)
-
-
-def _train(pairs: list[list[str]]) -> None:
-    config = resolve(**named(pairs))
+def train_headless(parameters: dict[str, str]) -> None:
+    """Train without a notebook: `dpo-tutorial train`, or `accelerate launch -m dpo_tutorial train -p NAME VALUE`."""
+    config = resolve(**parameters)
     environment.seed_everything(config.seed)
     run = artifacts.Run(config)
     with environment.processes().main_process_first():
@@ -343,7 +336,3 @@ def _train(pairs: list[list[str]]) -> None:
     trainer = train(config, run, models.load_base(config), tokenizer, splits["train"], splits["val"])
     check_first_loss(trainer)
     print(f"adapter saved in {run.adapter}")
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -1,4 +1,4 @@
-"""Stamp Colab's and Kaggle's badges from the one slug in pyproject.toml: `python -m dpo_tutorial.badges owner/name`."""
+"""Stamp Colab's and Kaggle's badges from the one slug in pyproject.toml: `python scripts/badges.py owner/name`."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ import sys
 import tomllib
 from pathlib import Path
 
-from . import environment
-from .errors import ConfigError, exit_code
-from .run import notebooks
+from dpo_tutorial.errors import ConfigError, exit_code
+from dpo_tutorial.run import notebooks
 
 _SLUG = r"[A-Za-z0-9_.-]+/[A-Za-z0-9_.-]+"
 
@@ -66,10 +65,6 @@ def stamp(root: Path, owner_and_name: str) -> None:
     page.write_text(text, encoding="utf-8")
 
 
-def main() -> int:
-    root = environment.project_root()
-    return exit_code(lambda: stamp(root, sys.argv[1] if len(sys.argv) > 1 else slug(root)))
-
-
 if __name__ == "__main__":
-    raise SystemExit(main())
+    ROOT = Path(__file__).parents[1]
+    raise SystemExit(exit_code(stamp, ROOT, sys.argv[1] if len(sys.argv) > 1 else slug(ROOT)))

@@ -1,0 +1,79 @@
+"""Run the cpu profile and the quickstart, and write their outputs into notebooks/: `make notebooks`."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+
+from dpo_tutorial import environment, run
+from dpo_tutorial.errors import exit_code
+
+ROOT = Path(__file__).parents[1]
+
+
+def source_digest(notebook: nbformat.NotebookNode) -> str:
+    """SHA-256 over the sources of the code cells: tells whether the outputs beside them are of this source."""
+    slug = re.compile(r"(?<=github\.com/)[\w.-]+/[\w.-]+")  # `make badges` may change it without a new run
+    sources = [slug.sub("", cell.source) for cell in notebook.cells if cell.cell_type == "code"]
+    return hashlib.sha256(json.dumps(sources).encode()).hexdigest()
+
+
+def clean_notebook(source: Path, target: Path) -> None:
+    """Copy an executed notebook for the repository: outputs kept; papermill's traces, widgets and paths removed."""
+    notebook = nbformat.read(source, as_version=4)
+    notebook.cells = [c for c in notebook.cells if "injected-parameters" not in c.metadata.get("tags", [])]
+    for cell in notebook.cells:
+        tags = [t for t in cell.metadata.get("tags", []) if t != "papermill-error-cell-tag"]
+        cell.metadata = {"tags": tags} if tags else {}
+        if cell.cell_type == "code":
+            cell.outputs = [_clean_output(o) for o in cell.outputs if not _is_chatter(o)]
+    notebook.metadata = {
+        "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+        "language_info": {"name": "python"},
+        "dpo_tutorial": {"source_sha256": source_digest(notebook)},
+    }
+    nbformat.validate(notebook)
+    target.write_text(nbformat.writes(notebook) + "\n", encoding="utf-8")
+
+
+def _is_chatter(output: dict) -> bool:
+    """Progress bars: live they help, on paper they are noise (and widget state breaks GitHub's rendering)."""
+    if output.output_type == "stream":
+        return output.name == "stderr"
+    return "application/vnd.jupyter.widget-view+json" in output.get("data", {})
+
+
+def _clean_output(output: nbformat.NotebookNode) -> nbformat.NotebookNode:
+    if "text" in output:
+        output.text = environment.without_paths(output.text)
+    for kind, value in output.get("data", {}).items():
+        if isinstance(value, str) and kind.startswith("text/"):
+            value = re.sub(r"<div>\s*<progress.*?</div>", "", value, flags=re.DOTALL)  # the bar above Trainer's table
+            output.data[kind] = environment.without_paths(value)
+    return output
+
+
+def refresh() -> None:
+    """Nothing is written before both runs have ended well."""
+    quickstart, executed = ROOT / "notebooks" / "00_quickstart.ipynb", ROOT / "artifacts" / "refresh"
+    shutil.rmtree(executed, ignore_errors=True)
+    executed.mkdir(parents=True)
+    given = ["-p", "MODEL", "embedded", "-p", "DATA", "embedded", "-p", "ARTIFACTS", "artifacts/refresh"]
+    command = [sys.executable, "-m", "papermill", str(quickstart), str(executed / quickstart.name), *given]
+    subprocess.run(command, cwd=ROOT, check=True)
+    summary = run.run_all({"PROFILE": "cpu"})
+    for path in run.notebooks(ROOT / "notebooks"):
+        clean_notebook(Path(summary["executed"]) / path.name, path)
+    clean_notebook(executed / quickstart.name, quickstart)
+    print("notebooks/ now holds the outputs of these runs")
+
+
+if __name__ == "__main__":
+    raise SystemExit(exit_code(refresh))
