@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 import json
 import math
 from pathlib import Path
 
-import torch
-import trl.kernels.chunked_logprob
-import trl.trainer.utils
 from datasets import Dataset
-from transformers import PrinterCallback, TrainerCallback, TrainerState
+from transformers import TrainerCallback, TrainerState
 from transformers.trainer_utils import SaveStrategy
 from trl import DPOConfig, DPOTrainer
 
-from . import artifacts, checkpoints, data, environment, evaluate, footprint, models, planner, prefix, reference
+from . import artifacts, checkpoints, environment, faster, models, planner
 from .config import Config, named, resolve
 from .errors import ArtifactError, disk_error, exit_code
 
@@ -30,6 +26,7 @@ def dpo_config(config: Config, output_dir: str | Path, **changes) -> DPOConfig:
         loss_type=config.loss_type,
         label_smoothing=config.label_smoothing,  # read by loss_type robust only
         ld_alpha=None if config.ld_alpha == 1 else config.ld_alpha,
+        precompute_ref_log_probs=config.precompute_reference,
         max_length=None,  # notebook 04 dropped what is too long; nothing is cut silently here
         learning_rate=config.learning_rate,
         lr_scheduler_type=config.lr_scheduler,
@@ -71,55 +68,18 @@ def build_trainer(
         changes: arguments of `DPOConfig` that differ from `config`, for experiments.
     """
     models.check_lora_targets(model, config)
-    if environment.device() == "cpu":
-        fit_head_to_cpu()
     arguments = dpo_config(config, output_dir, **changes)
     if val is not None:
         arguments.eval_strategy, arguments.eval_steps = "steps", 0.5  # half-way and at the end; at the start all tie
-    trainer = DPOTrainer(
+    return faster.FastDPOTrainer(
         model=model,
         args=arguments,
-        train_dataset=_columns(train),
-        eval_dataset=None if val is None else _columns(val),
+        train_dataset=train,
+        eval_dataset=val,
         processing_class=tokenizer,
         peft_config=models.lora_config(config),
+        share_prefixes=config.prefix_sharing,
     )
-    cast_trainable_to_fp32(trainer.model)
-    if config.prefix_sharing:
-        prefix.share_prefixes(trainer.model, config.max_tokens)
-    return trainer
-
-
-def _columns(split: Dataset) -> Dataset:
-    """What the trainer reads of a prepared split; the sampler groups by `length`."""
-    return split.select_columns(["prompt", "chosen", "rejected"]).add_column("length", data.token_lengths(split))
-
-
-def fit_head_to_cpu() -> None:
-    """Have TRL's LM head project only the tokens of the answers on a CPU too, and in smaller tiles.
-
-    TRL 1.16 asks for Triton before it leaves prompt and padding out, because on some accelerators a changing shape
-    costs a recompilation; a CPU has none. Its tiles of 4,096 tokens x 32,768 words are for a GPU; in plain torch each
-    step of the arithmetic fills another tile, and small ones stay in the cache and below the size that the allocator
-    fetches from the kernel each time (`environment.tune_allocator`). The loss is the same (`test_train.py` compares);
-    what it saves is in `benchmarks/training_speed.md`.
-    """
-    trl.trainer.utils._use_triton = lambda device: True
-    tokens, words = footprint.TILE["cpu"]
-    trl.kernels.chunked_logprob.TOKEN_CHUNK_SIZE = tokens
-    trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE = words
-
-
-def cast_trainable_to_fp32(model) -> None:
-    """Undo TRL's cast of a 4-bit model's adapter to bfloat16, and assert that it is undone.
-
-    fp16 training needs it: the GradScaler of a T4 rejects bfloat16 gradients (trl#4901). bf16 training gains from it:
-    an update smaller than 1/256 of a bfloat16 weight is lost.
-    """
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
-    assert all(p.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
 
 
 class Progress(TrainerCallback):
@@ -164,8 +124,6 @@ def resume_or_start(trainer: DPOTrainer, config: Config, run: artifacts.Run) -> 
             if config.fresh:
                 checkpoints.clear(run)
             found = checkpoints.newest(run, now)
-        if config.precompute_reference:
-            reference.precompute(trainer, config, run)
         return _train_from(trainer, config, run, now, found)
     except BaseException as error:
         refused = disk_error(error)
@@ -214,43 +172,6 @@ def train(config: Config, run: artifacts.Run, model, tokenizer, train: Dataset, 
     if trainer.is_world_process_zero():
         save_adapter(config, run, trainer, tokenizer, seconds)
     return trainer
-
-
-#: What one word changes: names for a table, and the knobs behind each.
-VARIANTS = {
-    "sigmoid (DPO)": {"loss_type": "sigmoid"},
-    "ipo": {"loss_type": "ipo"},
-    "hinge": {"loss_type": "hinge"},
-    "robust": {"loss_type": "robust"},
-    "sigmoid, ld_alpha 0.5": {"loss_type": "sigmoid", "ld_alpha": 0.5},
-}
-
-
-def try_variant(config: Config, base, tokenizer, pairs: Dataset, output_dir: str | Path, steps: int = 4, **knobs):
-    """Train a fresh adapter for a few steps on the same few pairs, then look at where the log-probabilities went.
-
-    Every variant sees the same pairs in the same order from the same start, at the peak learning rate: no warm-up, no
-    decay. `base` gets its plain layers back at the end.
-
-    Returns:
-        `first loss` and `last loss`, on the loss's own scale; mean log-ratios log π/π_ref of the pairs' chosen and
-        rejected answers after the last step, in nats, and their `difference`, which compare across losses.
-    """
-    changed = dataclasses.replace(
-        config, **knobs, max_steps=steps, grad_accum=1, warmup_ratio=0.0, lr_scheduler="constant"
-    )
-    environment.seed_everything(changed.seed)
-    trainer = build_trainer(changed, base, tokenizer, pairs, None, output_dir, disable_tqdm=True)
-    trainer.remove_callback(PrinterCallback)  # one table at the end says more than twenty log lines
-    trainer.train()
-    records = evaluate.score_pairs(changed, trainer.model, tokenizer, pairs, beta=1.0)  # beta 1: rewards in nats
-    trainer.model.unload()
-    chosen, rejected = (sum(r[f"reward_{side}"] for r in records) / len(records) for side in ("chosen", "rejected"))
-    losses = [row["loss"] for row in history(trainer)["train"]]
-    return {
-        "first loss": losses[0], "last loss": losses[-1], "chosen": chosen, "rejected": rejected,
-        "difference": chosen - rejected,
-    }  # fmt: skip
 
 
 def history(trainer: DPOTrainer) -> dict[str, list[dict]]:
