@@ -12,7 +12,7 @@ import trl.trainer.utils
 from datasets import Dataset
 from datasets.fingerprint import Hasher
 from peft import PeftModel
-from trl import DPOTrainer
+from trl import DPOConfig, DPOTrainer
 
 from . import footprint, prefix, timing
 
@@ -31,9 +31,9 @@ class FastDPOTrainer(timing.Timed, DPOTrainer):
         share_prefixes: `False` computes the prompt once per answer, as stock TRL does. All else is `DPOTrainer`'s.
     """
 
-    def __init__(self, *args, share_prefixes: bool = True, **kwargs) -> None:
+    def __init__(self, *, args: DPOConfig, share_prefixes: bool = True, **kwargs) -> None:
         self.share_prefixes = share_prefixes
-        super().__init__(*args, **kwargs)
+        super().__init__(args=one_gpu(args), **kwargs)
         cast_trainable_to_fp32(self.model)
 
     @functools.cached_property
@@ -73,6 +73,12 @@ class FastDPOTrainer(timing.Timed, DPOTrainer):
         of = (dataset._fingerprint, self.ld_alpha, self.args.bf16, self.args.fp16, self.share_prefixes)
         dataset._fingerprint = Hasher.hash(of)  # TRL keys its cache by pairs and model alone
         return super()._precompute_ref_logps(dataset, name, batch_size)
+
+
+def one_gpu(args: DPOConfig) -> DPOConfig:
+    """One process takes one GPU, as on Kaggle: else Trainer wraps the model in DataParallel, which TRL refuses."""
+    args._n_gpu = min(args.n_gpu, 1)
+    return args
 
 
 def _causal(model):

@@ -6,11 +6,12 @@ import argparse
 import contextlib
 import json
 import math
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from datasets import Dataset
 from transformers import TrainerCallback, TrainerState
-from transformers.trainer_utils import SaveStrategy
 from trl import DPOConfig, DPOTrainer
 
 from . import artifacts, checkpoints, environment, faster, models, planner
@@ -46,34 +47,33 @@ def dpo_config(config: Config, output_dir: str | Path, **changes) -> DPOConfig:
         use_cpu=environment.device() == "cpu",
         seed=config.seed,
         logging_steps=1,
-        eval_strategy="no",
-        save_strategy="no",
+        eval_strategy="steps",
+        eval_steps=0.5,  # half-way and at the end; at the start all tie
+        save_strategy="steps",
+        save_steps=config.save_steps,
+        save_total_limit=2,  # with a torn newest one, the other is whole
         report_to="none",
         dataloader_pin_memory=environment.device() == "cuda",
     )
-    made = DPOConfig(**(arguments | changes))
-    if made.n_gpu > 1:  # one process, one GPU: else Trainer wraps the model in DataParallel, which TRL refuses
-        made._n_gpu = 1
-    return made
+    return DPOConfig(**(arguments | changes))
 
 
 def build_trainer(
     config: Config, model, tokenizer, train: Dataset, val: Dataset | None = None, output_dir="trainer", **changes
-) -> DPOTrainer:
-    """A `DPOTrainer` over a fresh adapter, whose reference is the same model with the adapter switched off.
+) -> faster.FastDPOTrainer:
+    """A trainer over a fresh adapter, whose reference is the same model with the adapter switched off.
 
     Args:
         model: the base model, without adapter. TRL attaches the one that `peft_config` describes; a second model in
             memory (`ref_model`) is not needed.
-        changes: arguments of `DPOConfig` that differ from `config`, for experiments.
+        val: without it, nothing is evaluated.
+        changes: arguments of `DPOConfig` that differ from `config`; where they do not say so, no checkpoint is saved.
     """
     models.check_lora_targets(model, config)
-    arguments = dpo_config(config, output_dir, **changes)
-    if val is not None:
-        arguments.eval_strategy, arguments.eval_steps = "steps", 0.5  # half-way and at the end; at the start all tie
+    quiet = {"save_strategy": "no"} | ({} if val else {"eval_strategy": "no"})
     return faster.FastDPOTrainer(
         model=model,
-        args=arguments,
+        args=dpo_config(config, output_dir, **(quiet | changes)),
         train_dataset=train,
         eval_dataset=val,
         processing_class=tokenizer,
@@ -102,13 +102,24 @@ class Progress(TrainerCallback):
         return json.dumps({"step": state.global_step, "of": state.max_steps, **logs}) + "\n"
 
 
-def resume_or_start(trainer: DPOTrainer, config: Config, run: artifacts.Run) -> float:
-    """Train, from the newest whole checkpoint where an earlier training of the same was stopped, else from the start.
+@dataclass
+class Start:
+    """Where a training begins."""
 
-    The run's folder stays locked to this process until `save_adapter`.
+    checkpoint: str | None  # of one that was stopped; what `trainer.train(resume_from_checkpoint=…)` takes
+    finished: bool  # stopped between the last step and saving: the trainer has the adapter, nothing is left to train
+    seal: checkpoints.Seal
 
-    Returns:
-        Seconds of training, those before the stop included.
+    def seconds(self) -> float:
+        """Seconds of training so far, those before the stop included."""
+        return self.seal.seconds()
+
+
+@contextlib.contextmanager
+def resumable(trainer: DPOTrainer, config: Config, run: artifacts.Run) -> Iterator[Start]:
+    """Around `trainer.train`: find the newest whole checkpoint of the same training, and seal those that it writes.
+
+    The run's folder stays locked to this process until `saving`.
 
     Raises:
         ArtifactError: config, pairs or base changed since the checkpoint; another process trains in this folder; or a
@@ -124,7 +135,7 @@ def resume_or_start(trainer: DPOTrainer, config: Config, run: artifacts.Run) -> 
             if config.fresh:
                 checkpoints.clear(run)
             found = checkpoints.newest(run, now)
-        return _train_from(trainer, config, run, now, found)
+        yield _start(trainer, config, run, now, found)
     except BaseException as error:
         refused = disk_error(error)
         if refused and trainer.is_world_process_zero():
@@ -136,37 +147,46 @@ def resume_or_start(trainer: DPOTrainer, config: Config, run: artifacts.Run) -> 
         raise
 
 
-def _train_from(trainer: DPOTrainer, config: Config, run: artifacts.Run, now: dict, found: tuple | None) -> float:
+def _start(trainer: DPOTrainer, config: Config, run: artifacts.Run, now: dict, found: tuple | None) -> Start:
     checkpoint, seal = found or (None, None)
+    sealing, finished = checkpoints.Seal(run, now, seal), False
     if found:
         state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
         print(f"Resuming after step {state.global_step} of {state.max_steps}, from {checkpoint.name}.", flush=True)
-        if state.global_step >= state.max_steps:  # stopped between the last step and saving; Trainer would add a step
+        finished = state.global_step >= state.max_steps  # Trainer would add a step
+        if finished:
             models.give_adapter(trainer.model, checkpoint)
             trainer.state = state
-            return seal["seconds"]
     elif trainer.state.global_step:
         raise ArtifactError(
             f"This trainer has already trained {trainer.state.global_step} steps, and there is no checkpoint of them.",
             "Restart the kernel and run the notebook from the top: a fresh adapter needs a fresh base.",
         )
-    trainer.args.save_strategy, trainer.args.save_steps = SaveStrategy.STEPS, config.save_steps
-    trainer.args.save_total_limit = 2  # with a torn newest one, the other is whole
-    sealing = checkpoints.Seal(run, now, seal)
     trainer.remove_callback(checkpoints.Seal)  # of a cell run before
     trainer.add_callback(sealing)
     environment.seed_everything(config.seed)  # the order of the batches follows the seed, whatever was drawn before
     # The adapter in a checkpoint is safetensors; optimizer, scheduler and random numbers are files of torch.save, which
     # transformers reads with weights_only. They are this run's own, sealed by it, and never come from a download.
-    trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
-    return sealing.seconds()
+    return Start(checkpoint and str(checkpoint), finished, sealing)
+
+
+def resume_or_start(trainer: DPOTrainer, config: Config, run: artifacts.Run) -> float:
+    """Train, from the newest whole checkpoint where there is one: `resumable` around `trainer.train`.
+
+    Returns:
+        Seconds of training, those before the stop included.
+    """
+    with resumable(trainer, config, run) as start:
+        if not start.finished:
+            trainer.train(resume_from_checkpoint=start.checkpoint)
+    return start.seconds()
 
 
 def train(config: Config, run: artifacts.Run, model, tokenizer, train: Dataset, val: Dataset) -> DPOTrainer:
     """Train the adapter and save it: what notebook 05 does around its explanations."""
     config, why = planner.choose_checkpointing(config, environment.free_memory_gib() * 2**30)
     print(why)
-    trainer = build_trainer(config, model, tokenizer, train, val, checkpoints.folder(run))
+    trainer = build_trainer(config, model, tokenizer, train, val, checkpoints.folder(run), save_strategy="steps")
     trainer.add_callback(Progress(run.dir / "progress.jsonl"))
     seconds = resume_or_start(trainer, config, run)
     if trainer.is_world_process_zero():
@@ -183,23 +203,31 @@ def history(trainer: DPOTrainer) -> dict[str, list[dict]]:
     }
 
 
-def check_first_loss(trainer: DPOTrainer, tolerance: float = 1e-3) -> float:
+def check_first_loss(trainer: DPOTrainer) -> float:
     """The loss before the first update; with the sigmoid loss it must be ln 2: policy and reference are one model then.
+
+    A reference computed before training saw other batches, which in 16 bits round differently: then 0.2 nats may lie
+    between them, else what a loss shows in four digits.
 
     Raises:
         AssertionError: it is not; then the reference is wrong, and the training means nothing.
     """
-    first = history(trainer)["train"][0]["loss"]
-    if trainer.args.loss_type != ["sigmoid"]:
+    first, args = history(trainer)["train"][0]["loss"], trainer.args
+    if args.loss_type != ["sigmoid"]:
         return first
+    tolerance = max(1e-3, 0.2 * args.beta) if trainer.precompute_ref_logps and (args.bf16 or args.fp16) else 1e-3
     assert abs(first - math.log(2)) < tolerance, f"loss at step 0 is {first:.4f}, not ln 2 = {math.log(2):.4f}"
     return first
 
 
-def save_adapter(config: Config, run: artifacts.Run, trainer: DPOTrainer, tokenizer, seconds: float) -> Path:
-    """Save adapter (safetensors), tokenizer, training record and model card in one step: whole or not at all.
+@contextlib.contextmanager
+def saving(config: Config, run: artifacts.Run, trainer: DPOTrainer, seconds: float) -> Iterator[Path]:
+    """Save into the folder it gives; training record and model card are added, and all appears whole or not at all.
 
-    The checkpoints go once it is saved, so that the next training starts anew, and the folder is free for it.
+    The checkpoints go once it is saved, so that the next training starts anew, and the run's folder is free for it.
+
+    Args:
+        seconds: of training, for the record.
     """
     run.lock()
     where = models.source(config)
@@ -215,12 +243,18 @@ def save_adapter(config: Config, run: artifacts.Run, trainer: DPOTrainer, tokeni
         "history": history(trainer),
     }
     with run.replacing(run.adapter) as folder:
-        trainer.model.save_pretrained(folder, save_embedding_layers=False)  # False: adapter only, no hub look-up
-        tokenizer.save_pretrained(folder)
+        yield folder
         (folder / "training.json").write_text(json.dumps(record, indent=2), encoding="utf-8")
         (folder / "README.md").write_text(model_card(config, record), encoding="utf-8")
     checkpoints.clear(run)
     run.unlock()
+
+
+def save_adapter(config: Config, run: artifacts.Run, trainer: DPOTrainer, tokenizer, seconds: float) -> Path:
+    """Save adapter (safetensors) and tokenizer beside record and model card: what notebook 05 does in the open."""
+    with saving(config, run, trainer, seconds) as folder:
+        trainer.model.save_pretrained(folder, save_embedding_layers=False)  # False: adapter only, no hub look-up
+        tokenizer.save_pretrained(folder)
     return run.adapter
 
 
