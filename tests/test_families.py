@@ -35,8 +35,9 @@ KNOWN = {
 }
 #: Sizes by the names that families give them; a config gets those that it has.
 TINY = dict(
-    hidden_size=64, n_embd=64, d_model=64, num_hidden_layers=2, n_layer=2, num_layers=2, num_attention_heads=4, n_head=4,
-    num_heads=4, num_key_value_heads=2, num_kv_heads=2, head_dim=16, intermediate_size=64, n_inner=64, ffn_dim=64, d_ff=64,
+    hidden_size=64, n_embd=64, d_model=64, d_ff=64, num_hidden_layers=2, n_layer=2, num_layers=2,
+    num_attention_heads=4, n_head=4,
+    num_heads=4, num_key_value_heads=2, num_kv_heads=2, head_dim=16, intermediate_size=64, n_inner=64, ffn_dim=64,
     max_position_embeddings=256, n_positions=256, max_seq_len=256, num_experts=4, num_local_experts=4,
     n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, decoder_layers=2, decoder_attention_heads=4,
     decoder_ffn_dim=64, encoder_layers=2, embedding_size=64, word_embed_proj_dim=64, is_decoder=True, state_size=8,
