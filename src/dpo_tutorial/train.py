@@ -20,42 +20,47 @@ from .errors import ArtifactError, disk_error, exit_code
 
 
 def dpo_config(config: Config, output_dir: str | Path, **changes) -> DPOConfig:
-    """Translate our config into TRL's. Arguments given here only where they differ from TRL's default, or matter."""
+    """Translate our config into TRL's, as notebook 05 does in the open. `changes` are arguments of `DPOConfig`."""
     arguments = dict(
         output_dir=str(output_dir),
         beta=config.beta,
         loss_type=config.loss_type,
-        label_smoothing=config.label_smoothing,  # read by loss_type robust only
-        ld_alpha=None if config.ld_alpha == 1 else config.ld_alpha,
-        precompute_ref_log_probs=config.precompute_reference,
-        max_length=None,  # notebook 04 dropped what is too long; nothing is cut silently here
         learning_rate=config.learning_rate,
-        lr_scheduler_type=config.lr_scheduler,
         warmup_steps=config.warmup_ratio,  # transformers 5: a value below 1 is a share of all steps
         num_train_epochs=config.epochs,
-        max_steps=config.max_steps,
         per_device_train_batch_size=config.batch_size,
         per_device_eval_batch_size=2 * config.batch_size,  # no gradients, so twice as many fit
         gradient_accumulation_steps=config.grad_accum,
+        max_length=None,  # notebook 04 dropped what is too long; nothing is cut silently here
         train_sampling_strategy="group_by_length",  # batches of similar length: less padding to compute
         remove_unused_columns=False,  # else TRL drops the length column before the sampler sees it
-        max_grad_norm=config.max_grad_norm,
         gradient_checkpointing=config.gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False},
-        bf16=config.dtype == "bf16",
-        fp16=config.dtype == "fp16",
-        use_cpu=environment.device() == "cpu",
-        seed=config.seed,
-        logging_steps=1,
         eval_strategy="steps",
         eval_steps=0.5,  # half-way and at the end; at the start all tie
         save_strategy="steps",
         save_steps=config.save_steps,
         save_total_limit=2,  # with a torn newest one, the other is whole
-        report_to="none",
+        logging_steps=1,
+    )
+    return DPOConfig(**(arguments | other_arguments(config) | changes))
+
+
+def other_arguments(config: Config) -> dict:
+    """Arguments of `DPOConfig` that notebook 05 does not talk about: rarer knobs, and what follows from the machine."""
+    return dict(
+        label_smoothing=config.label_smoothing,  # read by loss_type robust only
+        ld_alpha=None if config.ld_alpha == 1 else config.ld_alpha,
+        precompute_ref_log_probs=config.precompute_reference,
+        lr_scheduler_type=config.lr_scheduler,
+        max_steps=config.max_steps,
+        max_grad_norm=config.max_grad_norm,
+        seed=config.seed,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+        bf16=config.dtype == "bf16",
+        fp16=config.dtype == "fp16",
+        use_cpu=environment.device() == "cpu",
         dataloader_pin_memory=environment.device() == "cuda",
     )
-    return DPOConfig(**(arguments | changes))
 
 
 def build_trainer(
