@@ -35,6 +35,7 @@ class FastDPOTrainer(timing.Timed, DPOTrainer):
         self.share_prefixes = share_prefixes
         super().__init__(args=one_gpu(args), **kwargs)
         cast_trainable_to_fp32(self.model)
+        _ = self.shares_prefixes  # asks now: its short passes are no part of a training
 
     @functools.cached_property
     def shares_prefixes(self) -> bool:
