@@ -28,7 +28,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PrinterCallback
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -135,7 +135,7 @@ def run_steps(trainer, seed: int) -> dict:
             marks.append((time.perf_counter(), seen["tokens"], seen["pairs"]))
 
     trainer.add_callback(Clock())
-    trainer.remove_callback(train.PrinterCallback)
+    trainer.remove_callback(PrinterCallback)
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     environment.seed_everything(seed)
@@ -626,7 +626,7 @@ def one_fold(options, cfg, exact, base, scorer, tokenizer, rows, task) -> tuple:
     with tempfile.TemporaryDirectory() as folder:
         shuffled = Dataset.from_list(rest).shuffle(seed=ours.seed)
         trainer = train.build_trainer(ours, base, tokenizer, shuffled, None, folder, disable_tqdm=True)
-        trainer.remove_callback(train.PrinterCallback)
+        trainer.remove_callback(PrinterCallback)
         environment.seed_everything(ours.seed)
         started = time.perf_counter()
         trainer.train()
