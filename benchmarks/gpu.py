@@ -28,13 +28,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PrinterCallback
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 sys.path.insert(0, str(Path(__file__).parent))
 import training_speed as speed  # noqa: E402  the shapes, the stock trainer, and what counts tokens and steps
 
-from dpo_tutorial import config, data, environment, evaluate, models, planner, prefix, statistics, train  # noqa: E402
+from dpo_tutorial import config, data, environment, evaluate, faster, models, planner, prefix, statistics, train  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 TINY = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1)
@@ -135,7 +135,7 @@ def run_steps(trainer, seed: int) -> dict:
             marks.append((time.perf_counter(), seen["tokens"], seen["pairs"]))
 
     trainer.add_callback(Clock())
-    trainer.remove_callback(train.PrinterCallback)
+    trainer.remove_callback(PrinterCallback)
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     environment.seed_everything(seed)
@@ -250,9 +250,9 @@ def five_steps(options, record: Record, cfg, base, tokenizer, cast: bool) -> Non
     """Five steps with the adapter in float32, and as TRL leaves it: in fp16 that fails (trl#4901)."""
     length = 64 if options.tiny else 256
     pairs = speed.full_length(tokenizer, length, 40, asked=" b" * (length // 4))
-    ours, types, said = train.cast_trainable_to_fp32, [], ""
+    ours, types, said = faster.cast_trainable_to_fp32, [], ""
     if not cast:
-        train.cast_trainable_to_fp32 = lambda model: None
+        faster.cast_trainable_to_fp32 = lambda model: None
     try:
         with tempfile.TemporaryDirectory() as folder:
             trainer = train.build_trainer(cfg, base, tokenizer, pairs, None, folder, disable_tqdm=True)
@@ -268,7 +268,7 @@ def five_steps(options, record: Record, cfg, base, tokenizer, cast: bool) -> Non
     except Exception as error:  # this is what is measured
         found, said = {}, f"{type(error).__name__}: {error}"[:300]
     finally:
-        train.cast_trainable_to_fp32 = ours
+        faster.cast_trainable_to_fp32 = ours
     base = trainer.model.unload()
     plain_again(base)
     name = f"five steps in {cfg.dtype}, {'adapter in float32' if cast else 'without our cast'}"
@@ -626,7 +626,7 @@ def one_fold(options, cfg, exact, base, scorer, tokenizer, rows, task) -> tuple:
     with tempfile.TemporaryDirectory() as folder:
         shuffled = Dataset.from_list(rest).shuffle(seed=ours.seed)
         trainer = train.build_trainer(ours, base, tokenizer, shuffled, None, folder, disable_tqdm=True)
-        trainer.remove_callback(train.PrinterCallback)
+        trainer.remove_callback(PrinterCallback)
         environment.seed_everything(ours.seed)
         started = time.perf_counter()
         trainer.train()

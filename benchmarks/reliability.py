@@ -62,7 +62,8 @@ def checkpoint() -> dict:
         cfg = config.resolve(profile="cpu", max_steps=4, save_steps=1, artifacts=folder)
         run, tokenizer = artifacts.Run(cfg), models.load_tokenizer(cfg)
         rows = data.prepare(cfg, tokenizer).splits["train"]
-        trainer = train.build_trainer(cfg, models.load_base(cfg), tokenizer, rows, None, checkpoints.folder(run))
+        base, folder = models.load_base(cfg), checkpoints.folder(run)
+        trainer = train.build_trainer(cfg, base, tokenizer, rows, None, folder, save_strategy="steps")
         clock = Clock()
         began = time.perf_counter()
         checkpoints.fingerprint(cfg, trainer)

@@ -6,6 +6,7 @@ compare, whole, switches, order, growth. What a GPU does is in `gpu.py`.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import statistics
@@ -105,7 +106,10 @@ def stock_trainer(cfg, base, tokenizer, train_split, val, folder, **changes):
     """
     from trl import DPOConfig, DPOTrainer
 
-    from dpo_tutorial import environment, models
+    from dpo_tutorial import environment, models, timing
+
+    class Stock(timing.Timed, DPOTrainer):
+        pass
 
     assert cfg.batch_size * cfg.grad_accum == DPOConfig.__dataclass_fields__["per_device_train_batch_size"].default
     arguments = dict(
@@ -115,7 +119,7 @@ def stock_trainer(cfg, base, tokenizer, train_split, val, folder, **changes):
         save_strategy="no", logging_steps=1, eval_strategy="no" if val is None else "steps", eval_steps=0.5,
     )  # fmt: skip
     columns = ["prompt", "chosen", "rejected"]
-    return DPOTrainer(
+    return Stock(
         model=base, args=DPOConfig(**arguments | changes), train_dataset=train_split.select_columns(columns),
         eval_dataset=None if val is None else val.select_columns(columns), processing_class=tokenizer,
         peft_config=models.lora_config(cfg),
@@ -164,7 +168,7 @@ def train_once(task: dict, folder: Path) -> dict:
     import psutil
     import torch
 
-    from dpo_tutorial import artifacts, environment, evaluate, models, planner, reference, timing, train
+    from dpo_tutorial import environment, evaluate, faster, models, planner, train
 
     phases = {"import": time.time() - psutil.Process().create_time()}
     stock, switches = task["trainer"] == "stock", task.get("switches", [])
@@ -172,7 +176,7 @@ def train_once(task: dict, folder: Path) -> dict:
     if stock or "allocator" in switches:
         environment.tune_allocator = lambda: False
     if "head" in switches:
-        train.fit_head_to_cpu = lambda: None
+        faster.cpu_head = contextlib.nullcontext
     marks = [time.perf_counter()]
 
     def mark(name: str) -> None:
@@ -196,10 +200,8 @@ def train_once(task: dict, folder: Path) -> dict:
         for layer in trainer.model.get_base_model().base_model.layers:
             layer.compile(dynamic=True)  # one program for all layers and lengths
     mark("tokenize")
-    if cfg.precompute_reference:
-        reference.precompute(trainer, cfg, artifacts.Run(cfg, folder / "run"))
-    mark("reference, before")
-    seen, ends, split = counted(trainer), step_ends(trainer), timing.TimeSplit(trainer)
+    phases["reference, before"] = phases["tokenize"] if cfg.precompute_reference else 0  # TRL does both at once
+    seen, ends = counted(trainer), step_ends(trainer)
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     environment.seed_everything(cfg.seed)
@@ -216,7 +218,7 @@ def train_once(task: dict, folder: Path) -> dict:
     return {
         "seconds": seconds, "pairs": seen["pairs"], "tokens": seen["tokens"], "positions": seen["positions"],
         "padding": 1 - seen["tokens"] / seen["slots"], "peak_gib": peak, "steps": steps,
-        "phases": phases | dict(split.seconds),
+        "phases": phases | dict(trainer.times.seconds),
         "losses": [row["loss"] for row in train.history(trainer)["train"]],
         "rewards": [row["rewards/chosen"] for row in train.history(trainer)["train"]],
         "checkpointing": trainer.args.gradient_checkpointing,

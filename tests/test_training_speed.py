@@ -103,10 +103,9 @@ def test_shapes_have_the_sizes_they_are_named_after(speed):
 
 @pytest.mark.parametrize("trainer", ["ours", "stock"])
 def test_one_measurement_on_a_tiny_model(speed, tiny_folder, tokenizer, tmp_path, monkeypatch, trainer):
-    from dpo_tutorial import environment, models, train
+    from dpo_tutorial import environment, models
 
     monkeypatch.setattr(environment, "tune_allocator", environment.tune_allocator)  # the task switches it off for good
-    monkeypatch.setattr(train, "fit_head_to_cpu", train.fit_head_to_cpu)
     monkeypatch.setattr(models, "load_tokenizer", lambda cfg: tokenizer)
     knobs = {"model": str(tiny_folder), "dtype": "fp32", "max_tokens": 128}
     task = {"trainer": trainer, "pairs": 16, "val": 2, "length": 96, "knobs": knobs, "untouched": True}
