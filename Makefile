@@ -21,7 +21,7 @@ UNKNOWN := $(filter-out $(KNOBS),$(TYPED))
 FOLDER := $(if $(and $(filter command,$(origin ARTIFACTS)),$(value ARTIFACTS)),$(call quoted,ARTIFACTS),artifacts)
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart run test colab lowest notebooks lint badges bench gpu guide clean
+.PHONY: help quickstart run check test colab lowest notebooks lint badges bench gpu guide clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
@@ -48,8 +48,12 @@ quickstart: $(STAMP)  ## one page, minutes: PROFILE=smoke MODEL= DATA= PAIRS= AR
 	mkdir -p $(FOLDER)
 	$(PY) -m papermill notebooks/00_quickstart.ipynb $(FOLDER)/00_quickstart.ipynb $(foreach name,$(KNOBS),$(if $(and $(filter command,$(origin $(name))),$(value $(name))),-p $(name) $(call quoted,$(name))))
 
-test: $(STAMP) lint  ## style, unit tests, notebook checks, all six notebooks in the smoke profile
-	OMP_NUM_THREADS=1 $(PY) -m pytest tests -n auto --dist loadfile --durations=15
+check: $(STAMP) lint  ## the quick loop: style, types, unit tests; under two minutes
+	$(PY) -m mypy
+	OMP_NUM_THREADS=1 $(PY) -m pytest tests -m 'not (end_to_end or slow or gpu or guide or colab)' -n auto --dist loadfile
+
+test: check  ## all of check, then the end-to-end tests and all six notebooks in the smoke profile
+	OMP_NUM_THREADS=1 $(PY) -m pytest tests -m 'end_to_end and not slow' -n auto --dist loadfile --durations=15
 	rm -rf artifacts/smoke
 	mkdir -p artifacts/smoke
 	$(PY) -m papermill notebooks/00_quickstart.ipynb artifacts/smoke/00_quickstart.ipynb -p PROFILE smoke -p ARTIFACTS artifacts/smoke

@@ -11,6 +11,7 @@ import nbformat
 import pytest
 import torch
 from datasets import Dataset
+from hypothesis import HealthCheck, settings
 from IPython.core.inputtransformer2 import TransformerManager
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -25,6 +26,14 @@ for name in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL", "MAKEOVERRIDES"):
     os.environ.pop(name, None)  # under `make test`, a test's own make would take itself for a part of that one
 
 torch.set_num_threads(1)  # tiny models: two threads would only wait for each other
+
+# Few examples for the quick loop; `pytest --hypothesis-profile=many` tries more.
+for name, examples in (("few", 20), ("many", 500)):
+    settings.register_profile(
+        name, max_examples=examples, deadline=None, database=None,
+        suppress_health_check=[HealthCheck.function_scoped_fixture],
+    )  # fmt: skip
+settings.load_profile("few")
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
