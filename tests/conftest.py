@@ -109,14 +109,18 @@ def tiny_folder(tmp_path_factory, tokenizer):
     return folder
 
 
+def tiny_config(model: Path, artifacts: Path) -> config.Config:
+    """A config for the tiny model: fp32, two steps."""
+    return dataclasses.replace(
+        config.Config(), model=str(model), dtype="fp32", artifacts=str(artifacts), lora_r=4, lora_alpha=8,
+        gradient_checkpointing=False, batch_size=2, grad_accum=1, max_steps=2, max_tokens=128, learning_rate=1e-2,
+        max_new_tokens=8,
+    )  # fmt: skip
+
+
 @pytest.fixture
 def cfg(tiny_folder, tmp_path):
-    """A config for the tiny model: fp32, two steps, artifacts in a temporary folder."""
-    return dataclasses.replace(
-        config.Config(), model=str(tiny_folder), dtype="fp32", artifacts=str(tmp_path / "artifacts"), lora_r=4,
-        lora_alpha=8, gradient_checkpointing=False, batch_size=2, grad_accum=1, max_steps=2, max_tokens=128,
-        learning_rate=1e-2, max_new_tokens=8,
-    )  # fmt: skip
+    return tiny_config(tiny_folder, tmp_path / "artifacts")
 
 
 @pytest.fixture

@@ -736,14 +736,6 @@ PREPARED = {
             "test": (57, "9d73384b20bb08249366c46c88ffd9e48fa604899a349e3c91ddbd7c57908414"),
         },
     ),
-    "by number": (
-        dict(max_tokens=512, max_train=50, max_val=20, max_test=30),
-        {
-            "train": (50, "7faf855c1e4f77f7644dc98d19c77bab6feda53e8cb38c2544009ea6f7111234"),
-            "val": (20, "ac1abd9c86d07564dc1b7f92513729eb7ad451196313c6bbf737868c2ad65018"),
-            "test": (30, "14ae14e5f2ac30b6365cc42428e046bc1a202a84acac4017803288f80f2c5f33"),
-        },
-    ),
 }
 
 
