@@ -56,18 +56,6 @@ def test_profile_and_dtype_follow_the_hardware(monkeypatch, hardware, profile, d
     assert (resolved.profile, resolved.dtype) == (profile, dtype)
 
 
-def test_an_unknown_profile_lists_the_known_ones():
-    with pytest.raises(ConfigError, match="Unknown profile 'tpu'") as error:
-        config.resolve(profile="tpu")
-    assert all(name in error.value.mend for name in config.PROFILES)
-
-
-def test_an_unknown_parameter_lists_the_known_ones():
-    with pytest.raises(ConfigError, match="BTA") as error:
-        config.resolve(bta=0.2)
-    assert "BETA" in error.value.mend
-
-
 @pytest.mark.parametrize(
     "bad",
     [

@@ -108,6 +108,7 @@ ROW_CASES = {
         GOOD | {"score_chosen": "8.0"},
         GOOD | {"prompt": [user("hi")]},
         GOOD | {"score_rejected": True},
+        GOOD | {"score_chosen": float("nan")},
     ],
     "empty conversation": [GOOD | {"chosen": []}, GOOD | {"rejected": []}],
     "bad role": [conversation([{"role": "human", "content": "hi"}]), conversation([{"role": "tool", "content": "hi"}])],
@@ -187,30 +188,6 @@ def test_a_sound_row_has_no_problem(row):
     assert data.row_problem(row) is None
 
 
-@pytest.mark.parametrize(
-    ("first", "row"),
-    [
-        ("missing column", GOOD | {"score_chosen": None, "chosen": "a text"}),
-        ("wrong type", GOOD | {"chosen": [], "rejected": "a text"}),
-        ("empty conversation", GOOD | {"chosen": [], "rejected": [{"role": "human", "content": "hi"}]}),
-        ("bad role", GOOD | {"chosen": [{"role": "human", "content": "hi"}]}),
-        ("roles out of order", conversation([user("a"), user("b")], chosen="")),
-        ("last turn not assistant", GOOD | {"chosen": GOOD["chosen"] + [user("")]}),
-        ("empty answer", conversation([user("nul \x00")], chosen="")),
-        ("invalid text", GOOD | {"rejected": [user("nul \x00"), assistant("b")]}),
-        ("prompts differ", GOOD | {"rejected": [user("other"), GOOD["chosen"][1]]}),
-        ("chosen equals rejected", conversation([user("a")], "same", "same", score_chosen=1, score_rejected=1)),
-    ],
-)
-def test_a_row_with_two_problems_gets_the_earlier_reason(first, row):
-    assert data.row_problem(row) == first
-
-
-@pytest.mark.parametrize("column", ["score_chosen", "score_rejected"])
-def test_a_score_that_is_nan_is_not_a_number(column):
-    assert data.row_problem(GOOD | {column: float("nan")}) == "wrong type"
-
-
 _role = st.sampled_from(["user", "assistant", "system", "tool"]) | st.none() | st.integers()
 _text = st.text(st.characters(), max_size=6) | st.sampled_from(["hi", "", " ", "\x00"])  # characters(): surrogates too
 _message = st.fixed_dictionaries({}, optional={"role": _role, "content": _text | st.none() | st.floats()})
@@ -248,23 +225,13 @@ def test_any_row_is_sound_or_has_a_known_reason(base, changes):
 
 def test_extract_puts_every_turn_before_the_last_answer_into_the_prompt():
     turns = [system("Be brief."), user("a"), assistant("b"), user("c")]
-    assert data.extract(conversation(turns, "good", "bad")) == {
+    row = conversation([turn | {"name": None} for turn in turns], "good", "bad")  # `datasets` adds such keys
+    assert data.extract(row) == {
         "prompt_id": "x",
         "prompt": turns,
         "chosen": [assistant("good")],
         "rejected": [assistant("bad")],
     }
-
-
-def test_extract_keeps_role_and_content_only():
-    """`datasets` gives every message the keys any message has, as None."""
-    row = conversation([user("a") | {"name": None, "weight": 1}])
-    assert data.extract(row)["prompt"] == [user("a")]
-
-
-@pytest.mark.parametrize(("given_id", "kept"), [("abc", "abc"), (7, "7"), (None, "")])
-def test_extract_gives_the_prompt_id_as_text(given_id, kept):
-    assert data.extract(GOOD | {"prompt_id": given_id})["prompt_id"] == kept
 
 
 def test_prompt_key_ignores_case_and_space_and_nothing_else():
@@ -294,13 +261,6 @@ def test_encode_cuts_the_templated_conversation_at_the_start_of_the_answer(token
     assert tokenizer.decode(after) == "Put it into water.<|im_end|>\n"
 
 
-def test_encode_refuses_a_template_whose_prompt_changes_once_an_answer_follows(tokenizer):
-    other = copy.deepcopy(tokenizer)
-    other.chat_template = "{{ messages | length }} turns: " + tokenizer.chat_template
-    with pytest.raises(DataError, match="prompt's tokens change"):
-        data.encode(other, [user("hi")], [assistant("ho")])
-
-
 # --- splits -------------------------------------------------------------------------------------------------------
 
 
@@ -325,11 +285,6 @@ def test_a_preference_split_wins_over_a_split_of_the_plain_name():
     assert {name: len(split) for name, split in found.items()} == {"train": 4, "val": 2, "test": 6}
 
 
-def test_splits_that_are_not_used_are_named_as_left_alone():
-    _, said = data.choose_splits(splits_of(train_sft=3, train_prefs=3, val_prefs=3, test_prefs=3, gen=2), seed=1)
-    assert "left alone: gen, train_sft" in said
-
-
 def test_missing_splits_are_cut_from_train_and_said():
     raw = splits_of(train=100)
     found, said = data.choose_splits(raw, seed=7)
@@ -345,17 +300,6 @@ def test_the_cut_depends_on_the_seed_alone():
     for name in ("train", "val", "test"):
         assert first[name]["prompt"] == again[name]["prompt"]
         assert set(first[name]["prompt"]) != set(other[name]["prompt"])
-
-
-def test_no_train_split_is_an_error_that_names_what_there_is():
-    with pytest.raises(DataError, match="No training split among test_prefs, train_sft") as caught:
-        data.choose_splits(splits_of(test_prefs=3, train_sft=3), seed=1)
-    assert "train_prefs or train" in caught.value.mend
-
-
-def test_too_few_rows_to_cut_from_is_an_error():
-    with pytest.raises(DataError, match="9 rows are too few to cut a val split from"):
-        data.choose_splits(splits_of(train=9), seed=1)
 
 
 # --- load ---------------------------------------------------------------------------------------------------------
@@ -397,11 +341,6 @@ def test_the_repositorys_own_set_is_read_with_its_three_splits(cfg):
         ours: len(EMBEDDED[f"{ours}_prefs"]) for ours in ("train", "val", "test")
     }
     assert not any("cut from train" in sentence for sentence in said)
-
-
-def test_a_missing_file_is_an_error_that_names_it(cfg, tmp_path):
-    with pytest.raises(DataError, match="missing.jsonl does not exist"):
-        load(cfg, tmp_path / "missing.jsonl")
 
 
 def test_a_folder_without_data_is_an_error_that_names_it(cfg, tmp_path):
@@ -498,14 +437,10 @@ def test_an_unreadable_file_is_an_error_that_says_why(cfg, tmp_path, text, named
 @pytest.mark.parametrize(
     ("reason", "changes"),
     [
-        ("missing column", dict(chosen=None)),
         ("missing column", dict(score_chosen=None)),
         ("wrong type", dict(chosen="a text")),
-        ("wrong type", dict(chosen=["a text", "another"])),
         ("wrong type", dict(chosen=[user("hi"), None])),
-        ("wrong type", dict(chosen=[{"role": "user"}, {"role": "assistant"}])),
         ("wrong type", dict(chosen=[user("hi"), {"content": "ho"}])),
-        ("wrong type", dict(chosen=[user(3), assistant("ho")])),
         ("wrong type", dict(score_chosen="ten")),
         ("empty conversation", dict(chosen=[])),
     ],
@@ -514,12 +449,6 @@ def test_one_odd_row_read_through_datasets_is_dropped_and_spares_the_others(prep
     """`datasets` gives one type to a whole column, and None to a key that only other rows have."""
     report = prepared(train=[*numbered("train", 4), pair("odd?", "yes", "no") | changes]).report["train"]
     assert report["dropped"] == {reason: 1} and report["kept"] == 4
-
-
-def test_a_row_without_a_column_that_others_have_is_dropped_as_missing(prepared):
-    odd = without(pair("odd?", "yes", "no"), "score_rejected")
-    report = prepared(train=[*numbered("train", 4), odd]).report["train"]
-    assert report["dropped"] == {"missing column": 1} and report["kept"] == 4
 
 
 # --- the whole set ------------------------------------------------------------------------------------------------
@@ -608,13 +537,6 @@ def test_a_pair_of_max_tokens_is_kept_whole_and_one_token_less_drops_it(prepared
     dropped = prepared(dict(max_tokens=length - 1), train=rows)
     assert dropped.report["train"]["dropped"] == {"too long": 1}
     assert "Long?" not in questions(dropped.splits["train"])
-
-
-def test_the_token_counts_are_those_of_the_encoded_row(prepared, tokenizer):
-    for row in prepared().splits["train"]:
-        for side in ("chosen", "rejected"):
-            before, after = data.encode(tokenizer, row["prompt"], row[side])
-            assert (row["prompt_tokens"], row[f"{side}_tokens"]) == (len(before), len(after))
 
 
 @given(rows=st.lists(st.builds(lambda b, c: b | c, st.sampled_from([GOOD, {}]), row_changes), min_size=1, max_size=6))
@@ -725,31 +647,22 @@ def test_each_dirty_row_gets_the_reason_it_was_made_for():
     assert {row["expected"] for row in rows} == alone | {None}
 
 
-#: SHA-256 of each prepared split's rows, in order, with the tiny tokenizer. Recorded results depend on these rows: if
+#: Rows and SHA-256 of each prepared split, in order, with the tiny tokenizer. Recorded results depend on these rows: if
 #: one changes on purpose, raise `data.VERSION` and measure again.
 PREPARED = {
-    "by length": (
-        dict(max_tokens=256, max_train=400, max_val=60, max_test=120),
-        {
-            "train": (206, "1f08b391e1d17a42289d0c774f97ebc1a2b0581713b8545ce215749b082e9e82"),
-            "val": (37, "a7a95ead479ad1bd56bbbe7901d4958292ae38a35f35b3c9b4efc751c262b968"),
-            "test": (57, "9d73384b20bb08249366c46c88ffd9e48fa604899a349e3c91ddbd7c57908414"),
-        },
-    ),
+    "train": (206, "1f08b391e1d17a42289d0c774f97ebc1a2b0581713b8545ce215749b082e9e82"),
+    "val": (37, "a7a95ead479ad1bd56bbbe7901d4958292ae38a35f35b3c9b4efc751c262b968"),
+    "test": (57, "9d73384b20bb08249366c46c88ffd9e48fa604899a349e3c91ddbd7c57908414"),
 }
 
 
-@pytest.mark.parametrize("cut", PREPARED)
-def test_the_prepared_embedded_splits_are_the_rows_that_results_were_recorded_on(cfg, tokenizer, cut):
-    changes, recorded = PREPARED[cut]
-    splits = data.prepare(dataclasses.replace(cfg, **changes), tokenizer).splits
-    assert {
-        name: (
-            len(split),
-            hashlib.sha256("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in split).encode()).hexdigest(),
-        )
-        for name, split in splits.items()
-    } == recorded
+def test_the_prepared_embedded_splits_are_the_rows_that_results_were_recorded_on(cfg, tokenizer):
+    changed = dataclasses.replace(cfg, max_tokens=256, max_train=400, max_val=60, max_test=120)
+    found = {}
+    for name, split in data.prepare(changed, tokenizer).splits.items():
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in split)
+        found[name] = (len(split), hashlib.sha256(text.encode()).hexdigest())
+    assert found == PREPARED
 
 
 def test_the_requests_outside_the_style_are_ten_and_in_no_split():
@@ -799,10 +712,3 @@ def test_without_a_usable_test_row_the_running_example_is_an_error(cfg, tokenize
     (tmp_path / "bad.jsonl").write_text("".join(json.dumps(row) + "\n" for row in bad))
     with pytest.raises(DataError, match=r"No usable pair is left.*: [23] chosen equals rejected"):
         data.running_example(dataclasses.replace(cfg, data=str(tmp_path / "bad.jsonl"), data_revision=None), tokenizer)
-
-
-def test_an_empty_test_split_has_no_running_example(cfg, tokenizer, monkeypatch):
-    empty = Dataset.from_dict({name: [] for name in data.COLUMNS})
-    monkeypatch.setattr(data, "load_preferences", lambda config: ({"test": empty}, []))
-    with pytest.raises(DataError, match="it has no row"):
-        data.running_example(cfg, tokenizer)
