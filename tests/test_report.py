@@ -49,7 +49,7 @@ def record(margin, gap=0):
 RECORDS = [record(m, gap) for m, gap in ((1.0, -3), (2.0, 0), (-0.5, 4), (0.1, 1))]
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def comparison():
     """A comparison in which every text that a model or a dataset could have written is a trap."""
     answer, prompt = {"text": TRAP, "tokens": 5, "finished": True}, [{"role": "user", "content": TRAP}]
@@ -120,18 +120,14 @@ def widgets_of(box):
         yield box
 
 
-def test_the_saved_comparison_has_the_settings_versions_and_hardware_beside_it(cfg, comparison, training, tmp_path):
+def test_files_and_page_hold_the_numbers_of_the_comparison_and_how_they_were_made(cfg, comparison, training, tmp_path):
+    training["base"]["name"] = "base-of-test"
     paths = report.save(artifacts.Run(cfg, tmp_path / "out"), training, RECORDS, comparison)
     assert [p.name for p in paths] == ["records.json", "comparison.json", "report.html"]
     saved = json.loads((tmp_path / "out" / "comparison.json").read_text())
     assert saved["adapter"]["config"]["beta"] == cfg.beta and saved["versions"]["torch"] == version("torch")
     assert "cores" in saved["hardware"]
     assert json.loads((tmp_path / "out" / "records.json").read_text()) == RECORDS
-
-
-def test_the_page_says_the_numbers_of_the_comparison(cfg, comparison, training, tmp_path):
-    training["base"]["name"] = "base-of-test"
-    report.save(artifacts.Run(cfg, tmp_path / "out"), training, RECORDS, comparison)
     html = (tmp_path / "out" / "report.html").read_text()
     assert "<h1>Before and after DPO: base-of-test</h1>" in html and 'lang="en"' in html
     text = Page(type("View", (), {"data": html})).text
