@@ -21,6 +21,8 @@ from dpo_tutorial import artifacts, checkpoints, config, data, models, train
 from dpo_tutorial import run as run_module
 from dpo_tutorial.errors import ArtifactError
 
+pytestmark = pytest.mark.end_to_end
+
 
 @pytest.fixture
 def many(tokenizer) -> Dataset:
@@ -445,7 +447,6 @@ def test_an_error_that_is_not_the_disks_stays_as_it_is(cfg, tokenizer, many):
 # --- SIGKILL ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.end_to_end
 @pytest.mark.parametrize("kills", [8, pytest.param(20, marks=pytest.mark.slow)])
 def test_a_training_killed_again_and_again_ends_with_the_adapter_of_an_undisturbed_one(
     tiny_folder, many, tmp_path, kills
