@@ -21,7 +21,7 @@ UNKNOWN := $(filter-out $(KNOBS),$(TYPED))
 FOLDER := $(if $(and $(filter command,$(origin ARTIFACTS)),$(value ARTIFACTS)),$(call quoted,ARTIFACTS),artifacts)
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart run check test colab lowest notebooks lint badges bench gpu guide clean
+.PHONY: help quickstart run test colab lowest notebooks lint badges bench gpu guide clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
@@ -48,6 +48,7 @@ quickstart: $(STAMP)  ## one page, minutes: PROFILE=smoke MODEL= DATA= PAIRS= AR
 	mkdir -p $(FOLDER)
 	$(PY) -m papermill notebooks/00_quickstart.ipynb $(FOLDER)/00_quickstart.ipynb $(foreach name,$(KNOBS),$(if $(and $(filter command,$(origin $(name))),$(value $(name))),-p $(name) $(call quoted,$(name))))
 
+.PHONY: check
 check: $(STAMP) lint  ## the quick loop: style, types, unit tests; under two minutes
 	$(PY) -m mypy
 	OMP_NUM_THREADS=1 $(PY) -m pytest tests -m 'not (end_to_end or slow or gpu or guide or colab)' -n auto --dist loadfile

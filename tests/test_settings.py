@@ -273,7 +273,7 @@ def test_architectures_with_other_layer_names_can_be_trained(kind, targets, toke
     rows = [pair(f"{t[0]} {i}", *t[1:]) for i in range(6) for t in TEXTS]
     (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
     given = {"PROFILE": "smoke", "MODEL": str(tmp_path / kind), "DATA": str(tmp_path / "rows.jsonl")}
-    given |= {"ARTIFACTS": str(tmp_path), "MAX_TOKENS": "128", "MAX_STEPS": "1", "LORA_TARGETS": targets}
+    given |= {"ARTIFACTS": str(tmp_path), "MAX_TOKENS": "128", "LORA_TARGETS": targets}
     assert train.main(words(given)) == 0
     saved = json.loads((tmp_path / "smoke" / "adapter" / "adapter_config.json").read_text())
     assert set(saved["target_modules"]) == set(targets.split(","))
