@@ -418,7 +418,6 @@ def test_the_command_is_declared_and_hands_the_rest_to_its_word(monkeypatch, cap
 # --- this machine ----
 
 
-@pytest.mark.end_to_end
 def test_this_machine_is_ready_for_the_cpu_profile_and_json_is_all_that_is_printed():
     command = [sys.executable, "-m", "dpo_tutorial", "doctor", "-p", "PROFILE", "cpu", "--json"]
     done = subprocess.run(command, capture_output=True, text=True)
