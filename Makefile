@@ -48,8 +48,13 @@ quickstart: $(STAMP)  ## one page, minutes: PROFILE=smoke MODEL= DATA= PAIRS= AR
 	mkdir -p $(FOLDER)
 	$(PY) -m papermill notebooks/00_quickstart.ipynb $(FOLDER)/00_quickstart.ipynb $(foreach name,$(KNOBS),$(if $(and $(filter command,$(origin $(name))),$(value $(name))),-p $(name) $(call quoted,$(name))))
 
-test: $(STAMP) lint  ## style, unit tests, notebook checks, all six notebooks in the smoke profile
-	OMP_NUM_THREADS=1 $(PY) -m pytest tests -n auto --dist loadfile --durations=15
+.PHONY: check
+check: $(STAMP) lint  ## the quick loop: style, types, unit tests; under two minutes
+	$(PY) -m mypy
+	OMP_NUM_THREADS=1 $(PY) -m pytest tests -m 'not (end_to_end or slow or gpu or guide or colab)' -n auto --dist loadfile
+
+test: check  ## all of check, then the end-to-end tests and all six notebooks in the smoke profile
+	OMP_NUM_THREADS=1 $(PY) -m pytest tests -m 'end_to_end and not slow' -n auto --dist loadfile --durations=15
 	rm -rf artifacts/smoke
 	mkdir -p artifacts/smoke
 	$(PY) -m papermill notebooks/00_quickstart.ipynb artifacts/smoke/00_quickstart.ipynb -p PROFILE smoke -p ARTIFACTS artifacts/smoke

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import importlib.util
 import os
 from pathlib import Path
@@ -11,6 +12,7 @@ import nbformat
 import pytest
 import torch
 from datasets import Dataset
+from hypothesis import HealthCheck, settings
 from IPython.core.inputtransformer2 import TransformerManager
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -25,6 +27,20 @@ for name in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL", "MAKEOVERRIDES"):
     os.environ.pop(name, None)  # under `make test`, a test's own make would take itself for a part of that one
 
 torch.set_num_threads(1)  # tiny models: two threads would only wait for each other
+
+# Few examples for the quick loop; `pytest --hypothesis-profile=many` tries more.
+for name, examples in (("few", 20), ("many", 500)):
+    settings.register_profile(
+        name, max_examples=examples, deadline=None, database=None,
+        suppress_health_check=[HealthCheck.function_scoped_fixture],
+    )  # fmt: skip
+settings.load_profile("few")
+
+
+def pytest_collection_finish():
+    """What the imports made is not searched for garbage again: each loading of a model would take a second more."""
+    gc.freeze()
+
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
@@ -100,14 +116,18 @@ def tiny_folder(tmp_path_factory, tokenizer):
     return folder
 
 
+def tiny_config(model: Path, artifacts: Path) -> config.Config:
+    """A config for the tiny model: fp32, two steps."""
+    return dataclasses.replace(
+        config.Config(), model=str(model), dtype="fp32", artifacts=str(artifacts), lora_r=4, lora_alpha=8,
+        gradient_checkpointing=False, batch_size=2, grad_accum=1, max_steps=2, max_tokens=128, learning_rate=1e-2,
+        max_new_tokens=8,
+    )  # fmt: skip
+
+
 @pytest.fixture
 def cfg(tiny_folder, tmp_path):
-    """A config for the tiny model: fp32, two steps, artifacts in a temporary folder."""
-    return dataclasses.replace(
-        config.Config(), model=str(tiny_folder), dtype="fp32", artifacts=str(tmp_path / "artifacts"), lora_r=4,
-        lora_alpha=8, gradient_checkpointing=False, batch_size=2, grad_accum=1, max_steps=2, max_tokens=128,
-        learning_rate=1e-2, max_new_tokens=8,
-    )  # fmt: skip
+    return tiny_config(tiny_folder, tmp_path / "artifacts")
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ import dataclasses
 import json
 import os
 import resource
-import tempfile
 
 import datasets
 import pytest
@@ -60,12 +59,6 @@ def test_a_run_folder_that_cannot_be_written_is_an_error_that_names_it(cfg, tmp_
     assert "ARTIFACTS" in caught.value.mend
 
 
-def test_a_run_folder_on_a_full_disk_is_an_error_that_says_so(cfg, monkeypatch):
-    monkeypatch.setattr(tempfile, "TemporaryFile", disk_full)
-    with pytest.raises(ArtifactError, match="No space left on device"):
-        Run(cfg)
-
-
 # --- small files --------------------------------------------------------------------------------------------------
 
 
@@ -78,22 +71,15 @@ def test_text_is_written_whole_with_folders_made_and_readable_by_others(run):
     assert files_of(run.dir / "results") == {"answer.md": "new"}
 
 
-@pytest.mark.parametrize("call", ["replace", "fsync", "chmod"])
+@pytest.mark.parametrize("call", ["os.replace", "os.fsync", "os.chmod", "tempfile.mkstemp"])
 def test_a_write_that_fails_leaves_the_old_text_and_nothing_else(run, monkeypatch, call):
     run.write_text("answer.md", "old")
     before = files_of(run.dir)
-    monkeypatch.setattr(artifacts.os, call, disk_full)
+    monkeypatch.setattr(call, disk_full)
     with pytest.raises(ArtifactError, match="answer.md could not be written .No space left on device") as caught:
         run.write_text("answer.md", "new")
     assert "ARTIFACTS" in caught.value.mend
     assert files_of(run.dir) == before
-
-
-def test_a_full_disk_that_refuses_the_temporary_file_is_an_artifact_error(run, monkeypatch):
-    run.write_text("answer.md", "old")
-    monkeypatch.setattr(artifacts.tempfile, "mkstemp", disk_full)
-    with pytest.raises(ArtifactError, match="answer.md could not be written"):
-        run.write_text("answer.md", "new")
 
 
 def test_a_file_in_place_of_a_folder_is_an_artifact_error(run):
@@ -115,11 +101,6 @@ def test_json_is_read_as_it_was_written(run):
     assert run.read_json("value.json") == value
 
 
-def test_a_missing_json_file_is_an_error_that_names_it(run):
-    with pytest.raises(ArtifactError, match="results.json is missing"):
-        run.read_json("results.json")
-
-
 @pytest.mark.parametrize("content", [b"", b'{"a": ', b"\xff\xfe"], ids=["empty", "cut short", "not utf-8"])
 def test_a_damaged_json_file_is_an_error_that_names_it(run, content):
     (run.dir / "results.json").write_bytes(content)
@@ -139,24 +120,16 @@ def test_a_figure_is_saved_as_png_below_figures(run):
 # --- manifest -----------------------------------------------------------------------------------------------------
 
 
-def test_a_new_run_has_a_manifest_without_steps(run):
+def test_recording_a_step_keeps_the_earlier_ones_and_replaces_its_own(run):
     assert run.manifest() == {"steps": {}}
-
-
-def test_recording_a_step_keeps_the_earlier_ones(run):
     run.record("04", rows=12)
     first = run.manifest()["steps"]["04"]
     Run(run.config).record("05", loss=0.5)
     steps = run.manifest()["steps"]
     assert list(steps) == ["04", "05"]
     assert steps["04"] == first and first["rows"] == 12 and steps["05"]["loss"] == 0.5
-
-
-def test_recording_a_step_again_replaces_it(run):
-    run.record("04", rows=12)
     run.record("04", kept=7)
-    step = run.manifest()["steps"]["04"]
-    assert step["kept"] == 7 and "rows" not in step
+    assert "rows" not in run.manifest()["steps"]["04"]
 
 
 def test_a_step_is_recorded_with_config_versions_and_hardware(run):
@@ -185,19 +158,12 @@ def old_adapter(run):
     return run.adapter
 
 
-def test_a_filled_folder_takes_its_place(run):
-    with run.replacing(run.adapter) as work:
-        (work / "new.txt").write_text("new")
-        assert not run.adapter.exists()
-    assert files_of(run.dir) == {"adapter": None, "adapter/new.txt": "new", "figures": None}
-    assert run.adapter.stat().st_mode & 0o777 == 0o755
-
-
 def test_a_filled_folder_replaces_the_old_one_whole(run, old_adapter):
     with run.replacing(run.adapter) as work:
         assert list(work.iterdir()) == []
         (work / "new.txt").write_text("new")
     assert files_of(run.dir) == {"adapter": None, "adapter/new.txt": "new", "figures": None}
+    assert run.adapter.stat().st_mode & 0o777 == 0o755
 
 
 @pytest.mark.parametrize("error", [ValueError("bad weights"), KeyboardInterrupt()], ids=["error", "interrupt"])
@@ -262,12 +228,6 @@ def test_weights_that_the_system_cuts_off_are_an_artifact_error(run, old_adapter
     assert files_of(run.dir) == before
 
 
-def test_a_full_disk_that_refuses_the_work_folder_is_an_artifact_error(run, old_adapter, monkeypatch):
-    monkeypatch.setattr(artifacts.tempfile, "mkdtemp", disk_full)
-    with pytest.raises(ArtifactError, match="adapter could not be written"), run.replacing(run.adapter):
-        pass
-
-
 # --- handoff ------------------------------------------------------------------------------------------------------
 
 
@@ -293,7 +253,7 @@ def refuse(*_):
 
 
 def test_saved_data_comes_back_equal_without_being_prepared_again(cfg, tokenizer, source, monkeypatch):
-    run = Run(dataclasses.replace(cfg, data=source(ending=' é 漢 🙂 "quoted" \\ tab\t and\nline.')))
+    run = Run(dataclasses.replace(cfg, data=source(ending=' é 漢 🙂 "quoted" \\ tab\t and\nline\u2028\u2029\x85.')))
     prepared = data.prepare(run.config, tokenizer)
     folder = run.save_data(prepared)
     assert folder == run.data_dir()
@@ -339,17 +299,6 @@ def test_the_audit_is_that_of_the_data_read_last(cfg, tokenizer, source):
     assert one.read_json("data_report.json")["prepared"] == one.data_dir().name
 
 
-def test_an_audit_that_cannot_be_written_leaves_the_old_one_whole(cfg, tokenizer, source, monkeypatch):
-    run = Run(dataclasses.replace(cfg, data=source()))
-    prepared = data.prepare(run.config, tokenizer)
-    run.save_data(prepared)
-    before = (run.dir / "data_report.json").read_bytes()
-    monkeypatch.setattr(artifacts.os, "fsync", disk_full)
-    with pytest.raises(ArtifactError, match="data_report.json could not be written"):
-        run.save_data(prepared)
-    assert (run.dir / "data_report.json").read_bytes() == before
-
-
 def test_strict_refuses_prepared_data_that_lost_rows_when_strict_was_off(cfg, tokenizer, tied_source):
     run = Run(dataclasses.replace(cfg, data=tied_source))
     run.ensure_data(tokenizer)
@@ -357,14 +306,6 @@ def test_strict_refuses_prepared_data_that_lost_rows_when_strict_was_off(cfg, to
     assert strict.data_dir() == run.data_dir()
     with pytest.raises(DataError, match="STRICT is on"):
         strict.ensure_data(tokenizer)
-
-
-@pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\x85"], ids=["U+2028", "U+2029", "U+0085"])
-def test_saved_data_with_unicode_line_separators_comes_back_equal(cfg, tokenizer, source, separator):
-    run = Run(dataclasses.replace(cfg, data=source(ending=f" one{separator}two.")))
-    prepared = data.prepare(run.config, tokenizer)
-    run.save_data(prepared)
-    assert rows_of(run.ensure_data(tokenizer)) == rows_of(prepared)
 
 
 def test_missing_data_is_prepared_saved_and_said(cfg, tokenizer, source, capsys):
@@ -436,14 +377,6 @@ def test_the_record_of_a_whole_adapter_is_given_back(run):
     record = {"config": {"beta": 0.1}, "base": {"name": "tiny"}, "history": {}}
     (run.adapter / "training.json").write_text(json.dumps(record))
     assert run.require_adapter() == record
-
-
-def test_a_damaged_training_record_is_an_error_that_names_it(run):
-    run.adapter.mkdir()
-    for name in (*artifacts.ADAPTER_FILES, "training.json"):
-        (run.adapter / name).write_text("{")
-    with pytest.raises(ArtifactError, match="training.json"):
-        run.require_adapter()
 
 
 def test_an_adapter_of_other_data_or_another_cut_is_refused(run):

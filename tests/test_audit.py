@@ -8,7 +8,7 @@ from collections import Counter
 
 import pytest
 from conftest import CHATML, TEXTS, pair
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from test_data import GOOD, ROW_CASES, assistant, conversation, row_changes, system, user
 
@@ -147,9 +147,6 @@ _odd = st.builds(lambda base, changes: base | changes, st.sampled_from([GOOD, {}
 _others = st.lists(_tokens | _bad | _odd | st.none(), max_size=6)
 _rows = st.tuples(st.lists(_sound, max_size=5), _others).map(lambda parts: parts[0] + parts[1]).flatmap(st.permutations)
 _held_out = st.sets(st.sampled_from([audit.prompt_digest([user(text)]) for text in ("How?", "Why?")]))
-_tried = settings(
-    max_examples=120, deadline=None, database=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
 
 
 def as_text(rows):
@@ -158,7 +155,6 @@ def as_text(rows):
 
 @given(rows=_rows, held_out=_held_out)
 @example(rows=[GOOD, None, {}, GOOD | {"prompt_id": "\ud800"}], held_out=set())
-@_tried
 def test_any_rows_are_kept_or_dropped_once_and_nothing_raises(tokenizer, rows, held_out):
     found = audit.audit_split(rows, tokenizer, 96, held_out)
     assert found.rows == len(rows) == len(found.kept) + sum(found.dropped.values())
@@ -171,7 +167,6 @@ def test_any_rows_are_kept_or_dropped_once_and_nothing_raises(tokenizer, rows, h
 
 
 @given(rows=_rows, held_out=_held_out, shuffle=st.randoms(use_true_random=False))
-@_tried
 def test_the_order_of_the_rows_changes_neither_what_is_kept_nor_what_is_counted(tokenizer, rows, held_out, shuffle):
     found, mixed = audit.audit_split(rows, tokenizer, 96, held_out), list(rows)
     shuffle.shuffle(mixed)
@@ -181,7 +176,6 @@ def test_the_order_of_the_rows_changes_neither_what_is_kept_nor_what_is_counted(
 
 
 @given(rows=_rows)
-@_tried
 def test_each_prompt_that_has_a_sound_row_keeps_one(tokenizer, rows):
     alone = [row for one in rows for row in prepared([one], tokenizer, 96)]
     kept = prepared(rows, tokenizer, 96)

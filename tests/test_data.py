@@ -13,12 +13,12 @@ from collections import Counter
 import datasets
 import huggingface_hub
 import pytest
-from conftest import TEXTS, pair, script
+from conftest import TEXTS, pair
 from datasets import Dataset, DatasetDict
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
-from dpo_tutorial import data, environment, house_style, statistics
+from dpo_tutorial import data, house_style
 from dpo_tutorial.errors import DataError
 
 
@@ -108,6 +108,7 @@ ROW_CASES = {
         GOOD | {"score_chosen": "8.0"},
         GOOD | {"prompt": [user("hi")]},
         GOOD | {"score_rejected": True},
+        GOOD | {"score_chosen": float("nan")},
     ],
     "empty conversation": [GOOD | {"chosen": []}, GOOD | {"rejected": []}],
     "bad role": [conversation([{"role": "human", "content": "hi"}]), conversation([{"role": "tool", "content": "hi"}])],
@@ -155,11 +156,6 @@ SET_CASES = {
 }
 
 
-def test_every_reason_has_a_row_made_for_it():
-    in_test_audit = {"template refuses", "template border", "template eos", "template mask"}
-    assert set(ROW_CASES) | set(SET_CASES) | in_test_audit == set(data.REASONS)
-
-
 @pytest.mark.parametrize(
     ("reason", "row"),
     [pytest.param(r, row, id=f"{r}-{i}") for r, rows in ROW_CASES.items() for i, row in enumerate(rows)],
@@ -192,34 +188,6 @@ def test_a_sound_row_has_no_problem(row):
     assert data.row_problem(row) is None
 
 
-@pytest.mark.parametrize(
-    ("first", "row"),
-    [
-        ("missing column", GOOD | {"score_chosen": None, "chosen": "a text"}),
-        ("wrong type", GOOD | {"chosen": [], "rejected": "a text"}),
-        ("empty conversation", GOOD | {"chosen": [], "rejected": [{"role": "human", "content": "hi"}]}),
-        ("bad role", GOOD | {"chosen": [{"role": "human", "content": "hi"}]}),
-        ("roles out of order", conversation([user("a"), user("b")], chosen="")),
-        ("last turn not assistant", GOOD | {"chosen": GOOD["chosen"] + [user("")]}),
-        ("empty answer", conversation([user("nul \x00")], chosen="")),
-        ("invalid text", GOOD | {"rejected": [user("nul \x00"), assistant("b")]}),
-        ("prompts differ", GOOD | {"rejected": [user("other"), GOOD["chosen"][1]]}),
-        ("chosen equals rejected", conversation([user("a")], "same", "same", score_chosen=1, score_rejected=1)),
-    ],
-)
-def test_a_row_with_two_problems_gets_the_earlier_reason(first, row):
-    assert data.row_problem(row) == first
-
-
-def test_the_order_of_roles_is_checked_before_the_last_turn_as_reasons_says():
-    assert data.row_problem(GOOD | {"chosen": [user("a"), user("b")]}) == "roles out of order"
-
-
-@pytest.mark.parametrize("column", ["score_chosen", "score_rejected"])
-def test_a_score_that_is_nan_is_not_a_number(column):
-    assert data.row_problem(GOOD | {column: float("nan")}) == "wrong type"
-
-
 _role = st.sampled_from(["user", "assistant", "system", "tool"]) | st.none() | st.integers()
 _text = st.text(st.characters(), max_size=6) | st.sampled_from(["hi", "", " ", "\x00"])  # characters(): surrogates too
 _message = st.fixed_dictionaries({}, optional={"role": _role, "content": _text | st.none() | st.floats()})
@@ -243,7 +211,6 @@ row_changes = st.fixed_dictionaries(
 @given(base=st.sampled_from([GOOD, {}]), changes=row_changes)
 @example(base=GOOD, changes={"score_chosen": 10**400})
 @example(base=GOOD, changes={"score_chosen": float("nan"), "score_rejected": float("nan")})
-@settings(max_examples=100, deadline=None, database=None)
 def test_any_row_is_sound_or_has_a_known_reason(base, changes):
     row = base | changes
     before = copy.deepcopy(row)
@@ -258,23 +225,13 @@ def test_any_row_is_sound_or_has_a_known_reason(base, changes):
 
 def test_extract_puts_every_turn_before_the_last_answer_into_the_prompt():
     turns = [system("Be brief."), user("a"), assistant("b"), user("c")]
-    assert data.extract(conversation(turns, "good", "bad")) == {
+    row = conversation([turn | {"name": None} for turn in turns], "good", "bad")  # `datasets` adds such keys
+    assert data.extract(row) == {
         "prompt_id": "x",
         "prompt": turns,
         "chosen": [assistant("good")],
         "rejected": [assistant("bad")],
     }
-
-
-def test_extract_keeps_role_and_content_only():
-    """`datasets` gives every message the keys any message has, as None."""
-    row = conversation([user("a") | {"name": None, "weight": 1}])
-    assert data.extract(row)["prompt"] == [user("a")]
-
-
-@pytest.mark.parametrize(("given_id", "kept"), [("abc", "abc"), (7, "7"), (None, "")])
-def test_extract_gives_the_prompt_id_as_text(given_id, kept):
-    assert data.extract(GOOD | {"prompt_id": given_id})["prompt_id"] == kept
 
 
 def test_prompt_key_ignores_case_and_space_and_nothing_else():
@@ -304,26 +261,6 @@ def test_encode_cuts_the_templated_conversation_at_the_start_of_the_answer(token
     assert tokenizer.decode(after) == "Put it into water.<|im_end|>\n"
 
 
-@pytest.mark.parametrize("prompt", PROMPTS.values(), ids=PROMPTS)
-def test_an_encoded_answer_has_exactly_one_eos(tokenizer, prompt):
-    _, after = data.encode(tokenizer, prompt, [assistant("Put it into water.")])
-    assert after.count(tokenizer.eos_token_id) == 1
-    assert tokenizer.decode(after[after.index(tokenizer.eos_token_id) + 1 :]).strip() == ""
-
-
-def test_encode_gives_both_answers_the_same_prompt(tokenizer):
-    parts = data.extract(GOOD)
-    chosen, rejected = (data.encode(tokenizer, parts["prompt"], parts[side]) for side in ("chosen", "rejected"))
-    assert chosen[0] == rejected[0] and chosen[1] != rejected[1]
-
-
-def test_encode_refuses_a_template_whose_prompt_changes_once_an_answer_follows(tokenizer):
-    other = copy.deepcopy(tokenizer)
-    other.chat_template = "{{ messages | length }} turns: " + tokenizer.chat_template
-    with pytest.raises(DataError, match="prompt's tokens change"):
-        data.encode(other, [user("hi")], [assistant("ho")])
-
-
 # --- splits -------------------------------------------------------------------------------------------------------
 
 
@@ -332,8 +269,8 @@ def splits_of(**sizes):
 
 
 @pytest.mark.parametrize(
-    "names", itertools.product(*data.SPLIT_NAMES.values()), ids=lambda names: "+".join(names)
-)  # fmt: skip
+    "names", [("train_prefs", "val_prefs", "test_prefs"), ("train", "validation", "test")], ids=["preferences", "plain"]
+)
 def test_splits_are_found_by_each_usual_name(names):
     raw = splits_of(**dict(zip(names, (5, 4, 3), strict=True)))
     found, said = data.choose_splits(raw, seed=1)
@@ -348,11 +285,6 @@ def test_a_preference_split_wins_over_a_split_of_the_plain_name():
     assert {name: len(split) for name, split in found.items()} == {"train": 4, "val": 2, "test": 6}
 
 
-def test_splits_that_are_not_used_are_named_as_left_alone():
-    _, said = data.choose_splits(splits_of(train_sft=3, train_prefs=3, val_prefs=3, test_prefs=3, gen=2), seed=1)
-    assert "left alone: gen, train_sft" in said
-
-
 def test_missing_splits_are_cut_from_train_and_said():
     raw = splits_of(train=100)
     found, said = data.choose_splits(raw, seed=7)
@@ -360,11 +292,6 @@ def test_missing_splits_are_cut_from_train_and_said():
     assert sorted(itertools.chain(*(split["prompt"] for split in found.values()))) == sorted(raw["train"]["prompt"])
     assert [s for s in said if "cut from train with seed 7" in s and "9 rows" in s and s.startswith("test")]
     assert [s for s in said if "cut from train with seed 7" in s and "10 rows" in s and s.startswith("val")]
-
-
-def test_only_the_missing_split_is_cut():
-    found, _ = data.choose_splits(splits_of(train=20, test=5), seed=7)
-    assert {name: len(split) for name, split in found.items()} == {"train": 18, "val": 2, "test": 5}
 
 
 def test_the_cut_depends_on_the_seed_alone():
@@ -375,17 +302,6 @@ def test_the_cut_depends_on_the_seed_alone():
         assert set(first[name]["prompt"]) != set(other[name]["prompt"])
 
 
-def test_no_train_split_is_an_error_that_names_what_there_is():
-    with pytest.raises(DataError, match="No training split among test_prefs, train_sft") as caught:
-        data.choose_splits(splits_of(test_prefs=3, train_sft=3), seed=1)
-    assert "train_prefs or train" in caught.value.mend
-
-
-def test_too_few_rows_to_cut_from_is_an_error():
-    with pytest.raises(DataError, match="9 rows are too few to cut a val split from"):
-        data.choose_splits(splits_of(train=9), seed=1)
-
-
 # --- load ---------------------------------------------------------------------------------------------------------
 
 
@@ -393,17 +309,11 @@ def load(cfg, path):
     return data.load_preferences(dataclasses.replace(cfg, data=str(path)))
 
 
-def test_a_jsonl_file_is_read_and_split(cfg, tmp_path):
-    rows = numbered("row", 30)
-    found, _ = load(cfg, write_jsonl(tmp_path / "pairs.jsonl", rows))
-    assert sorted(row["prompt"] for split in found.values() for row in split) == sorted(r["prompt"] for r in rows)
-    assert all(data.row_problem(row) is None for split in found.values() for row in split)
-
-
-def test_a_parquet_file_is_read_and_split(cfg, tmp_path):
-    rows = numbered("row", 30)
-    Dataset.from_list(rows).to_parquet(tmp_path / "pairs.parquet")
-    found, _ = load(cfg, tmp_path / "pairs.parquet")
+@pytest.mark.parametrize("kind", ["json", "parquet"])
+def test_a_file_is_read_and_split(cfg, tmp_path, kind):
+    rows, path = numbered("row", 30), tmp_path / f"pairs.{kind}"
+    getattr(Dataset.from_list(rows), f"to_{kind}")(path)
+    found, _ = load(cfg, path)
     assert sorted(row["prompt"] for split in found.values() for row in split) == sorted(r["prompt"] for r in rows)
     assert all(data.row_problem(row) is None for split in found.values() for row in split)
 
@@ -431,12 +341,6 @@ def test_the_repositorys_own_set_is_read_with_its_three_splits(cfg):
         ours: len(EMBEDDED[f"{ours}_prefs"]) for ours in ("train", "val", "test")
     }
     assert not any("cut from train" in sentence for sentence in said)
-
-
-@pytest.mark.parametrize("name", ["missing.jsonl", "missing.parquet", "missing.json"])
-def test_a_missing_file_is_an_error_that_names_it(cfg, tmp_path, name):
-    with pytest.raises(DataError, match=f"{name} does not exist"):
-        load(cfg, tmp_path / name)
 
 
 def test_a_folder_without_data_is_an_error_that_names_it(cfg, tmp_path):
@@ -533,14 +437,10 @@ def test_an_unreadable_file_is_an_error_that_says_why(cfg, tmp_path, text, named
 @pytest.mark.parametrize(
     ("reason", "changes"),
     [
-        ("missing column", dict(chosen=None)),
         ("missing column", dict(score_chosen=None)),
         ("wrong type", dict(chosen="a text")),
-        ("wrong type", dict(chosen=["a text", "another"])),
         ("wrong type", dict(chosen=[user("hi"), None])),
-        ("wrong type", dict(chosen=[{"role": "user"}, {"role": "assistant"}])),
         ("wrong type", dict(chosen=[user("hi"), {"content": "ho"}])),
-        ("wrong type", dict(chosen=[user(3), assistant("ho")])),
         ("wrong type", dict(score_chosen="ten")),
         ("empty conversation", dict(chosen=[])),
     ],
@@ -549,21 +449,6 @@ def test_one_odd_row_read_through_datasets_is_dropped_and_spares_the_others(prep
     """`datasets` gives one type to a whole column, and None to a key that only other rows have."""
     report = prepared(train=[*numbered("train", 4), pair("odd?", "yes", "no") | changes]).report["train"]
     assert report["dropped"] == {reason: 1} and report["kept"] == 4
-
-
-def test_a_row_without_a_column_that_others_have_is_dropped_as_missing(prepared):
-    odd = without(pair("odd?", "yes", "no"), "score_rejected")
-    report = prepared(train=[*numbered("train", 4), odd]).report["train"]
-    assert report["dropped"] == {"missing column": 1} and report["kept"] == 4
-
-
-def test_keys_that_only_some_messages_have_do_not_reach_the_training_rows(prepared):
-    odd = pair("odd?", "yes", "no") | {"chosen": [user("odd?") | {"name": "Ann"}, assistant("yes") | {"id": 3}]}
-    split = prepared(train=[*numbered("train", 4), odd]).splits["train"]
-    assert len(split) == 5
-    assert {tuple(m) for row in split for side in ("prompt", "chosen", "rejected") for m in row[side]} == {
-        ("role", "content")
-    }
 
 
 # --- the whole set ------------------------------------------------------------------------------------------------
@@ -582,13 +467,6 @@ def test_every_row_is_kept_or_dropped_for_one_reason(prepared):
     assert list(report) == ["train", "val", "test"]
 
 
-def test_the_report_names_up_to_three_rows_per_reason(prepared):
-    tied = [pair(f"tied {i}?", "a", "b", score_chosen=3.0) for i in range(5)]
-    report = prepared(train=[*numbered("train", 3), *tied]).report["train"]
-    assert report["dropped"] == {"tied scores": 5}
-    assert report["examples"] == {"tied scores": ["tied 0?", "tied 1?", "tied 2?"]}
-
-
 def test_a_prompt_of_the_test_split_is_dropped_from_train_and_val_and_stays_in_test(prepared):
     shared = pair("Shared  QUESTION?", "yes", "no")
     made = prepared(
@@ -602,12 +480,6 @@ def test_a_prompt_of_the_test_split_is_dropped_from_train_and_val_and_stays_in_t
         *questions(made.splits["train"]),
         *questions(made.splits["val"]),
     }
-
-
-def test_a_prompt_of_the_val_split_is_dropped_from_train(prepared):
-    made = prepared(train=[*numbered("train", 3), numbered("val", 3)[2]])
-    assert made.report["train"]["dropped"] == {"prompt in test": 1}
-    assert made.report["val"]["kept"] == 3
 
 
 def test_a_held_out_prompt_is_dropped_from_train_even_when_the_limit_leaves_it_unused(prepared):
@@ -636,10 +508,6 @@ def test_the_limits_are_respected_and_take_the_front_of_the_shuffle(prepared):
     for name, limit in (("train", 7), ("val", 2), ("test", 3)):
         assert questions(made.splits[name]) == questions(whole.splits[name])[:limit]
         assert made.report[name]["used"] == limit and made.report[name]["kept"] == len(rows[name])
-
-
-def test_a_limit_above_the_rows_there_are_uses_them_all(prepared):
-    assert prepared(dict(max_train=1000)).report["train"]["used"] == 4
 
 
 def test_no_usable_row_is_an_error_that_names_the_split_and_the_counts(prepared):
@@ -671,15 +539,7 @@ def test_a_pair_of_max_tokens_is_kept_whole_and_one_token_less_drops_it(prepared
     assert "Long?" not in questions(dropped.splits["train"])
 
 
-def test_the_token_counts_are_those_of_the_encoded_row(prepared, tokenizer):
-    for row in prepared().splits["train"]:
-        for side in ("chosen", "rejected"):
-            before, after = data.encode(tokenizer, row["prompt"], row[side])
-            assert (row["prompt_tokens"], row[f"{side}_tokens"]) == (len(before), len(after))
-
-
 @given(rows=st.lists(st.builds(lambda b, c: b | c, st.sampled_from([GOOD, {}]), row_changes), min_size=1, max_size=6))
-@settings(max_examples=25, deadline=None, database=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_file_is_accounted_for_or_an_error_with_cause_and_mend(cfg, tokenizer, tmp_path, rows):
     folder = source(tmp_path / "any", train=rows)
     try:
@@ -746,41 +606,14 @@ EMBEDDED = {
     for name in ("train_prefs", "val_prefs", "test_prefs")
 }
 ALL = [row for rows in EMBEDDED.values() for row in rows]
-CARD = " ".join(data.embedded_file("README").with_suffix(".md").read_text(encoding="utf-8").split())
 
 
 def named(row):
     return data.prompt_key(data.extract(row)["prompt"])
 
 
-@pytest.mark.parametrize(("split", "least"), [("train_prefs", 300), ("val_prefs", 40), ("test_prefs", 80)])
-def test_an_embedded_split_has_enough_pairs(split, least):
-    assert len(EMBEDDED[split]) >= least
-
-
-def test_every_embedded_row_has_the_columns_of_ultrafeedback_binarized():
-    columns = {"prompt", "prompt_id", "chosen", "rejected", "messages", "score_chosen", "score_rejected"}
-    assert [named(row) for row in ALL if set(row) != columns] == []
-
-
 def test_every_embedded_row_is_usable():
     assert Counter(data.row_problem(row) for row in ALL) == {None: len(ALL)}
-
-
-def test_the_prompt_of_an_embedded_row_is_its_first_user_message():
-    def first(row):
-        return next(m["content"] for m in row["chosen"] if m["role"] == "user")
-
-    assert [row["prompt"] for row in ALL if row["prompt"] != first(row)] == []
-
-
-def test_the_messages_of_an_embedded_row_are_its_chosen_side():
-    assert [row["prompt"] for row in ALL if row["messages"] != row["chosen"]] == []
-
-
-def test_enough_embedded_conversations_have_several_turns():
-    several = sum(sum(m["role"] == "user" for m in row["chosen"]) > 1 for row in ALL)
-    assert several / len(ALL) >= 0.15
 
 
 def test_embedded_prompts_and_ids_are_unique_within_and_across_splits():
@@ -788,7 +621,7 @@ def test_embedded_prompts_and_ids_are_unique_within_and_across_splits():
         assert [value for value, n in values.items() if n > 1] == []
 
 
-def test_no_two_embedded_prompts_are_nearly_the_same_and_the_card_says_how_near_they_come():
+def test_no_two_embedded_prompts_are_nearly_the_same():
     """Word-set Jaccard of the whole conversation before the answer, over all pairs within and across splits."""
     words = [set(re.findall(r"\w+", " ".join(m["content"] for m in row["chosen"][:-1]).lower())) for row in ALL]
     shared, a, b = max(
@@ -796,50 +629,6 @@ def test_no_two_embedded_prompts_are_nearly_the_same_and_the_card_says_how_near_
         for a, b in itertools.combinations(range(len(ALL)), 2)
     )
     assert shared < 0.8, (named(ALL[a]), named(ALL[b]))
-    assert f"The two most alike share {shared:.0%} of their words" in CARD
-
-
-#: Units that need no tokenizer; `test_embedded.py` checks the same in tokens of the embedded model.
-UNITS = {"words": lambda text: len(text.split()), "characters": len}
-
-
-def answer_lengths(split, unit):
-    sides = ("chosen", "rejected")
-    return [tuple(UNITS[unit](row[side][-1]["content"]) for side in sides) for row in EMBEDDED[split]]
-
-
-@pytest.mark.parametrize("split", EMBEDDED)
-@pytest.mark.parametrize("unit", UNITS)
-def test_embedded_answers_are_equally_long_on_average(split, unit):
-    lengths = answer_lengths(split, unit)
-    chosen, rejected = (sum(side) / len(lengths) for side in zip(*lengths, strict=True))
-    assert abs(chosen - rejected) / min(chosen, rejected) < 0.10
-
-
-@pytest.mark.parametrize("split", EMBEDDED)
-@pytest.mark.parametrize("pick", ["longer", "shorter"])
-@pytest.mark.parametrize("unit", UNITS)
-def test_length_alone_does_not_find_the_chosen_embedded_answer(split, pick, unit):
-    """A judge that goes by length, and tosses a coin on a tie."""
-    wins = sum(
-        0.5 if chosen == rejected else (chosen > rejected) == (pick == "longer")
-        for chosen, rejected in answer_lengths(split, unit)
-    )
-    assert wins / len(EMBEDDED[split]) <= 0.60
-
-
-def test_the_provenance_has_one_record_per_pair_and_its_aspects_add_up_to_the_scores():
-    path = data.embedded_file("provenance")
-    records = [json.loads(line) for line in path.open(encoding="utf-8")]
-    assert sorted(r["prompt_id"] for r in records) == sorted(row["prompt_id"] for row in ALL)
-    rows = {row["prompt_id"]: (name, row) for name, rows in EMBEDDED.items() for row in rows}
-    for record in records:
-        split, row = rows[record["prompt_id"]]
-        assert record["split"] == split
-        for side in ("chosen", "rejected"):
-            aspects = record["aspects"][side]
-            assert len(aspects) == 4 and all(1 <= value <= 5 for value in aspects.values())
-            assert sum(aspects.values()) / 2 == row[f"score_{side}"], record["prompt_id"]
 
 
 def test_every_chosen_answer_of_the_embedded_set_keeps_the_rules_a_program_can_check():
@@ -858,44 +647,22 @@ def test_each_dirty_row_gets_the_reason_it_was_made_for():
     assert {row["expected"] for row in rows} == alone | {None}
 
 
-#: SHA-256 of each prepared split's rows, in order, with the tiny tokenizer. Recorded results depend on these rows: if
+#: Rows and SHA-256 of each prepared split, in order, with the tiny tokenizer. Recorded results depend on these rows: if
 #: one changes on purpose, raise `data.VERSION` and measure again.
 PREPARED = {
-    "by length": (
-        dict(max_tokens=256, max_train=400, max_val=60, max_test=120),
-        {
-            "train": (206, "1f08b391e1d17a42289d0c774f97ebc1a2b0581713b8545ce215749b082e9e82"),
-            "val": (37, "a7a95ead479ad1bd56bbbe7901d4958292ae38a35f35b3c9b4efc751c262b968"),
-            "test": (57, "9d73384b20bb08249366c46c88ffd9e48fa604899a349e3c91ddbd7c57908414"),
-        },
-    ),
-    "by number": (
-        dict(max_tokens=512, max_train=50, max_val=20, max_test=30),
-        {
-            "train": (50, "7faf855c1e4f77f7644dc98d19c77bab6feda53e8cb38c2544009ea6f7111234"),
-            "val": (20, "ac1abd9c86d07564dc1b7f92513729eb7ad451196313c6bbf737868c2ad65018"),
-            "test": (30, "14ae14e5f2ac30b6365cc42428e046bc1a202a84acac4017803288f80f2c5f33"),
-        },
-    ),
+    "train": (206, "1f08b391e1d17a42289d0c774f97ebc1a2b0581713b8545ce215749b082e9e82"),
+    "val": (37, "a7a95ead479ad1bd56bbbe7901d4958292ae38a35f35b3c9b4efc751c262b968"),
+    "test": (57, "9d73384b20bb08249366c46c88ffd9e48fa604899a349e3c91ddbd7c57908414"),
 }
 
 
-@pytest.mark.parametrize("cut", PREPARED)
-def test_the_prepared_embedded_splits_are_the_rows_that_results_were_recorded_on(cfg, tokenizer, cut):
-    changes, recorded = PREPARED[cut]
-    splits = data.prepare(dataclasses.replace(cfg, **changes), tokenizer).splits
-    assert {
-        name: (
-            len(split),
-            hashlib.sha256("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in split).encode()).hexdigest(),
-        )
-        for name, split in splits.items()
-    } == recorded
-
-
-def test_no_dirty_row_is_in_a_split():
-    ids, prompts = {row["prompt_id"] for row in ALL}, {row["prompt"] for row in ALL}
-    assert not [row for row in data.dirty_rows() if row["prompt_id"] in ids or row["prompt"] in prompts]
+def test_the_prepared_embedded_splits_are_the_rows_that_results_were_recorded_on(cfg, tokenizer):
+    changed = dataclasses.replace(cfg, max_tokens=256, max_train=400, max_val=60, max_test=120)
+    found = {}
+    for name, split in data.prepare(changed, tokenizer).splits.items():
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in split)
+        found[name] = (len(split), hashlib.sha256(text.encode()).hexdigest())
+    assert found == PREPARED
 
 
 def test_the_requests_outside_the_style_are_ten_and_in_no_split():
@@ -922,43 +689,6 @@ def test_a_request_outside_the_style_is_kept_by_what_it_asks_for_and_by_no_plain
     assert not house_style.OUTSIDE[request_]("It depends on what you need, so ask somebody who knows.")
 
 
-def test_the_blind_check_is_of_these_texts_agrees_with_the_labels_and_the_card_says_so():
-    root = environment.project_root()
-    blind_check = script("scripts/blind_check.py")
-    kept = json.loads((root / "benchmarks" / "blind_check.json").read_text())
-    assert blind_check.score(kept["seed"], [b["vote"] for b in kept["ballots"]]) == kept
-    agreed = sum(b["vote"] == b["chosen_shown_as"] for b in kept["ballots"])
-    assert agreed / len(kept["ballots"]) >= 0.95 and f"agreed with the label on {agreed} of 60" in CARD
-    assert 20 <= sum(b["chosen_shown_as"] == "A" for b in kept["ballots"]) <= 40  # an order that does not tell
-
-
-def test_the_counts_of_the_card_are_those_of_the_files():
-    records = [json.loads(line) for line in data.embedded_file("provenance").open(encoding="utf-8")]
-    sizes = {name: len(rows) for name, rows in EMBEDDED.items()}
-    several = sum(sum(m["role"] == "user" for m in row["chosen"]) > 1 for row in ALL) / len(ALL)
-    category, sampled = Counter(r["category"] for r in records), [r for r in records if r["sample_seed"]]
-    for words in (
-        f"{len(ALL)} pairs: {sizes['train_prefs']} train, {sizes['val_prefs']} val, {sizes['test_prefs']} test",
-        f"Everyday life {category['everyday']}, explaining {category['explaining']}, coding {category['coding']}, "
-        f"writing {category['writing']}, planning {category['planning']}, maths {category['maths']}, questions with no "
-        f"good answer {category['no_good_answer']}. {several:.0%} are multi-turn",
-        f"{len(sampled)} of the rejected answers were sampled",
-        f"{sum(r['cut'] for r in records)} of them cut",
-    ):
-        assert words in CARD
-    assert {r["rejected_source"] for r in sampled} == {"base sample"}
-
-
-def test_the_card_says_how_easy_the_set_is():
-    def split(name):
-        return Dataset.from_list([data.extract(row) for row in EMBEDDED[name]])
-
-    right = statistics.bag_of_words(split("train_prefs"), split("test_prefs"))
-    found = statistics.rate(sum(right), len(right))
-    span = f"{found['rate']:.2f} (95% interval {found['low']:.2f} to {found['high']:.2f}, {found['n']} pairs)"
-    assert span in CARD
-
-
 # --- the pair that is followed ----
 
 
@@ -982,10 +712,3 @@ def test_without_a_usable_test_row_the_running_example_is_an_error(cfg, tokenize
     (tmp_path / "bad.jsonl").write_text("".join(json.dumps(row) + "\n" for row in bad))
     with pytest.raises(DataError, match=r"No usable pair is left.*: [23] chosen equals rejected"):
         data.running_example(dataclasses.replace(cfg, data=str(tmp_path / "bad.jsonl"), data_revision=None), tokenizer)
-
-
-def test_an_empty_test_split_has_no_running_example(cfg, tokenizer, monkeypatch):
-    empty = Dataset.from_dict({name: [] for name in data.COLUMNS})
-    monkeypatch.setattr(data, "load_preferences", lambda config: ({"test": empty}, []))
-    with pytest.raises(DataError, match="it has no row"):
-        data.running_example(cfg, tokenizer)

@@ -1,11 +1,9 @@
-"""Every error a user can meet: one small family, each with a cause that names what was found and a mend to act on."""
+"""Every error a user can meet, set off once: each with a cause that names what was found and a mend to act on."""
 
-import ast
 import dataclasses
 import json
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -16,88 +14,6 @@ from nbclient.exceptions import DeadKernelError
 from peft import get_peft_model
 
 from dpo_tutorial import artifacts, cli, config, data, embedded, environment, errors, models, run, train
-
-ROOT = Path(__file__).parents[1]
-SOURCES = sorted((ROOT / "src").rglob("*.py"))
-FAMILY = {n for n, c in vars(errors).items() if isinstance(c, type) and issubclass(c, errors.TutorialError)}
-EXIT = "SystemExit(main())"  # the last line of a command
-ALLOWED = {
-    ("config.py", "ValueError"),
-    ("doctor.py", "Odd"),
-    ("doctor.py", "Broken"),
-}  # raised and caught in one module
-
-
-# --- what the source says ----
-
-
-def raised(tree):
-    """What each `raise` of a module raises; "" for a bare one, which passes on what came."""
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Raise):
-            called = node.exc.func if isinstance(node.exc, ast.Call) else node.exc
-            name = ast.unparse(called).rpartition(".")[2] if called else ""
-            yield node.lineno, EXIT if ast.unparse(node) == f"raise {EXIT}" else name
-
-
-def makers():
-    """Functions of the package that return an error of the family, by their annotation."""
-    nodes = (n for p in SOURCES for n in ast.walk(ast.parse(p.read_text(encoding="utf-8"))))
-    functions = (n for n in nodes if isinstance(n, ast.FunctionDef) and n.returns is not None)
-    return {n.name for n in functions if ast.unparse(n.returns) in FAMILY}
-
-
-def made(tree):
-    """Every call that makes an error of the family."""
-    return [n for n in ast.walk(tree) if isinstance(n, ast.Call) and ast.unparse(n.func).rpartition(".")[2] in FAMILY]
-
-
-def ends(node):
-    """Whether this expression ends as a sentence does; what someone else wrote ends as it ends."""
-    if isinstance(node, ast.JoinedStr):
-        return ends(node.values[-1])
-    if isinstance(node, ast.BinOp):
-        return ends(node.right)
-    if isinstance(node, ast.IfExp):
-        return ends(node.body) and ends(node.orelse)
-    return not isinstance(node, ast.Constant) or node.value.rstrip().endswith((".", "?", "!"))
-
-
-@pytest.mark.parametrize("path", SOURCES, ids=lambda p: p.name)
-def test_every_raise_is_of_the_family(path):
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    ours = FAMILY | makers() | {EXIT} | {name for file, name in ALLOWED if file == path.name}
-    assert [(line, name) for line, name in raised(tree) if name and name not in ours] == []
-
-
-@pytest.mark.parametrize("path", SOURCES, ids=lambda p: p.name)
-def test_every_error_is_made_of_a_cause_and_a_mend_that_are_sentences(path):
-    for call in made(ast.parse(path.read_text(encoding="utf-8"))):
-        assert len(call.args) == 2 and not call.keywords, f"{path.name}:{call.lineno}: cause and mend"
-        for part in call.args:
-            assert ends(part), f"{path.name}:{part.lineno}: {ast.unparse(part)}"
-
-
-def test_the_exceptions_to_the_rule_are_still_there():
-    there = {(p.name, x) for p in SOURCES for _, x in raised(ast.parse(p.read_text(encoding="utf-8")))}
-    assert there >= ALLOWED
-
-
-@pytest.mark.parametrize("text", ["raise RuntimeError('x')", "raise KeyError", "raise errors.Wrong('a.', 'b.')"])
-def test_the_search_for_strangers_finds_one(text):
-    found = {name for _, name in raised(ast.parse(text))}
-    assert found and not found & FAMILY
-
-
-@pytest.mark.parametrize("text", ["'no end'", "f'{x} no end'", "'a. ' 'b'", "'a.' + 'b'", "'a.' if x else 'b'", "''"])
-def test_the_search_for_half_sentences_finds_one(text):
-    assert not ends(ast.parse(text).body[0].value)
-
-
-def test_the_family_is_small_and_every_member_says_when():
-    assert len(FAMILY) <= 10
-    assert all(getattr(errors, name).__doc__ for name in FAMILY)
-
 
 # --- what a user sees: each is set off once, names what was found, and says what to do ----
 
@@ -134,7 +50,7 @@ class Case:
     def adapter(self):
         policy = get_peft_model(models.load_base(self.cfg), models.lora_config(self.cfg))
         policy.peft_config["default"].base_model_name_or_path = self.model.name
-        policy.save_pretrained(self.tmp / "its-adapter")
+        policy.save_pretrained(self.tmp / "its-adapter", save_embedding_layers=False)  # else it asks the hub
         return self.tmp / "its-adapter"
 
 
@@ -328,19 +244,14 @@ def test_the_cause_names_what_was_found_and_the_mend_what_to_do(
     assert str(error) == f"{error.cause}\n  Mend: {error.mend}"
 
 
-def test_the_table_shows_every_member_of_the_family():
-    assert {kind.__name__ for _, kind, _, _ in SEEN} | {"TutorialError"} == FAMILY
-
-
 # --- commands and notebooks ----
 
 
-@pytest.mark.parametrize(("shell", "traceback"), [(["-m", "IPython"], False), ([], True)], ids=["IPython", "Python"])
-def test_a_notebook_shows_the_message_alone_and_a_script_its_traceback(shell, traceback):
+def test_a_notebook_shows_the_message_alone():
     code = "from dpo_tutorial.errors import ConfigError as E; raise E('This is wrong.', 'Do that.')"
-    done = subprocess.run([sys.executable, *shell, "-c", code], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "IPython", "-c", code], capture_output=True, text=True)
     said = done.stdout + done.stderr
-    assert "ConfigError: This is wrong.\n  Mend: Do that." in said and ("Traceback" in said) == traceback
+    assert "ConfigError: This is wrong.\n  Mend: Do that." in said and "Traceback" not in said
     assert done.returncode == 1
 
 
@@ -358,6 +269,7 @@ def test_training_exits_with_0_when_the_adapter_is_there(cfg, tmp_path):
     assert artifacts.read_training_record(tmp_path / "smoke" / "adapter")
 
 
+@pytest.mark.end_to_end
 def test_training_under_accelerate_launch_fails_where_it_should():
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "--quiet"]
     done = subprocess.run([*launch, "-m", "dpo_tutorial", "train", "-p", "BTA", "1"], capture_output=True, text=True)

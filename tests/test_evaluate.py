@@ -6,28 +6,22 @@ import re
 
 import pytest
 import torch
-from conftest import TEXTS, pair
+from conftest import TEXTS, pair, tiny_config
 from datasets import Dataset
 from peft import get_peft_model
 
 from dpo_tutorial import artifacts, cli, evaluate, house_style, models, statistics, train
 
 
-@pytest.fixture
-def policy(cfg):
+@pytest.fixture(scope="module")
+def policy(tiny_folder, tmp_path_factory):
+    cfg = tiny_config(tiny_folder, tmp_path_factory.mktemp("policy"))
     torch.manual_seed(1)
     model = get_peft_model(models.load_base(cfg), models.lora_config(cfg))
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)
     return model
-
-
-def test_a_policy_equal_to_its_reference_ties_on_every_pair(cfg, tokenizer, pairs):
-    model = get_peft_model(models.load_base(cfg), models.lora_config(cfg))
-    records = evaluate.score_pairs(cfg, model, tokenizer, pairs)
-    assert all(r["margin"] == 0 and r["reward_chosen"] == 0 for r in records)
-    assert statistics.summarise(records)["accuracy"]["rate"] == 0.5
 
 
 def test_scores_do_not_depend_on_the_batch(cfg, policy, tokenizer, pairs):
@@ -60,16 +54,10 @@ def test_an_answer_that_hits_the_limit_is_not_finished(cfg, policy, tokenizer, p
     assert all(a["tokens"] == (0 if a["finished"] else 1) for a in answers)
 
 
-def test_an_untrained_adapter_is_no_distance_from_the_base(cfg, tokenizer, pairs):
-    model = get_peft_model(models.load_base(cfg), models.lora_config(cfg))
-    kl = evaluate.kl_from_reference(cfg, model, tokenizer, pairs["prompt"])
-    assert kl["per_answer"]["mean"] == kl["per_token"]["mean"] == kl["per_token"]["standard_error"] == 0.0
-    assert kl["tokens"] > 0
-
-
-def test_the_estimate_meets_the_exact_kl_of_one_token_answers(cfg, policy, tokenizer, pairs):
+def test_the_estimate_meets_the_exact_kl_of_one_token_answers(cfg, policy, tokenizer, pairs, monkeypatch):
     """For one token, KL = sum of p log(p/q) over the vocabulary, which two forward passes give exactly."""
-    policy.get_output_embeddings().weight.data *= 20  # sharp distributions, so that the KL stands out of the noise
+    head = policy.get_output_embeddings().weight
+    monkeypatch.setattr(head, "data", head.data * 20)  # sharp distributions, so that the KL stands out of the noise
     prompt = pairs["prompt"][0]
     ids = tokenizer.apply_chat_template(prompt, return_tensors="pt", return_dict=False, add_generation_prompt=True)
     with torch.no_grad():
@@ -77,8 +65,8 @@ def test_the_estimate_meets_the_exact_kl_of_one_token_answers(cfg, policy, token
         with policy.disable_adapter():
             q = policy(input_ids=ids).logits[0, -1].log_softmax(-1)
     exact = (p.exp() * (p - q)).sum().item()
-    found = evaluate.kl_from_reference(cfg, policy, tokenizer, [prompt] * 600, max_new_tokens=1)["per_answer"]
-    assert exact > 0.05 and found["n"] == 600
+    found = evaluate.kl_from_reference(cfg, policy, tokenizer, [prompt] * 200, max_new_tokens=1)["per_answer"]
+    assert exact > 0.05 and found["n"] == 200
     assert abs(found["mean"] - exact) < 4 * found["standard_error"] < exact
 
 
@@ -116,10 +104,7 @@ def test_the_draw_for_the_kl_follows_the_seed_and_leaves_the_generator_alone(cfg
 def test_house_style_rules_find_what_they_name(text, broken):
     answer = {"text": text, "tokens": 9, "finished": True}
     assert {name for name, check in house_style.RULES.items() if not check(answer)} == broken
-
-
-def test_an_unfinished_answer_does_not_end_complete():
-    assert not house_style.RULES["ends complete"]({"text": "Seven minutes.", "tokens": 9, "finished": False})
+    assert not house_style.RULES["ends complete"](answer | {"finished": False})
 
 
 # --- tokens, padding, noise ----
@@ -151,7 +136,9 @@ def test_a_policy_equal_to_its_reference_has_zero_everywhere(cfg, tokenizer, pai
     model = get_peft_model(models.load_base(cfg), models.lora_config(cfg))
     records, comparison = evaluate.compare(cfg, model, tokenizer, {"train": pairs, "test": pairs}, 0.1)
     assert comparison["held_out"]["after"]["accuracy"]["rate"] == 0.5
-    assert comparison["kl"]["inside"]["per_answer"]["mean"] == 0
+    assert comparison["held_out"]["after"]["ties"] == len(pairs)
+    kl = comparison["kl"]["inside"]
+    assert kl["per_answer"]["mean"] == kl["per_token"]["mean"] == kl["per_token"]["standard_error"] == 0
     assert all(
         reward == 0 for shown in comparison["token_rewards"] for _, reward in shown["chosen"] + shown["rejected"]
     )
@@ -191,13 +178,14 @@ def test_padding_adds_columns_that_are_masked_out():
 # --- the report outside a notebook ----
 
 
-@pytest.fixture
-def trained(cfg, tokenizer, tmp_path):
+@pytest.fixture(scope="module")
+def trained(tiny_folder, tokenizer, tmp_path_factory):
     """An adapter as 05 saves it, trained for two steps on 24 rows of a file."""
     rows = [pair(f"{t[0]} {i}", *t[1:]) for i in range(6) for t in TEXTS]
-    path = tmp_path / "rows.jsonl"
+    folder = tmp_path_factory.mktemp("trained")
+    path = folder / "rows.jsonl"
     path.write_text("\n".join(json.dumps(row) for row in rows))
-    changed = dataclasses.replace(cfg, data=str(path), compare_prompts=2)
+    changed = dataclasses.replace(tiny_config(tiny_folder, folder), data=str(path), compare_prompts=2)
     run = artifacts.Run(changed)
     splits = run.ensure_data(tokenizer).splits
     train.train(changed, run, models.load_base(changed), tokenizer, splits["train"], splits["val"])

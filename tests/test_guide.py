@@ -70,11 +70,6 @@ def test_every_notebook_and_every_page_of_the_docs_and_the_benchmarks_is_in_the_
     assert not [p.name for p in SITE.rglob("*") if p.suffix in (".doctree", ".pickle", ".ipynb")], "not for readers"
 
 
-def test_every_page_is_in_the_navigation_of_the_start_page():
-    linked = {urlsplit(target).path for tag, target in Links("index.html").found if tag == "a"}
-    assert set(PAGES) - {"index.html"} - linked - {"search.html"} == set()
-
-
 @pytest.mark.parametrize("page", PAGES)
 def test_every_link_leads_somewhere(page):
     for tag, target in Links(page).found:
@@ -89,12 +84,6 @@ def test_every_link_leads_somewhere(page):
         if parts.fragment and file.suffix == ".html":
             anchors = Links(file.relative_to(SITE.resolve()).as_posix()).anchors if parts.path else Links(page).anchors
             assert unquote(parts.fragment) in anchors, target
-
-
-def test_files_that_are_no_page_are_linked_in_the_repository_and_pages_in_the_guide():
-    targets = {target for _, target in Links("index.html").found}
-    assert {f"{REPOSITORY}/blob/main/{p}" for p in ("src/dpo_tutorial/models.py", "CONTRIBUTING.md")} <= targets
-    assert not [t for t in targets if t.startswith(REPOSITORY) and t.endswith((".ipynb", "/benchmarks/effect.md"))]
 
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda p: p.stem)
@@ -208,13 +197,6 @@ def test_tables_and_heat_maps_are_seen(width, scheme, visit):
             assert len(set(shades)) > 20, "a heat map without its colours"
 
 
-def test_a_table_that_is_opened_in_a_heat_map_stays_in_its_box(visit):
-    tab = visit("notebooks/06_compare.html", "phone")
-    tab.evaluate("document.querySelectorAll('details').forEach(box => box.open = true)")
-    assert tab.evaluate("document.documentElement.scrollWidth") == WIDTHS["phone"]
-    assert tab.query_selector("details table").evaluate(VISIBLE) > 90
-
-
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda p: p.stem)
 def test_every_equation_is_set(notebook, visit):
     tab = visit(page_of(notebook))
@@ -226,12 +208,8 @@ def test_every_equation_is_set(notebook, visit):
     assert tab.evaluate(fonts) > 0 or not count, "set, but in no font of MathJax"
 
 
-def test_the_equations_of_this_tutorial_are_found_where_they_are_known_to_be():
-    assert sum(map(equations, NOTEBOOKS)) > 20
-
-
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda p: p.stem)
-def test_a_notebook_opens_in_colab_or_kaggle_and_its_code_can_be_copied(notebook, visit):
+def test_a_notebook_opens_in_colab_or_kaggle(notebook, visit):
     tab = visit(page_of(notebook), "phone")
     slug = REPOSITORY.removeprefix("https://github.com/")
     there = f"{slug}/blob/main/notebooks/{notebook.name}"
@@ -241,17 +219,6 @@ def test_a_notebook_opens_in_colab_or_kaggle_and_its_code_can_be_copied(notebook
         "Open in Colab": f"https://colab.research.google.com/github/{there}",
         "Open in Kaggle": f"https://kaggle.com/kernels/welcome?src=https://github.com/{there}",
     }
-    assert len(tab.query_selector_all(".cell_input .copybtn")) == len(cells(notebook, "code"))
-    assert not tab.query_selector_all(".cell_output .copybtn")
-
-
-def test_the_button_for_dark_and_light_changes_the_page(visit):
-    tab = visit("index.html")
-    seen = set()
-    for _ in range(3):
-        tab.locator(".theme-toggle:visible").first.click()
-        seen.add(tab.evaluate("getComputedStyle(document.body).backgroundColor"))
-    assert len(seen) == 2
 
 
 def test_the_search_finds_a_word_of_a_notebook(visit):
@@ -259,12 +226,3 @@ def test_the_search_finds_a_word_of_a_notebook(visit):
     tab.wait_for_selector("ul.search li a")
     hits = [a.get_attribute("href") for a in tab.query_selector_all("ul.search li a")]
     assert any("notebooks/06_compare.html" in hit for hit in hits), hits
-
-
-def test_on_a_phone_the_navigation_opens(visit):
-    tab = visit("notebooks/01_setup.html", "phone")
-    link = tab.locator(".sidebar-tree a", has_text="Glossary")
-    assert link.evaluate(VISIBLE) <= 0
-    tab.locator("label.nav-overlay-icon").first.click()
-    tab.wait_for_timeout(500)
-    assert link.evaluate(VISIBLE) > 50

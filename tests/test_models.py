@@ -135,11 +135,6 @@ def test_missing_target_layers_are_named_with_the_ones_there(cfg):
     assert "gate_proj" in error.value.mend
 
 
-def test_a_folder_without_a_model_is_named(cfg, tmp_path):
-    with pytest.raises(ModelFetchError, match="config.json"):
-        models.load_base(dataclasses.replace(cfg, model=str(tmp_path)))
-
-
 def test_an_unreachable_hub_gives_one_sentence_with_a_mend(cfg, monkeypatch):
     import huggingface_hub.constants
 
@@ -162,7 +157,7 @@ def test_a_tokenizer_without_template_is_refused(cfg, tiny_folder, tmp_path):
 def test_an_adapter_of_another_base_is_refused(cfg, tmp_path):
     policy = get_peft_model(models.load_base(cfg), models.lora_config(cfg))
     policy.peft_config["default"].base_model_name_or_path = "another/base"
-    policy.save_pretrained(tmp_path / "adapter")
+    policy.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)  # else it asks the hub
     with pytest.raises(ArtifactError, match="another/base"):
         models.load_policy(cfg, tmp_path / "adapter")
     with pytest.raises(ArtifactError, match="no adapter"):

@@ -180,6 +180,7 @@ def test_make_runs_it_with_its_own_knobs_and_refuses_others():
     assert f"{NOTEBOOK.name} -p PROFILE smoke" in make("test").stdout
 
 
+@pytest.mark.end_to_end
 def test_it_trains_on_clear_preferences_that_fit_and_on_one_gpu(undisturbed):
     assert undisturbed["steps"] == undisturbed["reached"] == STEPS
     assert undisturbed["losses"][0] == pytest.approx(0.6931, abs=1e-4), "policy and reference start as one model"
@@ -188,6 +189,7 @@ def test_it_trains_on_clear_preferences_that_fit_and_on_one_gpu(undisturbed):
     assert undisturbed["gpu"] == os.environ.get("CUDA_VISIBLE_DEVICES", "0")
 
 
+@pytest.mark.end_to_end
 def test_a_killed_session_goes_on_and_ends_as_an_undisturbed_one(
     killed, undisturbed, instrumented, tiny_folder, pairs_folder
 ):
@@ -201,6 +203,7 @@ def test_a_killed_session_goes_on_and_ends_as_an_undisturbed_one(
     assert others.count(False) <= 1 and others[-1]
 
 
+@pytest.mark.end_to_end
 def test_a_finished_training_is_not_repeated(undisturbed, instrumented, tiny_folder, pairs_folder, tmp_path):
     shutil.copytree(Path(undisturbed["output"]).parent, tmp_path / "again")
     again = finish(start(instrumented, tiny_folder, pairs_folder, tmp_path / "again"), tmp_path / "again")
@@ -208,6 +211,7 @@ def test_a_finished_training_is_not_repeated(undisturbed, instrumented, tiny_fol
     assert (again["losses"], again["margins"]) == (undisturbed["losses"], undisturbed["margins"])
 
 
+@pytest.mark.end_to_end
 def test_the_adapter_gives_the_same_margins_with_peft_alone(undisturbed, tiny_folder):
     dtype = environment.torch_dtype(undisturbed["kind"])
     nf4 = BitsAndBytesConfig(

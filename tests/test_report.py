@@ -49,7 +49,7 @@ def record(margin, gap=0):
 RECORDS = [record(m, gap) for m, gap in ((1.0, -3), (2.0, 0), (-0.5, 4), (0.1, 1))]
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def comparison():
     """A comparison in which every text that a model or a dataset could have written is a trap."""
     answer, prompt = {"text": TRAP, "tokens": 5, "finished": True}, [{"role": "user", "content": TRAP}]
@@ -75,6 +75,7 @@ def training(cfg):
     }  # fmt: skip
 
 
+@pytest.mark.end_to_end
 def test_in_a_browser_a_hostile_report_is_only_text(cfg, comparison, training, tmp_path):
     report.save(artifacts.Run(cfg, tmp_path / "out"), training, RECORDS, comparison)
     dom = rendered(tmp_path / "out" / "report.html", tmp_path)
@@ -86,30 +87,30 @@ def test_in_a_browser_a_hostile_report_is_only_text(cfg, comparison, training, t
     assert dom.count("&lt;script&gt;document.title") >= 10
 
 
+@pytest.mark.end_to_end
 def test_the_browser_check_can_fail(tmp_path):
     page = tmp_path / "unsafe.html"
     page.write_text(f"<!doctype html><title>ours</title><p>{RUNS}</p>")
     assert "<title>ran</title>" in rendered(page, tmp_path)
 
 
-@pytest.mark.parametrize("view", ["table", "conversation", "answers", "heat_map", "tokens", "vote"])
-def test_in_a_browser_every_single_view_shows_a_hostile_answer_as_text(view, comparison, tokenizer, tmp_path):
+@pytest.mark.end_to_end
+def test_in_a_browser_every_view_shows_a_hostile_answer_as_text(comparison, tokenizer, tmp_path):
     prompt, answer = [{"role": "user", "content": TRAP}], {"text": TRAP, "tokens": 3, "finished": True}
-    made = {
-        "table": lambda: show.table([{TRAP: TRAP}], TRAP).data,
-        "conversation": lambda: show.conversation(prompt).data,
-        "answers": lambda: show.answers([prompt], [answer], [answer]).data,
-        "heat_map": lambda: show.heat_map(comparison["token_rewards"][0]).data,
-        "tokens": lambda: show.tokens(tokenizer, [5], tokenizer(TRAP, add_special_tokens=False)["input_ids"]).data,
-        "vote": lambda: "".join(
-            shown.value for shown in widgets_of(judge.BlindVote([prompt], [answer], [answer | {"text": "b"}], 1).widget)
-        ),
-    }  # fmt: skip
-    page = tmp_path / f"{view}.html"
-    page.write_text(f"<!doctype html><meta charset=utf-8><title>ours</title>{made[view]()}", encoding="utf-8")
+    vote = judge.BlindVote([prompt], [answer], [answer | {"text": "b"}], 1).widget
+    views = [
+        show.table([{TRAP: TRAP}], TRAP).data,
+        show.conversation(prompt).data,
+        show.answers([prompt], [answer], [answer]).data,
+        show.heat_map(comparison["token_rewards"][0]).data,
+        show.tokens(tokenizer, [5], tokenizer(TRAP, add_special_tokens=False)["input_ids"]).data,
+        "".join(shown.value for shown in widgets_of(vote)),
+    ]
+    assert all("&lt;" in view for view in views)
+    page = tmp_path / "views.html"
+    page.write_text(f"<!doctype html><meta charset=utf-8><title>ours</title>{''.join(views)}", encoding="utf-8")
     dom = rendered(page, tmp_path)
     assert "<title>ours</title>" in dom and not re.search("<script|<img|<a ", dom)
-    assert "&lt;" in dom
 
 
 def widgets_of(box):
@@ -119,18 +120,14 @@ def widgets_of(box):
         yield box
 
 
-def test_the_saved_comparison_has_the_settings_versions_and_hardware_beside_it(cfg, comparison, training, tmp_path):
+def test_files_and_page_hold_the_numbers_of_the_comparison_and_how_they_were_made(cfg, comparison, training, tmp_path):
+    training["base"]["name"] = "base-of-test"
     paths = report.save(artifacts.Run(cfg, tmp_path / "out"), training, RECORDS, comparison)
     assert [p.name for p in paths] == ["records.json", "comparison.json", "report.html"]
     saved = json.loads((tmp_path / "out" / "comparison.json").read_text())
     assert saved["adapter"]["config"]["beta"] == cfg.beta and saved["versions"]["torch"] == version("torch")
     assert "cores" in saved["hardware"]
     assert json.loads((tmp_path / "out" / "records.json").read_text()) == RECORDS
-
-
-def test_the_page_says_the_numbers_of_the_comparison(cfg, comparison, training, tmp_path):
-    training["base"]["name"] = "base-of-test"
-    report.save(artifacts.Run(cfg, tmp_path / "out"), training, RECORDS, comparison)
     html = (tmp_path / "out" / "report.html").read_text()
     assert "<h1>Before and after DPO: base-of-test</h1>" in html and 'lang="en"' in html
     text = Page(type("View", (), {"data": html})).text

@@ -14,11 +14,7 @@ from importlib import resources
 from pathlib import Path
 
 import bitsandbytes as bnb
-import datasets
-import papermill
-import peft
 import pytest
-import transformers
 import trl
 import trl.trainer.utils
 import yaml
@@ -27,7 +23,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
-from dpo_tutorial import models, train
+from dpo_tutorial import train
 from dpo_tutorial.errors import ConfigError
 
 ROOT = Path(__file__).parents[1]
@@ -130,75 +126,11 @@ def test_every_library_that_the_package_or_a_notebook_imports_is_declared():
 # --- CI ----
 
 
-def workflow(name):
-    parsed = yaml.safe_load((ROOT / ".github" / "workflows" / name).read_text(encoding="utf-8"))
-    return parsed, next(iter(parsed["jobs"].values()))
-
-
-def commands(job):
-    return [step["run"] for step in job["steps"] if "run" in step]
-
-
-def uploads(job):
-    return [step for step in job["steps"] if step.get("uses", "").startswith("actions/upload-artifact@")]
-
-
-def test_every_workflow_is_yaml_with_triggers_and_jobs():
-    paths = sorted((ROOT / ".github" / "workflows").glob("*.y*ml"))
-    assert [p.name for p in paths] == ["cpu.yml", "gpu.yml", "pages.yml"]
-    for path in paths:
-        parsed, _ = workflow(path.name)
-        assert parsed[True], "`on:` is read as true by YAML"
-        assert all(job["timeout-minutes"] for job in parsed["jobs"].values())
-        assert parsed["permissions"] == {"contents": "read"}
-
-
-def test_the_cpu_workflow_runs_make_test_on_pushes_and_pull_requests():
-    parsed, job = workflow("cpu.yml")
-    assert {"push", "pull_request"} <= set(parsed[True])
-    assert job["runs-on"] == "ubuntu-latest"
-    assert commands(job)[-1] == "make test"
-    assert "scripts/sample_ultrafeedback.py" in commands(job)[0], "the tests on real rows need their sample"
-    tested = [f"Programming Language :: Python :: {version}" for version in job["strategy"]["matrix"]["python"]]
-    assert tested == PROJECT["project"]["classifiers"]
-    assert commands(parsed["jobs"]["lowest"]) == ["make lowest"]
-
-
-def test_the_gpu_workflow_runs_a_profile_on_a_gpu_runner_and_uploads_always():
-    parsed, job = workflow("gpu.yml")
-    assert "gpu" in job["runs-on"]
-    first, second = commands(job)
-    assert first.startswith("make run PROFILE=") and second.endswith("-m gpu")
-    (upload,) = uploads(job)
-    assert upload["if"] == "always()"
-    assert "artifacts/*/executed" in upload["with"]["path"]
-
-
-def test_the_pages_workflow_publishes_what_make_guide_built_and_tested():
-    parsed, job = workflow("pages.yml")
-    assert parsed[True]["push"] == {"branches": ["main"]} and "pull_request" not in parsed[True]
-    assert commands(job) == ["make guide"]
-    assert job["permissions"] == {"contents": "read", "pages": "write", "id-token": "write"}
-    (upload,) = [step for step in job["steps"] if "upload-pages-artifact" in step.get("uses", "")]
-    assert upload["with"]["path"] in planned("guide").split()
-    assert job["steps"][-1]["uses"].startswith("actions/deploy-pages@")
-
-
-def test_the_profiles_offered_by_the_gpu_workflow_exist_and_need_a_gpu():
-    from dpo_tutorial.config import PROFILES
-
-    parsed, _ = workflow("gpu.yml")
-    choice = parsed[True]["workflow_dispatch"]["inputs"]["profile"]
-    assert set(choice["options"]) == set(PROFILES) - {"cpu", "smoke"} and choice["default"] in choice["options"]
-
-
-def test_the_ci_script_is_executable_and_calls_make_test_make_run_and_make_colab():
-    script = ROOT / ".ci" / "run"
-    assert os.access(script, os.X_OK)
-    subprocess.run(["bash", "-n", str(script)], check=True)
-    text = script.read_text(encoding="utf-8")
-    assert re.findall(r"^make \w+.*$", text, re.MULTILINE) == ["make test", "make run", "make colab"]
-    assert re.search(r"^set -e", text, re.MULTILINE), "a failed test must stop it"
+@pytest.mark.parametrize("path", sorted((ROOT / ".github" / "workflows").glob("*.yml")), ids=lambda p: p.name)
+def test_a_workflow_may_only_read_the_repository_and_ends(path):
+    parsed = yaml.safe_load(path.read_text(encoding="utf-8"))
+    assert parsed["permissions"] == {"contents": "read"}
+    assert all(job["timeout-minutes"] for job in parsed["jobs"].values())
 
 
 def planned(*arguments, where=ROOT):
@@ -234,11 +166,6 @@ def test_an_environment_of_another_python_than_asked_for_is_made_anew(tmp_path, 
     shown = planned("run", "VENV=venv", *python.split(), where=tmp_path)
     assert ("-m venv --clear venv" in shown and "of Python 3.11" in shown and "pip install" in shown) is anew
     assert "venv/bin/python -m dpo_tutorial run" in shown
-
-
-def test_the_readme_names_both_commands():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert "make run" in text and "make test" in text
 
 
 # --- badges ----
@@ -352,66 +279,6 @@ def test_every_resource_is_declared_as_package_data():
 # --- drift: what we pass exists in the installed versions ----
 
 
-def keywords(path, function):
-    """Names of the keyword arguments of every call of `function` in a source file."""
-    names, calls = set(), 0
-    for node in ast.walk(ast.parse((ROOT / "src" / "dpo_tutorial" / path).read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Call) and re.search(rf"(^|\.){re.escape(function)}$", ast.unparse(node.func)):
-            calls += 1
-            names |= {k.arg for k in node.keywords if k.arg}
-    assert calls, f"{path} no longer calls {function}"
-    return names
-
-
-def named(function):
-    """Parameters of a function that have a name of their own (not what **kwargs swallows)."""
-    kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    return {n for n, p in inspect.signature(function).parameters.items() if p.kind not in kinds}
-
-
-@pytest.mark.parametrize(
-    ("path", "call", "function", "expected"),
-    [
-        ("train.py", "DPOTrainer", trl.DPOTrainer.__init__,
-         {"model", "args", "train_dataset", "eval_dataset", "processing_class", "peft_config"}),
-        ("models.py", "LoraConfig", peft.LoraConfig,
-         {"r", "lora_alpha", "lora_dropout", "target_modules", "task_type"}),
-        ("models.py", "BitsAndBytesConfig", transformers.BitsAndBytesConfig,
-         {"load_in_4bit", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "bnb_4bit_compute_dtype"}),
-        ("run.py", "papermill.execute_notebook", papermill.execute_notebook,
-         {"parameters", "kernel_name", "cwd", "progress_bar", "log_output"}),
-        ("data.py", "load_dataset", datasets.load_dataset, {"revision", "data_files"}),
-        ("models.py", "PeftModel.from_pretrained", peft.PeftModel.load_adapter, {"torch_device"}),  # handed on to it
-    ],
-    ids=["DPOTrainer", "LoraConfig", "BitsAndBytesConfig", "papermill", "load_dataset", "PeftModel"],
-)  # fmt: skip
-def test_every_keyword_argument_we_pass_has_a_name_in_the_installed_version(path, call, function, expected):
-    used = keywords(path, call)
-    assert expected <= used, f"the list in this test is out of date: {expected - used}"
-    assert used <= named(function), used - named(function)
-
-
-def test_the_trainer_takes_callbacks_and_a_later_one():
-    assert "callbacks" in named(trl.DPOTrainer.__init__)
-    assert callable(trl.DPOTrainer.add_callback)
-
-
-def test_a_peft_model_is_loaded_from_model_and_folder():
-    assert list(inspect.signature(peft.PeftModel.from_pretrained).parameters)[:2] == ["model", "model_id"]
-
-
-def test_the_loader_of_transformers_reads_what_we_pass_it():
-    source = inspect.getsource(transformers.modeling_utils)
-    used = keywords("models.py", "AutoModelForCausalLM.from_pretrained") | {
-        "gguf_file",
-        "revision",
-        "trust_remote_code",
-    }
-    for name in used:
-        assert f'"{name}"' in source or name in named(transformers.PreTrainedModel.from_pretrained), name
-    assert "dtype" in used, "and not torch_dtype, its old name"
-
-
 def test_the_installed_trl_builds_our_dpo_config(cfg, tmp_path):
     arguments = train.dpo_config(cfg, tmp_path)
     assert isinstance(arguments, trl.DPOConfig)
@@ -423,11 +290,6 @@ def test_the_installed_trl_builds_our_dpo_config(cfg, tmp_path):
 
 def test_the_warm_up_below_1_is_a_share_of_all_steps(cfg, tmp_path):
     assert train.dpo_config(cfg, tmp_path).get_warmup_steps(200) == cfg.warmup_ratio * 200
-
-
-def test_the_installed_peft_builds_our_lora_config(cfg):
-    made = models.lora_config(cfg)
-    assert (made.r, made.lora_alpha, set(made.target_modules)) == (4, 8, set(cfg.lora_targets))
 
 
 def test_trl_still_decides_by_the_function_we_replace_whether_to_score_completions_only():

@@ -21,6 +21,8 @@ from dpo_tutorial import artifacts, checkpoints, config, data, models, train
 from dpo_tutorial import run as run_module
 from dpo_tutorial.errors import ArtifactError
 
+pytestmark = pytest.mark.end_to_end
+
 
 @pytest.fixture
 def many(tokenizer) -> Dataset:

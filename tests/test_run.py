@@ -142,16 +142,19 @@ def test_a_folder_without_numbered_notebooks_is_an_error_that_names_it(tmp_path)
 # --- a run with kernels ----
 
 
+@pytest.mark.end_to_end
 def test_parameters_reach_the_kernel(stopped):
     text = printed(stopped.executed / "01_a.ipynb")
     assert "profile 'smoke'" in text
     assert f"artifacts: {stopped.artifacts}" in text
 
 
+@pytest.mark.end_to_end
 def test_a_switch_set_to_false_on_the_command_line_is_false_in_the_kernel(stopped):
     assert "trains: False" in printed(stopped.executed / "01_a.ipynb")
 
 
+@pytest.mark.end_to_end
 def test_the_first_notebook_that_fails_is_named_with_its_cell_error_and_partial_notebook(stopped):
     assert isinstance(stopped.error, NotebookError)
     message = str(stopped.error)
@@ -160,6 +163,7 @@ def test_the_first_notebook_that_fails_is_named_with_its_cell_error_and_partial_
     assert str(stopped.executed / "02_b.ipynb") in message
 
 
+@pytest.mark.end_to_end
 def test_the_execution_number_in_the_error_finds_the_cell_in_the_partial_notebook(stopped):
     count = int(re.search(r"In \[(\d+)\]", str(stopped.error)).group(1))
     cells = nbformat.read(stopped.executed / "02_b.ipynb", as_version=4).cells
@@ -169,12 +173,14 @@ def test_the_execution_number_in_the_error_finds_the_cell_in_the_partial_noteboo
     assert "ready" in printed(stopped.executed / "02_b.ipynb"), "the cells before it keep their outputs"
 
 
+@pytest.mark.end_to_end
 def test_notebooks_behind_a_failed_one_are_not_executed(stopped):
     assert sorted(p.name for p in stopped.executed.iterdir()) == ["01_a.ipynb", "02_b.ipynb"]
     assert "03_c" not in stopped.screen
     assert not (stopped.executed.parent / "summary.json").exists()
 
 
+@pytest.mark.end_to_end
 def test_a_kernel_that_dies_is_a_notebook_error_that_names_the_notebook(tmp_path):
     path = write(tmp_path / "01_dies.ipynb", new_code_cell("import os\nos._exit(1)"))
     result = run_quietly({"PROFILE": "smoke", "ARTIFACTS": str(tmp_path / "results")}, [path, *tiny(tmp_path)[:1]])
@@ -182,6 +188,7 @@ def test_a_kernel_that_dies_is_a_notebook_error_that_names_the_notebook(tmp_path
     assert "01_dies.ipynb" in str(result.error)
 
 
+@pytest.mark.end_to_end
 def test_a_run_without_failure_executes_in_order_and_saves_its_summary(tmp_path):
     first, _, third = tiny(tmp_path)
     result = run_quietly({"PROFILE": "smoke", "ARTIFACTS": str(tmp_path / "results")}, [first, third])
@@ -332,6 +339,7 @@ def test_a_failed_run_writes_no_notebook(tmp_path, monkeypatch):
     assert [printed(path) for path in paths] == ["", ""]
 
 
+@pytest.mark.end_to_end
 def test_the_last_notebook_run_alone_names_the_one_that_makes_the_adapter(tmp_path):
     last = run.notebooks()[-1]
     with pytest.raises(NotebookError, match="05_train_dpo") as error:

@@ -8,7 +8,6 @@ import scipy.stats
 from conftest import TEXTS, pair
 from datasets import Dataset
 from sklearn.metrics import brier_score_loss, log_loss
-from statsmodels.stats.proportion import proportion_confint
 
 from dpo_tutorial import data, statistics
 
@@ -29,7 +28,6 @@ def test_wilson_interval_is_the_textbook_one():
     found = statistics.rate(8, 10)
     assert (found["rate"], found["n"]) == (0.8, 10)
     assert found["low"] == pytest.approx(0.4902, abs=1e-3) and found["high"] == pytest.approx(0.9433, abs=1e-3)
-    assert (found["low"], found["high"]) == proportion_confint(8, 10, method="wilson")
 
 
 def test_a_mean_has_the_standard_error_and_t_interval_of_scipy():
@@ -54,15 +52,6 @@ def test_a_ratio_is_of_the_sums_and_its_error_that_of_the_delta_method():
     assert found["high"] - found["mean"] == pytest.approx(0.025 * scipy.stats.t.ppf(0.975, 1))
 
 
-def test_the_error_of_a_ratio_is_the_spread_that_repeated_samples_have():
-    generator = np.random.default_rng(1)
-    lengths = generator.integers(10, 60, (3000, 40))
-    nats = lengths * 0.2 + generator.normal(0, 1, lengths.shape)
-    found = [statistics.ratio(n, k) for n, k in zip(nats, lengths, strict=True)]
-    spread = np.std([f["mean"] for f in found])
-    assert np.mean([f["standard_error"] for f in found]) == pytest.approx(spread, rel=0.1)
-
-
 def test_a_paired_difference_has_the_interval_of_scipys_paired_bootstrap():
     before, after = [0.0, 1.0, 2.0, 3.0, 2.0, 1.0], [1.0, 1.0, 4.0, 3.0, 3.0, 0.0]
     found = statistics.paired_difference(before, after)
@@ -73,13 +62,6 @@ def test_a_paired_difference_has_the_interval_of_scipys_paired_bootstrap():
     assert found["difference"] == pytest.approx(0.5) and found["n"] == 6
     assert (found["low"], found["high"]) == pytest.approx((theirs.low, theirs.high), abs=0.02)
     assert found == statistics.paired_difference(before, after), "the same records give the same interval"
-
-
-def test_pairing_tells_a_change_that_two_separate_intervals_hide():
-    before = list(np.linspace(0, 10, 30))
-    found = statistics.paired_difference(before, [value + 0.5 for value in before])
-    assert found["low"] == pytest.approx(0.5) == found["high"]
-    assert statistics.mean(before)["high"] > statistics.mean([v + 0.5 for v in before])["low"]
 
 
 def test_the_sign_test_is_the_binomial_one_over_the_items_that_changed():
@@ -122,11 +104,6 @@ def test_thirds_by_length_gap_show_a_policy_that_goes_by_length():
     assert [(p["shortest"], p["longest"]) for p in parts] == [(-9, -5), (-1, 1), (5, 9)]
     assert [p["accuracy"]["rate"] for p in parts] == [0.0, 0.5, 1.0]
     assert [p["accuracy"]["n"] for p in parts] == [3, 3, 3]
-
-
-def test_fewer_pairs_than_parts_give_fewer_parts():
-    assert len(statistics.by_length_gap([record(1.0), record(2.0)])) == 2
-    assert len(statistics.calibration([0.3])["bins"]) == 1
 
 
 def test_calibration_worked_by_hand():
@@ -271,17 +248,6 @@ def test_the_verdict_names_the_opponent_the_distance_and_what_is_left_at_equal_l
     assert "9.0 nats from the base (6.0 to 12.0), 0.10 a token" in said[3]
     assert "one paragraph 0% → 100%" in said[4] and said[5] == "Answers became shorter: 80 → 40 tokens."
     assert said[6] == "At equal length, no change is shown for: one paragraph 100% → 100%." and "says one" in said[7]
-
-
-def test_a_rule_that_moves_at_equal_length_too_is_said_to():
-    base, trained = [answer("Sure! yes it is so")] * 8, [answer("yes")] * 8
-    checks = {"no opener": lambda a: "Sure" not in a["text"]}
-    held_out = {
-        "accuracy": statistics.rate(58, 60), "reward_chosen": {"mean": 1.0}, "reward_rejected": {"mean": -1.0},
-    }  # fmt: skip
-    same_length = statistics.rules(*statistics.equal_length(base, trained), checks)
-    said = statistics.verdict(held_out, statistics.rules(base, trained, checks), same_length=same_length)
-    assert "At equal length, it moved too for: no opener 0% → 100%." in said
 
 
 def test_more_repetition_at_equal_length_is_said():

@@ -207,6 +207,7 @@ def holding(folder, text):
     return [p.name for p in folder.rglob("*") if p.is_file() and text.encode() in p.read_bytes()]
 
 
+@pytest.mark.end_to_end
 def test_no_token_is_in_any_file_that_the_pipeline_leaves(pipeline):
     folder, _ = pipeline
     made = {p.name for p in folder.rglob("*") if p.is_file()}
@@ -219,6 +220,7 @@ def test_no_token_is_in_any_file_that_the_pipeline_leaves(pipeline):
         assert holding(folder, token) == []
 
 
+@pytest.mark.end_to_end
 def test_no_token_is_printed(pipeline):
     _, said = pipeline
     assert "adapter saved in" in said and "wrote" in said and "nobody/nothing could not be loaded" in said
@@ -262,6 +264,7 @@ def test_a_notebook_shows_no_folder_no_token_and_no_login(path):
     assert private(shown(nbformat.read(path, as_version=4))) == []
 
 
+@pytest.mark.end_to_end
 def test_a_notebook_executed_now_and_cleaned_shows_no_private_thing(pipeline):
     folder, _ = pipeline
     notebook = nbformat.read(folder / "clean.ipynb", as_version=4)

@@ -54,6 +54,7 @@ def test_the_audit_finds_the_real_dirt_and_loses_no_row(cfg, sample, tokenizer):
         }
 
 
+@pytest.mark.end_to_end
 def test_all_six_notebooks_run_on_real_rows(sample, tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "dpo_tutorial", "run", "-p", "PROFILE", "smoke", "-p", "DATA", str(sample),

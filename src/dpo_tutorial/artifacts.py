@@ -11,9 +11,11 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from datasets import Dataset, DatasetDict
 from filelock import FileLock, Timeout
+from transformers import PreTrainedTokenizerBase
 
 from . import data, environment
 from .config import Config
@@ -24,7 +26,7 @@ ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 _locks: dict[Path, FileLock] = {}  # what this process has claimed
 
 
-def unwritable(path: Path, error: OSError | str) -> ArtifactError:
+def unwritable(path: Path, error: Exception | str) -> ArtifactError:
     return ArtifactError(
         f"{path} could not be written ({getattr(error, 'strerror', None) or error}).",
         "Free space there, or set ARTIFACTS to a folder you may write to.",
@@ -114,7 +116,7 @@ class Run:
     def write_json(self, name: str | Path, value: object) -> Path:
         return self.write_text(name, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
-    def read_json(self, name: str) -> dict | list:
+    def read_json(self, name: str) -> Any:
         """Read one of the run's JSON files.
 
         Raises:
@@ -240,7 +242,7 @@ class Run:
         folder = {"prepared": self.data_dir().name}  # a run's folder may hold the prepared data of several configs
         self.write_json("data_report.json", folder | data.data_report(self.config, prepared))
 
-    def ensure_data(self, tokenizer) -> data.Prepared:
+    def ensure_data(self, tokenizer: PreTrainedTokenizerBase) -> data.Prepared:
         """The prepared data: read back, or made now by the same function, with a line saying so."""
         folder = self.data_dir()
         if not (folder / "report.json").exists():

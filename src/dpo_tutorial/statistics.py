@@ -18,6 +18,8 @@ from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.proportion import proportion_confint
 from statsmodels.stats.weightstats import DescrStatsW
 
+Numbers = Sequence[float] | np.ndarray
+
 # --- one number and its interval ----------------------------------------------------------------------------------
 
 
@@ -27,7 +29,7 @@ def rate(hits: float, n: int) -> dict:
     return {"rate": hits / n, "low": float(low), "high": float(high), "n": n}
 
 
-def mean(values: Sequence[float]) -> dict:
+def mean(values: Numbers) -> dict:
     """A mean with its standard error and its 95% t interval (statsmodels); NaN where one value allows none."""
     found = DescrStatsW(np.asarray(values, dtype=float))
     n = len(values)
@@ -36,7 +38,7 @@ def mean(values: Sequence[float]) -> dict:
     return {"mean": float(found.mean), "standard_error": error, "low": float(low), "high": float(high), "n": n}
 
 
-def ratio(numerators: Sequence[float], denominators: Sequence[float]) -> dict:
+def ratio(numerators: Numbers, denominators: Numbers) -> dict:
     """Σ numerators / Σ denominators, for example nats per token over answers; its error by the delta method.
 
     Returns:
@@ -48,7 +50,7 @@ def ratio(numerators: Sequence[float], denominators: Sequence[float]) -> dict:
     return spread | {name: float(value + spread[name]) for name in ("mean", "low", "high")}
 
 
-def paired_difference(before: Sequence[float], after: Sequence[float], resamples: int = 9999) -> dict:
+def paired_difference(before: Numbers, after: Numbers, resamples: int = 9999) -> dict:
     """Mean of after − before over the same items, with a 95% bootstrap interval that keeps each pair together.
 
     Percentile bootstrap (scipy), with its own fixed seed: the same records give the same interval.
@@ -65,7 +67,7 @@ def paired_difference(before: Sequence[float], after: Sequence[float], resamples
     return {"difference": float(changes.mean()), "low": low, "high": high, "n": n}
 
 
-def sign_test(before: Sequence[float], after: Sequence[float]) -> float:
+def sign_test(before: Numbers, after: Numbers) -> float:
     """Two-sided p of McNemar's exact test (statsmodels): do as many items change from 0 to 1 as from 1 to 0?
 
     For shares of few items, where the bootstrap's interval comes out too narrow.
@@ -83,12 +85,12 @@ def moved(difference: dict) -> bool:
 # --- held-out pairs -----------------------------------------------------------------------------------------------
 
 
-def right(margins: Sequence[float]) -> np.ndarray:
+def right(margins: Numbers) -> np.ndarray:
     """1.0 where the margin is above 0, 0.5 at a tie, else 0.0."""
     return (np.sign(np.asarray(margins, dtype=float)) + 1) / 2
 
 
-def accuracy(margins: Sequence[float]) -> dict:
+def accuracy(margins: Numbers) -> dict:
     """Share of pairs with the higher reward on the chosen answer, as `rate`; a tie counts half."""
     return rate(float(right(margins).sum()), len(margins))
 
@@ -136,7 +138,7 @@ def by_length_gap(records: Sequence[dict], parts: int = 3) -> list[dict]:
     return found
 
 
-def calibration(margins: Sequence[float], parts: int = 4) -> dict:
+def calibration(margins: Numbers, parts: int = 4) -> dict:
     """Is the policy right as often as it says? σ(|margin|) is its confidence that its own order is the right one.
 
     Returns:
@@ -145,8 +147,8 @@ def calibration(margins: Sequence[float], parts: int = 4) -> dict:
         `expected_error`: |accuracy − confidence| averaged over the pairs' bins.
     """
     margins = np.asarray(margins, dtype=float)
+    bins: list[dict] = []
     confidence = scipy.special.expit(np.abs(margins))
-    bins = []
     for part in np.array_split(np.argsort(confidence, kind="stable"), min(parts, len(margins))):
         bins.append({"confidence": float(confidence[part].mean()), "accuracy": accuracy(margins[part])})
     gaps = [abs(b["accuracy"]["rate"] - b["confidence"]) * b["accuracy"]["n"] for b in bins]
@@ -334,8 +336,8 @@ def verdict(
     if form and moved(form["change"]["tokens"]):
         old, new = (form[when]["tokens"]["mean"] for when in ("before", "after"))
         said.append(f"Answers became {'shorter' if new < old else 'longer'}: {old:.0f} → {new:.0f} tokens.")
-    for name, change in (same_length or {"change": {}})["change"].items():
-        if moved(rules["change"][name]):
+    for name, change in same_length["change"].items() if same_length else ():
+        if same_length and moved(rules["change"][name]):
             old, new = (same_length[when][name]["rate"] for when in ("before", "after"))
             shown = "it moved too" if moved(change) else "no change is shown"
             said.append(f"At equal length, {shown} for: {name} {old:.0%} → {new:.0%}.")

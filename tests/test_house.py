@@ -1,0 +1,38 @@
+"""The house: one room per notebook, and imports that lead to an earlier room only."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "src" / "dpo_tutorial"
+ROOMS = [
+    "errors", "machine", "config", "run_folder", "exercises", "show", "loading", "adapter", "pairs", "training",
+    "comparing", "using", "cli", "__init__", "__main__",
+]  # fmt: skip
+MODULES = [path for path in sorted(PACKAGE.rglob("*.py")) if path.stat().st_size]
+
+pytestmark = pytest.mark.skipif(not (PACKAGE / "machine").is_dir(), reason="the rooms are not built yet")
+
+
+def room(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports(path: Path) -> Iterator[str]:
+    """The rooms that a module imports from, in functions too."""
+    here = ["dpo_tutorial", *path.relative_to(PACKAGE).parent.parts]
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import | ast.ImportFrom) else []
+        if isinstance(node, ast.ImportFrom):
+            base = here[: len(here) - node.level + 1] if node.level else []
+            names = [".".join([*base, *filter(None, [node.module]), name]) for name in names]
+        yield from (name.split(".")[1] for name in names if name.startswith("dpo_tutorial."))
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_a_module_says_what_it_is_for_and_imports_from_earlier_rooms_only(path):
+    assert path.read_text(encoding="utf-8").startswith('"""')
+    allowed = ROOMS[: ROOMS.index(room(path)) + 1]
+    assert {name for name in imports(path) if not name.startswith("__")} - set(allowed) == set()
