@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import TEXTS, code_cells, pair
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from transformers import set_seed
 
 from dpo_tutorial import config, data, environment, evaluate, models, show
@@ -127,7 +127,7 @@ def compared(cfg, package, tokenizer, tmp_path):
             torch.nn.init.normal_(parameter, std=0.05)
     trained.peft_config["default"].base_model_name_or_path = models.source(cfg).name
     trained.save_pretrained(tmp_path / "adapter")
-    calls = ("= PeftModel.from_pretrained(", ".log_softmax(", "slack =")
+    calls = ("policy = PeftModel.from_pretrained(", ".log_softmax(", "(by_package,) = ")
     return execute("06", *calls, folder=tmp_path / "adapter", beta=0.1, tokenizer=tokenizer, **package)
 
 
@@ -141,8 +141,10 @@ def test_06_loads_the_policy_that_the_package_loads(compared):
 
 def test_06_rewards_answers_and_merges(compared):
     """The cells hold asserts of their own: by hand and by the package, one reward and one answer."""
-    assert max(map(abs, compared["rewards"].values())) > 0.01, "an adapter that does nothing would pass"
+    assert compared["rewards"].abs().max() > 0.01, "an adapter that does nothing would pass"
     made = execute("06", "policy.generate(", "evaluate.answers_of_both(cfg, policy, tokenizer, followed)", **compared)
-    made = execute("06", ".merge_and_unload(", **made)
-    margin, left = (found["chosen"] - found["rejected"] for found in (made["rewards"], made["left"]))
-    assert left != margin and abs(left - margin) < abs(margin), "rounded, and not lost"
+    made = execute("06", "merged = policy.merge_and_unload(", "import gc", **made)
+    base = models.load_base(made["cfg"], quantize=False)
+    before = made["log_probs"](base)
+    policy = PeftModel.from_pretrained(base, made["folder"])
+    assert torch.allclose(made["left"], 0.1 * (made["log_probs"](policy) - before), atol=1e-5), "merged, and unchanged"
