@@ -94,7 +94,7 @@ def rows(request, tmp_path):
 def test_04_loads_what_the_package_loads(cfg, package, rows):
     for source in (str(rows), str(rows.parent), config.EMBEDDED):
         package["cfg"] = here = dataclasses.replace(cfg, data=source)
-        found = execute("04", "load_dataset(where, **options)", **package)
+        found = execute("04", "load_dataset(where, data_files=", **package)
         splits, choices = data.load_preferences(here)
         assert found["choices"] == choices
         assert {k: v.to_list() for k, v in found["raw"].items()} == {k: v.to_list() for k, v in splits.items()}
@@ -102,7 +102,7 @@ def test_04_loads_what_the_package_loads(cfg, package, rows):
 
 def test_a_hub_id_is_loaded_at_its_revision(cfg):
     here = dataclasses.replace(cfg, data="someone/pairs", data_revision="abc")
-    assert data.source(here) == ("someone/pairs", {"revision": "abc"})
+    assert data.source(here) == ("someone/pairs", None, "abc")
 
 
 def test_04_prepares_by_hand_what_the_package_prepares(cfg, package, rows, tokenizer):

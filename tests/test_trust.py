@@ -556,4 +556,5 @@ def test_the_search_for_a_definition_can_fail():
 
 @every_shipped_file
 def test_nothing_merges_an_adapter_into_its_base(path):
-    assert not {name.rpartition(".")[2] for name, _ in calls(source(path))} & {"merge_and_unload", "merge_adapter"}
+    shown = {"merge_and_unload"} if path.name == "06_compare.ipynb" else set()  # measured there, at its end
+    assert {name.rpartition(".")[2] for name, _ in calls(source(path))} & {"merge_and_unload", "merge_adapter"} == shown

@@ -78,8 +78,8 @@ def dirty_rows() -> list[dict]:
     return [json.loads(line) for line in embedded_file("dirty_rows").read_text(encoding="utf-8").splitlines()]
 
 
-def source(config: Config) -> tuple[str, dict]:
-    """What `load_dataset` is called with for `config.data`: its first argument, and the others by name.
+def source(config: Config) -> tuple[str, dict | None, str | None]:
+    """What `load_dataset` is called with for `config.data`: hub id, folder or kind of file; files; revision.
 
     Raises:
         DataError: no such file, or a table of plain cells.
@@ -87,16 +87,16 @@ def source(config: Config) -> tuple[str, dict]:
     spec = config.data
     path = Path(spec).expanduser()
     if spec == configs.EMBEDDED:
-        return "json", {"data_files": {s: str(embedded_file(s)) for s in EMBEDDED_SPLITS}}
+        return "json", {s: str(embedded_file(s)) for s in EMBEDDED_SPLITS}, None
     if path.is_dir():
-        return str(path), {}
+        return str(path), None, None
     if path.suffix in (".parquet", ".jsonl", ".json"):
         if not path.is_file():
             raise DataError(
                 f"DATA={spec} does not exist (looked in {Path.cwd()}).", "Give the path of an existing file."
             )
         kind = "parquet" if path.suffix == ".parquet" else "json"
-        return kind, {"data_files": {"train": glob.escape(str(path))}}  # `[1]` in a name is no pattern
+        return kind, {"train": glob.escape(str(path))}, None  # `[1]` in a name is no pattern
     if path.suffix in (".csv", ".tsv") and path.is_file():
         with path.open(encoding="utf-8-sig", errors="replace", newline="") as stream:
             found = next(csv.reader(stream, delimiter="," if path.suffix == ".csv" else "\t"), [])
@@ -104,13 +104,13 @@ def source(config: Config) -> tuple[str, dict]:
             f"DATA={spec} is a table of plain cells, which hold no conversation; it has {_listed(found)}.",
             f"Write it as .jsonl or .parquet. {_SCHEMA}",
         )
-    return spec, {"revision": config.data_revision}
+    return spec, None, config.data_revision
 
 
 def _read(config: Config) -> DatasetDict:
     try:
-        where, options = source(config)
-        return load_dataset(where, **options)
+        where, files, revision = source(config)
+        return load_dataset(where, data_files=files, revision=revision)
     except DataError:
         raise
     except Exception as error:  # datasets raises a dozen unrelated types for "cannot read this"
