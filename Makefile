@@ -21,7 +21,7 @@ UNKNOWN := $(filter-out $(KNOBS),$(TYPED))
 FOLDER := $(if $(and $(filter command,$(origin ARTIFACTS)),$(value ARTIFACTS)),$(call quoted,ARTIFACTS),artifacts)
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart run test colab lowest notebooks lint pins badges bench gpu guide clean
+.PHONY: help quickstart run test colab lowest notebooks lint pins badges shape bench gpu guide clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
@@ -85,6 +85,9 @@ pins:  ## write requirements.txt from pyproject.toml with uv; no version moves t
 
 badges: $(STAMP)  ## stamp the Colab and Kaggle badges: REPO=owner/name
 	$(PY) scripts/badges.py $(if $(value REPO),$(call quoted,REPO))
+
+shape: $(STAMP)  ## lines, modules, notebooks and the library calls in them; fails nothing
+	$(PY) scripts/shape.py
 
 bench: $(STAMP)  ## training speed beside stock TRL, about an hour on two cores
 	$(PY) benchmarks/training_speed.py

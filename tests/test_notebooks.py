@@ -34,9 +34,16 @@ def tagged(path):
 
 
 def parameters(path):
-    """Name → default, in order, of the tagged cell."""
+    """Name → default, in order, of the tagged cell: one name a line, or several names and as many values."""
     (cell,) = tagged(path)
-    return {s.targets[0].id: ast.literal_eval(s.value) for s in ast.parse(cell.source).body}
+    found = {}
+    for statement in ast.parse(cell.source).body:
+        assert isinstance(statement, ast.Assign) and len(statement.targets) == 1, ast.unparse(statement)
+        names, values = statement.targets[0], ast.literal_eval(statement.value)
+        several = isinstance(names, ast.Tuple)
+        pairs = zip(names.elts, values, strict=True) if several else [(names, values)]
+        found |= {name.id: value for name, value in pairs}
+    return found
 
 
 def bootstrap(path):
@@ -82,11 +89,7 @@ def test_exactly_one_code_cell_is_tagged_parameters(path):
 
 @each
 def test_the_parameters_cell_holds_literal_assignments_only(path):
-    (cell,) = tagged(path)
-    for statement in ast.parse(cell.source).body:
-        assert isinstance(statement, ast.Assign), ast.unparse(statement)
-        assert len(statement.targets) == 1 and isinstance(statement.targets[0], ast.Name), ast.unparse(statement)
-        ast.literal_eval(statement.value)
+    assert parameters(path)
 
 
 @each

@@ -79,35 +79,44 @@ def dirty_rows() -> list[dict]:
     return [json.loads(line) for line in embedded_file("dirty_rows").read_text(encoding="utf-8").splitlines()]
 
 
-def _read(config: Config) -> DatasetDict:
+def source(config: Config) -> tuple[str, dict | None, str | None]:
+    """What `load_dataset` is called with for `config.data`: hub id, folder or kind of file; files; revision.
+
+    Raises:
+        DataError: no such file, or a table of plain cells.
+    """
     spec = config.data
     path = Path(spec).expanduser()
-    try:
-        if spec == configs.EMBEDDED:
-            files = {s: str(embedded_file(s)) for s in EMBEDDED_SPLITS}
-            return load_dataset("json", data_files=files)
-        if path.is_dir():
-            return load_dataset(str(path))
-        if path.suffix in (".parquet", ".jsonl", ".json"):
-            if not path.is_file():
-                raise DataError(
-                    f"DATA={spec} does not exist (looked in {Path.cwd()}).", "Give the path of an existing file."
-                )
-            kind = "parquet" if path.suffix == ".parquet" else "json"
-            return load_dataset(kind, data_files={"train": glob.escape(str(path))})  # `[1]` in a name is no pattern
-        if path.suffix in (".csv", ".tsv") and path.is_file():
-            with path.open(encoding="utf-8-sig", errors="replace", newline="") as stream:
-                found = next(csv.reader(stream, delimiter="," if path.suffix == ".csv" else "\t"), [])
+    if spec == configs.EMBEDDED:
+        return "json", {s: str(embedded_file(s)) for s in EMBEDDED_SPLITS}, None
+    if path.is_dir():
+        return str(path), None, None
+    if path.suffix in (".parquet", ".jsonl", ".json"):
+        if not path.is_file():
             raise DataError(
-                f"DATA={spec} is a table of plain cells, which hold no conversation; it has {_listed(found)}.",
-                f"Write it as .jsonl or .parquet. {_SCHEMA}",
+                f"DATA={spec} does not exist (looked in {Path.cwd()}).", "Give the path of an existing file."
             )
-        return load_dataset(spec, revision=config.data_revision)
+        kind = "parquet" if path.suffix == ".parquet" else "json"
+        return kind, {"train": glob.escape(str(path))}, None  # `[1]` in a name is no pattern
+    if path.suffix in (".csv", ".tsv") and path.is_file():
+        with path.open(encoding="utf-8-sig", errors="replace", newline="") as stream:
+            found = next(csv.reader(stream, delimiter="," if path.suffix == ".csv" else "\t"), [])
+        raise DataError(
+            f"DATA={spec} is a table of plain cells, which hold no conversation; it has {_listed(found)}.",
+            f"Write it as .jsonl or .parquet. {_SCHEMA}",
+        )
+    return spec, None, config.data_revision
+
+
+def _read(config: Config) -> DatasetDict:
+    try:
+        where, files, revision = source(config)
+        return load_dataset(where, data_files=files, revision=revision)
     except DataError:
         raise
     except Exception as error:  # datasets raises a dozen unrelated types for "cannot read this"
         raise DataError(
-            f"DATA={spec} could not be read: {_cause(error)}",
+            f"DATA={config.data} could not be read: {_cause(error)}",
             "Give a hub id (with @revision), a folder as the hub serves it, a .parquet or a .jsonl file. "
             "Without a hub, DATA=embedded uses the repository's own pairs.",
         ) from error
