@@ -77,8 +77,9 @@ notebooks: $(STAMP)  ## run the cpu profile and the quickstart, and write their 
 badges: $(STAMP)  ## stamp the Colab and Kaggle badges: REPO=owner/name
 	$(PY) -m dpo_tutorial.badges $(if $(value REPO),$(call quoted,REPO))
 
-bench: $(STAMP)  ## training speed beside stock TRL, about an hour on two cores
+bench: $(STAMP)  ## training speed beside stock TRL, and how it grows, more than an hour on two cores
 	$(PY) benchmarks/training_speed.py
+	$(PY) benchmarks/growth.py
 
 gpu: $(STAMP)  ## what a GPU does: tests, speed, notebooks, UltraFeedback (ULTRAFEEDBACK_SAMPLE=folder)
 	$(PY) benchmarks/gpu.py A B C D page

@@ -1,0 +1,230 @@
+"""The benchmarks: their harness, the committed pages, what the records promise, and each of them on a tiny model."""
+
+import copy
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import colab
+import effect
+import gpu
+import growth
+import harness
+import memory_plan
+import pytest
+import reliability
+import tasks
+import training_speed
+import trainings
+from conftest import pair
+from datasets import Dataset
+
+from dpo_tutorial import artifacts, config, models, train
+
+BENCHMARKS = (colab, effect, gpu, growth, memory_plan, reliability, training_speed)
+
+
+def lines_of(name):
+    return harness.Record(harness.HERE / f"{name}.jsonl").lines()
+
+
+# --- harness ----
+
+
+def test_variants_take_turns():
+    assert list(harness.turns({"a": 1, "b": 2}, 2)) == [(0, "a"), (0, "b"), (1, "a"), (1, "b")]
+
+
+def test_a_run_that_is_killed_keeps_what_it_measured(tmp_path):
+    record = tmp_path / "x.jsonl"
+    program = (
+        f"import os, pathlib, harness; record = harness.Record(pathlib.Path({str(record)!r}))\n"
+        "for n in range(9):\n    record.write('stage', 'run', n=n)\n    n == 2 and os.kill(os.getpid(), 9)"
+    )
+    env = os.environ | {"PYTHONPATH": str(harness.HERE)}
+    assert subprocess.run([sys.executable, "-c", program], env=env).returncode == -signal.SIGKILL
+    assert [line["n"] for line in harness.Record(record).lines()] == [0, 1, 2]
+
+
+def test_the_newest_run_of_a_stage_counts_once_it_has_measured_anything():
+    lines = [{"stage": stage, "name": name, "n": n} for n, (stage, name) in enumerate(
+        [("a", "machine"), ("a", "x"), ("b", "machine"), ("a", "machine"), ("a", "x"), ("a", "x"), ("a", "machine")]
+    )]  # fmt: skip
+    about, found = harness.latest(lines, "a")
+    assert about["n"] == 3 and [line["n"] for line in found["x"]] == [4, 5]
+
+
+def test_a_child_answers_or_ends_the_run_with_its_error():
+    task = {"kind": "matmul", "dtype": "fp32", "size": 8}
+    assert harness.child("tasks.py", task)["flops"] > 0
+    with pytest.raises(SystemExit, match="no such type"):
+        harness.child("tasks.py", task | {"dtype": "no such type"})
+
+
+def test_a_benchmark_runs_its_stages_and_writes_its_tables_between_the_words(tmp_path, monkeypatch):
+    monkeypatch.setattr(harness, "child", lambda *task: {"hardware": {}, "versions": {}})
+    page = tmp_path / "some.md"
+    page.write_text("Before.\n\n<!-- t -->\nold\n<!-- end of t -->\n\nAfter.\n")
+
+    def tables(lines):
+        _, found = harness.latest(lines, "stage")
+        return {"t": harness.table(["n"], [[line["n"]] for line in found["run"]])}
+
+    stages = {"stage": lambda record, options: record.write("stage", "run", n=7)}
+    harness.main("some.py", stages, tables, argv=["--out", str(tmp_path)])
+    assert page.read_text() == "Before.\n\n<!-- t -->\n| n |\n| --- |\n| 7 |\n<!-- end of t -->\n\nAfter.\n"
+
+
+# --- pages and records ----
+
+
+@pytest.mark.parametrize("benchmark", BENCHMARKS, ids=lambda module: module.__name__)
+def test_the_committed_tables_are_those_that_the_record_gives(benchmark):
+    page = (harness.HERE / f"{benchmark.__name__}.md").read_text(encoding="utf-8")
+    assert harness.with_tables(page, benchmark.tables(lines_of(benchmark.__name__))) == page
+
+
+def test_recorded_speed_is_two_and_a_half_times_stock_trl_in_less_memory():
+    for stage in ("compare", "whole"):
+        _, found = harness.latest(lines_of("training_speed"), stage)
+        assert min(training_speed.ratios(found["ours"], found["stock"], "pairs_per_second")) >= 2.5
+        assert min(training_speed.ratios(found["ours"], found["raw"], "tokens_per_second")) >= 0.6
+        assert max(training_speed.ratios(found["ours"], found["stock"], "peak_gib")) < 1
+    assert found["ours"][0]["pairs"] == training_speed.ALL
+    _, order = harness.latest(lines_of("training_speed"), "order")
+    for key in ("losses", "rewards"):
+        assert training_speed.apart(order, "ours", key) <= 3 * training_speed.apart(order, training_speed.PADDED, key)
+
+
+def test_recorded_time_grows_with_tokens_and_memory_not_with_pairs():
+    _, found = harness.latest(lines_of("growth"), "growth")
+    assert 0.85 < growth.slope(found["pairs"], "tokens", "seconds") < 1.15
+    assert growth.slope(found["length"], "tokens", "seconds") < 1.3, "attention has a part that grows with the square"
+    assert abs(growth.slope(found["pairs"], "pairs", "peak_gib")) < 0.1
+
+
+def test_the_cpu_profile_has_the_settings_that_the_validation_pairs_chose_and_three_seeds_were_run_with_them():
+    tried = {name: run for name, (run,) in harness.latest(lines_of("effect"), "sweep")[1].items()}
+    chosen = effect.START | effect.SWEEP[effect.choose(tried)]
+    assert chosen.items() <= (vars(config.Config()) | config.PROFILES["cpu"]).items()
+    _, runs = harness.latest(lines_of("effect"), "seeds")
+    assert len(runs) == 3
+    for (run,) in runs.values():
+        assert chosen.items() <= run["settings"].items()
+        assert run["accuracy"]["low"] >= 0.70 and run["reward_chosen"]["mean"] > 0 > run["reward_rejected"]["mean"]
+        assert sum(run["minutes"].values()) <= 15 and run["peak_memory_gib"] <= 6
+    (swapped,) = harness.latest(lines_of("effect"), "swapped")[1]["seed 42"]
+    assert swapped["accuracy"]["rate"] < 0.3
+
+
+def test_twenty_recorded_kills_left_the_adapter_of_an_undisturbed_training():
+    (found,) = harness.latest(lines_of("reliability"), "kills")[1]["kills"]
+    hits = [kill["hit"] for kill in found["kills"]]
+    assert len(hits) == 20 and hits.count("write") >= 5
+    assert found["same adapter"] and found["same history"] and found["left over"] == []
+
+
+@pytest.mark.parametrize(
+    ("path", "bad"),
+    [(("accuracy", "rate"), 0.3), (("reward_chosen", "mean"), -2.0), (("distinct_2", "mean"), 0.1)],
+    ids=["inaccurate", "both rewards fall", "repeats itself"],
+)
+def test_a_setting_that_collapses_is_not_chosen_whatever_rules_it_keeps(path, bad):
+    tried = {name: run for name, (run,) in harness.latest(lines_of("effect"), "sweep")[1].items()}
+    results = copy.deepcopy(tried)
+    first = effect.choose(results)
+    for rule in results[first]["rules"].values():
+        rule["rate"] = 1.0
+    assert effect.choose(results) == first
+    results[first][path[0]][path[1]] = bad
+    assert effect.choose(results) != first
+
+
+# --- each on a tiny model ----
+
+
+@pytest.fixture
+def knobs(tiny_folder, tmp_path):
+    """What makes a profile tiny: the model, 40 short pairs, one step, and little to write."""
+    rows = [pair(f"What is {n}?", f"The number {n}.", f"A nice one, {n} of them!") for n in range(40)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return {
+        "model": str(tiny_folder), "data": str(tmp_path / "pairs.jsonl"), "dtype": "fp32", "max_tokens": 128,
+        "max_new_tokens": 8, "compare_prompts": 2, "max_steps": 2,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("trainer", ["ours", "stock"])
+def test_one_training_is_measured(knobs, tmp_path, trainer):
+    task = {"trainer": trainer, "pairs": 16, "val": 2, "length": 96, "knobs": knobs, "untouched": True}
+    found = tasks.train_task(task, tmp_path)
+    assert found["untouched"] < 0.2, "in float32 nearly every output moves"
+    assert found["pairs"] == 16 and len(found["losses"]) == len(found["steps"]) == 2
+    assert found["positions"] < found["tokens"] * 2 if trainer == "ours" else found["positions"] >= found["tokens"] * 2
+    assert {"import", "load", "tokenize", "backward", "evaluation"} <= set(found["phases"])
+    assert found["losses"][0] == pytest.approx(0.6931, abs=1e-3) and found["peak_gib"] > 0
+    assert found["steady"]["pairs_per_second"] > 0
+
+
+def test_the_reference_computed_before_counts_in_the_seconds(knobs, tmp_path):
+    task = {"trainer": "ours", "pairs": 8, "length": 96, "knobs": knobs | {"max_steps": 1}}
+    found = tasks.train_task(task | {"arguments": {"precompute_ref_log_probs": True}}, tmp_path)
+    assert found["seconds"] > found["phases"]["tokenize"] and "reference, forward" not in found["phases"]
+    assert found["losses"][0] == pytest.approx(0.6931, abs=1e-3)
+
+
+def test_bare_passes_audit_and_a_checkpoint_of_random_weights_are_measured(knobs, tmp_path):
+    assert tasks.raw_task({"knobs": knobs, "shape": (2, 16)}, tmp_path)["tokens_per_second"] > 0
+    audited = {"model": knobs["model"], "max_tokens": 1024}
+    assert tasks.prepare_task({"rows": 60, "knobs": audited}, tmp_path)["kept"] > 0
+    task = {"shape": "tiny", "path": str(tmp_path / "made"), "knobs": {"model": knobs["model"]}}
+    assert tasks.make_task(task, tmp_path)["weights"] > 0
+    assert models.load_tokenizer(trainings.settings(model=task["path"])).chat_template
+
+
+def test_shapes_have_the_sizes_they_are_named_after():
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    for name, low, high in (("30M", 25e6, 40e6), ("135M", 134e6, 136e6), ("360M", 355e6, 370e6), ("0.5B", 4.8e8, 5.1e8),
+                            ("7B", 7.5e9, 7.7e9)):  # fmt: skip
+        shape = dict(vocab_size=49152, tie_word_embeddings=True) | trainings.SHAPES[name]
+        with torch.device("meta"):
+            model = LlamaForCausalLM(LlamaConfig(**shape))
+        assert low < sum(p.numel() for p in model.parameters()) < high, name
+
+
+def test_a_memory_plan_is_measured(tiny_folder, tmp_path):
+    knobs = {"model": str(tiny_folder), "dtype": "fp32", "batch_size": 2, "max_tokens": 64}
+    found = memory_plan.measure({"knobs": knobs, "evaluates": True}, tmp_path)
+    assert found["predicted"] == sum(found["phases"][found["peak"]].values()) and found["measured"] > 0
+
+
+def test_an_effect_is_measured(knobs, tmp_path):
+    task = {"knobs": knobs | {"learning_rate": 1e-2}, "split": "val", "answers": True}
+    trained = effect.train(task, tmp_path)
+    swapped = effect.train(task | {"swapped": True, "answers": False}, tmp_path)
+    base = effect.train(task | {"untrained": True}, tmp_path)
+    assert trained["margin"]["mean"] > base["margin"]["mean"] == 0 > swapped["margin"]["mean"]
+    assert all(write(trained) for write in effect.OF_SETTINGS.values())
+
+
+def test_a_saved_adapter_is_scored(knobs, cfg, tokenizer, pairs, tmp_path):
+    run = artifacts.Run(config.resolve(profile="cpu", artifacts=str(tmp_path)))
+    train.train(cfg, run, models.load_base(cfg), tokenizer, Dataset.from_list(list(pairs)), pairs)
+    found = effect.score({"run": str(tmp_path), "knobs": knobs}, tmp_path)
+    assert found["seed"] == cfg.seed and found["accuracy"]["n"] == found["report"]["kept"]
+
+
+def test_a_checkpoint_is_measured(knobs, tmp_path):
+    found = reliability.measure_checkpoint({"profile": "smoke", "knobs": knobs | {"max_steps": 3}}, tmp_path)
+    assert len(found["step seconds"]) == 3 and len(found["seconds between steps, a checkpoint in each"]) == 2
+    assert found["checkpoint MB"] > 0
+
+
+def test_a_fault_is_recorded_as_a_user_meets_it(tmp_path):
+    found = reliability.fault(tmp_path, "run", {"BTA": "0.1"})
+    assert found["command"] == "run -p BTA 0.1" and found["exit code"] == 1
+    assert found["says"].startswith("Unknown parameter BTA.")
