@@ -56,11 +56,16 @@ def test_the_newest_run_of_a_stage_counts_once_it_has_measured_anything():
     assert about["n"] == 3 and [line["n"] for line in found["x"]] == [4, 5]
 
 
-def test_a_child_answers_or_ends_the_run_with_its_error():
-    task = {"kind": "matmul", "dtype": "fp32", "size": 8}
-    assert harness.child("tasks.py", task)["flops"] > 0
-    with pytest.raises(SystemExit, match="no such type"):
-        harness.child("tasks.py", task | {"dtype": "no such type"})
+def test_a_child_answers_or_ends_the_run_with_its_error(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(harness.HERE))
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import os, harness\n"
+        "harness.answer({'double': lambda task, folder: [2 * task['n'], os.environ['GIVEN'], folder.exists()]})\n"
+    )
+    assert harness.child(script, {"kind": "double", "n": 4}, {"GIVEN": "yes"}) == [8, "yes", True]
+    with pytest.raises(SystemExit, match="no such kind"):
+        harness.child(script, {"kind": "no such kind"})
 
 
 def test_a_benchmark_runs_its_stages_and_writes_its_tables_between_the_words(tmp_path, monkeypatch):
@@ -224,7 +229,15 @@ def test_a_checkpoint_is_measured(knobs, tmp_path):
     assert found["checkpoint MB"] > 0
 
 
-def test_a_fault_is_recorded_as_a_user_meets_it(tmp_path):
-    found = reliability.fault(tmp_path, "run", {"BTA": "0.1"})
-    assert found["command"] == "run -p BTA 0.1" and found["exit code"] == 1
-    assert found["says"].startswith("Unknown parameter BTA.")
+def test_a_fault_is_recorded_as_a_user_meets_it(tmp_path, monkeypatch):
+    said = f"raise SystemExit('ConfigError: {tmp_path}/pairs.csv is bad.\\n  Mend: Write another.')"
+    monkeypatch.setattr(reliability, "command", lambda word, **parameters: [sys.executable, "-c", said])
+    found = reliability.fault(tmp_path, "run", {"DATA": tmp_path / "pairs.csv"})
+    says = "pairs.csv is bad.\n  Mend: Write another."
+    assert found == {"command": "run -p DATA pairs.csv", "exit code": 1, "says": says}
+
+
+@pytest.mark.slow
+def test_the_commands_of_the_harness_are_the_packages(tmp_path):
+    for word in ("run", "train"):
+        assert reliability.fault(tmp_path, word, {"BTA": "0.1"})["says"].startswith("Unknown parameter BTA.")
