@@ -223,6 +223,38 @@ def test_a_saved_adapter_is_scored(knobs, cfg, tokenizer, pairs, tmp_path):
     assert found["seed"] == cfg.seed and found["accuracy"]["n"] == found["report"]["kept"]
 
 
+def test_a_rehearsal_of_colab_is_recorded_as_it_goes(tmp_path):
+    class Session:
+        def __init__(self, name):
+            self.name = name
+
+        __enter__, __exit__ = lambda self: self, lambda *_: None
+
+        def run(self, source):
+            return "AssertionError: no internet" if "nowhere" in source else None
+
+        def run_notebook(self, path, parameters=""):
+            stops = self.name == "held" and "SessionError: restart" or self.name == colab.NEEDS_ADAPTER and "no adapter"
+            return {"seconds": 1.0, "error": stops or None, "cell": 5 if stops else None}
+
+    class Colab:
+        folder, python, before = tmp_path, sys.executable, {"torch": "2.0", "numpy": "2.0"}
+        session = staticmethod(Session)
+
+        def changes(self):
+            return {"upgraded": {"pyarrow": ["1", "2"]}, "downgraded": {}, "removed": {}, "added": {"trl": "1"}}
+
+    record = harness.Record(tmp_path / "colab.jsonl")
+    record.write("stand-in", "machine")
+    colab.rehearse(Colab(), record)
+    found = colab.newest(record.lines())
+    assert {path.stem for path in colab.NOTEBOOKS} | {colab.TRAINS, colab.HELD} <= set(found)
+    assert found["where pip fails"]["said"] == ["AssertionError: no internet"]
+    assert colab.passed(colab.HELD, found[colab.HELD]) and colab.passed(colab.TRAINS, found[colab.TRAINS])
+    assert not colab.passed(colab.NEEDS_ADAPTER, found[colab.NEEDS_ADAPTER]), "it stopped, but for another reason"
+    assert colab.tables(record.lines())["notebooks"].count("FAILED") == 1
+
+
 def test_a_checkpoint_is_measured(knobs, tmp_path):
     found = reliability.measure_checkpoint({"profile": "smoke", "knobs": knobs | {"max_steps": 3}}, tmp_path)
     assert len(found["step seconds"]) == 3 and len(found["seconds between steps, a checkpoint in each"]) == 2
