@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import tomllib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -23,10 +24,9 @@ from jupyter_client import KernelManager
 from jupyter_client.kernelspec import KernelSpecManager
 from packaging.version import Version
 
-from dpo_tutorial import badges
-
 LISTED = ROOT / "tests" / "colab-2026-08-19.txt"
-ADDRESS = f"git+https://github.com/{badges.slug(ROOT)}"
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+ADDRESS = f"git+{PROJECT['urls']['Repository']}"
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 SMOKE = 'PROFILE = "smoke"\n'
 NEEDS_ADAPTER = "06_compare"  # the one notebook that cannot run first
