@@ -63,7 +63,8 @@ def measure_checkpoint(task: dict, folder: Path) -> dict:
     cfg = config.resolve(profile=task["profile"], **knobs)
     run, tokenizer = artifacts.Run(cfg), models.load_tokenizer(cfg)
     rows = data.prepare(cfg, tokenizer).splits["train"]
-    trainer = trainings.our_trainer(cfg, models.load_base(cfg), tokenizer, rows, None, checkpoints.folder(run))
+    base, trainer_folder = models.load_base(cfg), checkpoints.folder(run)
+    trainer = trainings.our_trainer(cfg, base, tokenizer, rows, None, trainer_folder, save_strategy="steps")
     clock, began = Clock(), time.perf_counter()
     checkpoints.fingerprint(cfg, trainer)
     fingerprint = time.perf_counter() - began

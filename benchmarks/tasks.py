@@ -21,7 +21,7 @@ from dpo_tutorial import data, environment, evaluate, models
 
 
 def train_task(task: dict, folder: Path) -> dict:
-    """A whole training by ours or by stock TRL, as `run`, with the seconds by `phases` from the process's start on."""
+    """A whole training by ours or by stock TRL, as `run`, with the seconds by phase from the process's start on."""
     spent = {"import": time.time() - psutil.Process().create_time()}
     cfg, stock = trainings.settings(**task.get("knobs", {})), task["trainer"] == "stock"
     arguments, marks = task.get("arguments", {}), [time.perf_counter()]
@@ -44,7 +44,6 @@ def train_task(task: dict, folder: Path) -> dict:
         if task.get("compiled"):
             trainings.compile_layers(trainer)
         built = mark("tokenize")
-        split = trainings.phases(trainer)
         found = trainings.run(trainer, cfg.seed)
         marks.append(time.perf_counter())
         if task.get("generate"):
@@ -56,7 +55,7 @@ def train_task(task: dict, folder: Path) -> dict:
     if arguments.get("precompute_ref_log_probs"):  # TRL does it while it builds the trainer
         found["seconds"] += built
         found |= {f"{of}_per_second": found[of] / found["seconds"] for of in ("pairs", "tokens")}
-    return found | {"phases": spent | dict(split), "checkpointing": trainer.args.gradient_checkpointing}
+    return found | {"phases": spent | dict(trainer.times.seconds), "checkpointing": trainer.args.gradient_checkpointing}
 
 
 def untouched(trainer: DPOTrainer) -> float:

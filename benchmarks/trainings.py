@@ -1,6 +1,6 @@
 """What the benchmarks train, and how it is watched: shapes, pairs, our trainer, stock TRL's, and what is taken away.
 
-The package's parts that a benchmark replaces or looks into are named here only: `PARTS`, `our_trainer`, `phases`.
+The package's parts that a benchmark replaces or looks into are named here only: `PARTS`, `our_trainer`, `StockTrainer`.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import dataclasses
 import gc
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from unittest import mock
 
 import torch
@@ -17,7 +17,7 @@ from datasets import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM, PrinterCallback, TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
-from dpo_tutorial import config, data, environment, models, timing, train
+from dpo_tutorial import config, data, environment, faster, models, timing, train
 
 #: Architectures with random weights, for speed only. The last two are those of the GPU profiles.
 SHAPES = {
@@ -37,9 +37,9 @@ SHAPES = {
 
 #: Parts of ours that a measurement can do without: whose attribute it is, its name, and what stands in for it.
 PARTS = {
-    "head": (train, "fit_head_to_cpu", lambda: None),
+    "head": (faster, "cpu_head", nullcontext),
     "allocator": (environment, "tune_allocator", lambda: False),
-    "cast": (train, "cast_trainable_to_fp32", lambda model: None),
+    "cast": (faster, "cast_trainable_to_fp32", lambda model: None),
 }
 
 
@@ -114,7 +114,6 @@ def plain_again(trainer: DPOTrainer) -> LlamaForCausalLM:
     """A trainer's base without adapter and without what the trainer left on it: the next one finds a plain model."""
     base = trainer.model.unload()
     base.gradient_checkpointing_disable()
-    base.__dict__.pop("forward", None)
     for layer in base.base_model.layers:
         layer._compiled_call_impl = None
     return base
@@ -125,6 +124,10 @@ def plain_again(trainer: DPOTrainer) -> LlamaForCausalLM:
 
 def our_trainer(cfg, base, tokenizer, pairs, val, folder, **changes) -> DPOTrainer:
     return train.build_trainer(cfg, base, tokenizer, pairs, val, folder, disable_tqdm=True, **changes)
+
+
+class StockTrainer(timing.Timed, DPOTrainer):
+    """TRL's own trainer, with the clock that ours has."""
 
 
 def stock_trainer(cfg, base, tokenizer, pairs, val, folder, **changes) -> DPOTrainer:
@@ -141,7 +144,7 @@ def stock_trainer(cfg, base, tokenizer, pairs, val, folder, **changes) -> DPOTra
         disable_tqdm=True,
     )  # fmt: skip
     columns = ["prompt", "chosen", "rejected"]
-    return DPOTrainer(
+    return StockTrainer(
         model=base, args=DPOConfig(**arguments | changes), train_dataset=pairs.select_columns(columns),
         eval_dataset=None if val is None else val.select_columns(columns), processing_class=tokenizer,
         peft_config=models.lora_config(cfg),
@@ -151,11 +154,6 @@ def stock_trainer(cfg, base, tokenizer, pairs, val, folder, **changes) -> DPOTra
 def compile_layers(trainer: DPOTrainer) -> None:
     for layer in trainer.model.get_base_model().base_model.layers:
         layer.compile(dynamic=True)  # one program for all layers and lengths
-
-
-def phases(trainer: DPOTrainer) -> dict[str, float]:
-    """Seconds by phase of the training, filled in while it runs."""
-    return timing.TimeSplit(trainer).seconds
 
 
 def counted(trainer: DPOTrainer) -> dict[str, int]:

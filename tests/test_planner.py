@@ -115,13 +115,13 @@ def test_the_embedded_model_is_planned_as_it_loads():
     assert footprint.adapter_weights(shape, cfg) == 4_884_480
 
 
-def test_the_recorded_predictions_are_those_of_the_formulae_and_within_a_fifth_of_the_measured_peaks(pytestconfig):
+def test_the_recorded_predictions_are_those_of_the_formulae_and_no_measured_peak_is_above(pytestconfig):
     lines = harness.Record(pytestconfig.rootpath / "benchmarks" / "memory_plan.jsonl").lines()
     results = {name: found for name, (found,) in harness.latest(lines, "settings")[1].items()}
     assert sum(name.startswith("held out") for name in results) >= 2
     cached = any(environment.cache_dir().glob(f"{embedded.NAME}-*"))
     for name, found in results.items():
-        assert found["measured"] == pytest.approx(found["predicted"], rel=0.2), name
+        assert found["measured"] <= found["predicted"] <= 1.5 * found["measured"], name
         knobs = dict(found["settings"])
         answer, evaluates = knobs.pop("answer_tokens"), knobs.pop("evaluates")
         if cached and "model" not in knobs:
@@ -130,6 +130,15 @@ def test_the_recorded_predictions_are_those_of_the_formulae_and_within_a_fifth_o
                 cfg, answer=answer, evaluates=evaluates, process=found["phases"]["load"]["process"], device="cpu"
             )
             assert planned.phases == found["phases"], name
+
+
+def test_no_peak_recorded_on_a_gpu_is_above_the_plan(pytestconfig):
+    lines = harness.Record(pytestconfig.rootpath / "benchmarks" / "gpu.jsonl").lines()
+    found = [row for row in lines if row["name"].startswith("memory: ")]
+    assert len(found) >= 6
+    for row in found:
+        planned = sum((row["terms"] | {"workspace": planner.WORKSPACE}).values()) / GIB
+        assert row["measured_gib"] <= planned <= 1.25 * row["measured_gib"], row["name"]
 
 
 # --- direction ----
@@ -150,7 +159,7 @@ def test_checkpointing_keeps_less_and_makes_one_block_again(cfg):
     assert head["activations"] < off.phases["backward, head"]["activations"]
     assert blocks["activations"] > head["activations"]
     assert head["logits"] == off.phases["backward, head"]["logits"]
-    assert head["holes"] == off.phases["backward, head"]["holes"]
+    assert head["heap"] == off.phases["backward, head"]["heap"]
 
 
 def test_a_longer_sequence_costs_more_than_in_proportion_because_of_the_mask(cfg):
@@ -159,9 +168,9 @@ def test_a_longer_sequence_costs_more_than_in_proportion_because_of_the_mask(cfg
     assert twice - 2 * once == 4 * 4 * (200**2 - 2 * 100**2)
 
 
-def test_a_gpu_counts_no_process_and_no_holes(cfg):
+def test_a_gpu_counts_no_process_and_no_heap(cfg):
     planned = of(cfg, "cuda")
-    assert not {"process", "holes"} & {term for phase in planned.phases.values() for term in phase}
+    assert not {"process", "heap"} & {term for phase in planned.phases.values() for term in phase}
     assert planned.needed == planned.total
     assert "evaluation" in planned.phases and "evaluation" not in planner.plan(cfg, evaluates=False).phases
 

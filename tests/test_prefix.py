@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, MambaConfig, MambaForCausalLM
+from transformers import AutoModelForCausalLM
 
 from dpo_tutorial import models, prefix, train
 
@@ -98,39 +98,19 @@ def test_a_second_trainer_on_the_same_base_packs_once(cfg, tokenizer, pairs, tmp
     assert losses[0] == losses[1]
 
 
-class Holder:
-    """What `share_prefixes` asks of a PeftModel."""
-
-    def __init__(self, causal):
-        self.causal = causal
-
-    def get_base_model(self):
-        return self.causal
-
-
-@pytest.mark.parametrize(
-    ("model", "on"),
-    [
-        (lambda: GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=32, n_layer=1, n_head=2)), True),
-        (lambda: MambaForCausalLM(MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1)), False),
-    ],
-    ids=["learnt positions", "no attention"],
-)
-def test_models_that_do_not_obey_the_mask_are_left_alone(model, on):
-    torch.manual_seed(0)
-    causal = model()
-    before = causal.forward
-    assert prefix.share_prefixes(Holder(causal), 16) is on
-    assert (causal.forward == before) is not on
-
-
-@pytest.mark.parametrize(("window", "on"), [(8, False), (32, True), (None, True)])
-def test_a_short_attention_window_is_left_alone(tiny_folder, window, on):
-    causal = AutoModelForCausalLM.from_pretrained(tiny_folder)
-    causal.config.sliding_window = window
-    assert prefix.share_prefixes(Holder(causal), 32) is on
+@pytest.mark.parametrize(("window", "shared"), [(8, False), (10_000, True), (None, True)])
+def test_a_window_shorter_than_the_batch_computes_it_plainly(cfg, tokenizer, pairs, tmp_path, window, shared):
+    trainer = train.build_trainer(cfg, models.load_base(cfg), tokenizer, pairs, None, tmp_path / "out")
+    decoder, seen = trainer.model.get_base_model().base_model, []
+    decoder.config.sliding_window = window
+    decoder.embed_tokens.register_forward_hook(lambda module, args, out: seen.append(args[0].numel()))
+    assert trainer.shares_prefixes
+    seen.clear()
+    batch = next(iter(trainer.get_train_dataloader()))
+    trainer.compute_loss(trainer.model, batch)
+    assert (seen[0] < batch["input_ids"].numel()) is shared
 
 
 def test_another_implementation_of_attention_is_left_alone(tiny_folder):
     causal = AutoModelForCausalLM.from_pretrained(tiny_folder, attn_implementation="eager")
-    assert not prefix.share_prefixes(Holder(causal), 32)
+    assert "eager" in prefix.obstacle(causal)

@@ -58,7 +58,8 @@ def interrupt():
 
 def build(cfg, run, tokenizer, pairs):
     few = pairs.select(range(2))
-    return train.build_trainer(cfg, models.load_base(cfg), tokenizer, pairs, few, checkpoints.folder(run))
+    folder = checkpoints.folder(run)
+    return train.build_trainer(cfg, models.load_base(cfg), tokenizer, pairs, few, folder, save_strategy="steps")
 
 
 def stopped(cfg, tokenizer, pairs, step=4, action=interrupt, error=KeyboardInterrupt) -> artifacts.Run:
@@ -103,6 +104,7 @@ def undisturbed(cfg, tokenizer, many, tmp_path):
 def test_checkpoints_change_nothing_about_the_training(cfg, tokenizer, many, undisturbed, tmp_path):
     run = artifacts.Run(cfg)
     trainer = build(cfg, run, tokenizer, many)
+    trainer.args.save_strategy = "no"
     train.environment.seed_everything(cfg.seed)
     trainer.train()
     assert names(run) == []

@@ -78,6 +78,7 @@ def test_a_run_that_fails_keeps_the_rows_before_it(ran, tmp_path, monkeypatch):
     assert row["BETA"] == "0.1"
 
 
+@pytest.mark.slow
 def test_a_sweep_in_smoke(tmp_path):
     command = [sys.executable, "-m", "dpo_tutorial.sweep", "BETA", "0.1", "1", "-p", "PROFILE", "smoke"]
     done = subprocess.run(

@@ -33,9 +33,8 @@ def test_each_second_counts_once_and_for_its_own_phase(cfg, tokenizer, pairs, tm
     slow(trainer.accelerator, "backward", 10, clock)
     slow(trainer, "get_batch_samples", 1000, clock)
     trainer.create_optimizer().register_step_pre_hook(lambda *_: setattr(clock, "seconds", clock.seconds + 100))
-    split = timing.TimeSplit(trainer)
     trainer.train()
-    assert split.seconds == {  # two steps, each with an evaluation of one batch under both models
+    assert trainer.times.seconds == {  # two steps, each with an evaluation of one batch under both models
         timing.POLICY: 2,
         timing.REFERENCE: 2,
         timing.BACKWARD: 20,
@@ -43,7 +42,7 @@ def test_each_second_counts_once_and_for_its_own_phase(cfg, tokenizer, pairs, tm
         timing.EVALUATION: 4,
         timing.REST: 2000,
     }
-    rows = split.rows()
+    rows = trainer.times.rows()
     assert [row["phase"] for row in rows] == list(timing.PHASES)
     assert sum(row["seconds"] for row in rows) == clock.seconds
 
@@ -52,17 +51,15 @@ def test_outside_training_nothing_counts_and_generation_still_works(cfg, tokeniz
     trainer = train.build_trainer(
         cfg, models.load_base(cfg), tokenizer, pairs, pairs.select(range(2)), tmp_path / "out"
     )
-    split = timing.TimeSplit(trainer)
     trainer.evaluate()
     ids = tokenizer("How do I", return_tensors="pt").input_ids
     assert trainer.model.generate(input_ids=ids, max_new_tokens=2, do_sample=False).shape[1] > ids.shape[1]
-    assert not split.seconds
+    assert not trainer.times.seconds
 
 
 def test_a_training_that_fails_leaves_no_phase_open(cfg, tokenizer, pairs, tmp_path):
     trainer = train.build_trainer(cfg, models.load_base(cfg), tokenizer, pairs, None, tmp_path / "out")
     trainer.accelerator.backward = lambda *args, **kwargs: 1 / 0
-    split = timing.TimeSplit(trainer)
     with pytest.raises(ZeroDivisionError):
         trainer.train()
-    assert not split._open and timing.REST in split.seconds
+    assert not trainer.times._open and timing.REST in trainer.times.seconds

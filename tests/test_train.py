@@ -6,15 +6,27 @@ import math
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 
 import pytest
 import torch
-import trl.kernels.chunked_logprob
-import trl.trainer.utils
 from conftest import TEXTS, pair
 from datasets import Dataset, concatenate_datasets
+from trl import DPOTrainer
 
-from dpo_tutorial import artifacts, config, data, dpo, environment, evaluate, models, statistics, train
+from dpo_tutorial import (
+    artifacts,
+    config,
+    data,
+    dpo,
+    environment,
+    evaluate,
+    faster,
+    footprint,
+    models,
+    statistics,
+    train,
+)
 
 
 def trainer_for(cfg, tokenizer, pairs, tmp_path, **changes):
@@ -53,18 +65,14 @@ def test_our_loss_equals_trls_on_the_same_batch(cfg, tokenizer, pairs, tmp_path,
 def test_answers_only_and_narrow_tiles_leave_loss_and_gradient_as_they_were(
     cfg, tokenizer, pairs, tmp_path, monkeypatch
 ):
+    monkeypatch.setitem(footprint.TILE, "cpu", (8, 64))
     results = {}
-    for name, compact, tokens, words in (
-        ("stock", lambda device: False, 4096, 32768),
-        ("ours", lambda device: True, 8, 64),
-    ):
+    for name in ("stock", "ours"):
         trainer = trainer_for(cfg, tokenizer, pairs, tmp_path)
-        monkeypatch.setattr(trl.trainer.utils, "_use_triton", compact)
-        monkeypatch.setattr(trl.trainer.utils, "_CHUNKED_LOGPROB_CHUNK_SIZE", words)
-        monkeypatch.setattr(trl.kernels.chunked_logprob, "TOKEN_CHUNK_SIZE", tokens)
         batch = next(iter(trainer.get_train_dataloader()))
-        loss = trainer.compute_loss(trainer.model, batch)
-        loss.backward()
+        with faster.cpu_head() if name == "ours" else nullcontext():
+            loss = DPOTrainer.compute_loss(trainer, trainer.model, batch)
+            loss.backward()
         grads = torch.cat([p.grad.flatten() for p in trainer.model.parameters() if p.grad is not None])
         results[name] = (loss.item(), grads)
     assert results["ours"][0] == pytest.approx(results["stock"][0], abs=1e-6)
@@ -119,6 +127,38 @@ def test_a_wrong_reference_fails_the_first_loss_check(cfg, tokenizer, pairs, tmp
         train.check_first_loss(trainer)
 
 
+@pytest.mark.parametrize(("dtype", "passes"), [("bf16", True), ("fp32", False)])
+def test_a_reference_computed_before_in_16_bits_may_miss_ln_2_by_rounding(
+    cfg, tokenizer, pairs, tmp_path, dtype, passes
+):
+    """A loss 0.0023 off ln 2 was seen."""
+    changed = dataclasses.replace(cfg, dtype=dtype, precompute_reference=True)
+    trainer = trainer_for(changed, tokenizer, pairs, tmp_path)
+    trainer.train()
+    assert train.check_first_loss(trainer) == pytest.approx(math.log(2), abs=2e-3)
+    trainer.state.log_history[0]["loss"] = math.log(2) + 0.0023
+    with nullcontext() if passes else pytest.raises(AssertionError, match="not ln 2"):
+        train.check_first_loss(trainer)
+
+
+@pytest.mark.parametrize("prefix_sharing", [True, False])
+def test_trls_precomputed_reference_gives_the_same_training(cfg, tokenizer, pairs, tmp_path, prefix_sharing):
+    """A changed LD_ALPHA has a reference of its own: else the first loss would not be ln 2."""
+    losses = {}
+    for once, ld_alpha in ((False, 1.0), (True, 1.0), (True, 0.5)):
+        changed = dataclasses.replace(
+            cfg, max_steps=4, prefix_sharing=prefix_sharing, precompute_reference=once, ld_alpha=ld_alpha,
+            artifacts=str(tmp_path / f"{once}{ld_alpha}"),
+        )  # fmt: skip
+        run = artifacts.Run(changed)
+        trainer = train.train(changed, run, models.load_base(cfg), tokenizer, pairs, pairs.select(range(3)))
+        assert train.check_first_loss(trainer) == pytest.approx(math.log(2), abs=1e-4)
+        log = trainer.state.log_history
+        losses[once, ld_alpha] = [row.get("loss", row.get("eval_loss")) for row in log if "train_loss" not in row]
+    assert len(losses[False, 1.0]) == 6 and max(losses[False, 1.0]) > 1.01 * min(losses[False, 1.0]), "it learns"
+    assert losses[True, 1.0] == pytest.approx(losses[False, 1.0], abs=1e-4) != losses[True, 0.5]
+
+
 @pytest.fixture
 def t4(monkeypatch):
     """`resolve()` sees a card of compute capability 7.5, as on a T4; everything else still runs on the CPU."""
@@ -142,7 +182,7 @@ def test_a_t4_trains_in_fp16_with_trainable_weights_in_fp32(t4, cfg, tokenizer, 
 
 def test_without_our_cast_trl_would_leave_bf16(t4, cfg, tokenizer, pairs, tmp_path, monkeypatch):
     """Once this fails, TRL has mended trl#4901 and `cast_trainable_to_fp32` can go."""
-    monkeypatch.setattr(train, "cast_trainable_to_fp32", lambda model: None)
+    monkeypatch.setattr(faster, "cast_trainable_to_fp32", lambda model: None)
     found = config.resolve(model=cfg.model, lora_r=4, max_steps=2)
     assert trainable_types(trainer_for(found, tokenizer, pairs, tmp_path)) == {torch.bfloat16}
 
@@ -208,22 +248,25 @@ def test_training_on_swapped_labels_turns_the_margin_round(cfg, tokenizer, pairs
     assert accuracy == {"right": 1.0, "swapped": 0.0}
 
 
-@pytest.mark.parametrize("name", train.VARIANTS)
-def test_every_variant_of_the_loss_trains_and_raises_the_difference(cfg, tokenizer, pairs, tmp_path, name):
-    base = models.load_base(cfg)
-    found = train.try_variant(cfg, base, tokenizer, pairs, tmp_path, steps=6, **train.VARIANTS[name])
-    assert found["difference"] == pytest.approx(found["chosen"] - found["rejected"])
-    assert found["difference"] > 1 and found["last loss"] < found["first loss"]
-    assert not any("lora" in n for n, _ in base.named_parameters()), "the base is plain again"
+VARIANTS = {
+    "sigmoid": ({"loss_type": "sigmoid"}, math.log(2)),
+    "ipo": ({"loss_type": "ipo"}, (1 / (2 * 0.1)) ** 2),
+    "hinge": ({"loss_type": "hinge"}, 1.0),
+    "robust": ({"loss_type": "robust"}, math.log(2)),
+    "ld_alpha": ({"ld_alpha": 0.5}, math.log(2)),
+}
 
 
-def test_the_variants_start_from_the_losses_of_a_zero_margin(cfg, tokenizer, pairs, tmp_path):
-    base, first = models.load_base(cfg), {}
-    for name, knobs in train.VARIANTS.items():
-        first[name] = train.try_variant(cfg, base, tokenizer, pairs, tmp_path, steps=1, **knobs)["first loss"]
-    expected = {"sigmoid (DPO)": math.log(2), "ipo": (1 / (2 * cfg.beta)) ** 2, "hinge": 1.0,
-                "robust": math.log(2), "sigmoid, ld_alpha 0.5": math.log(2)}  # fmt: skip
-    assert first == pytest.approx(expected, abs=1e-3)
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_variant_of_the_loss_starts_from_a_zero_margin_and_raises_it(cfg, tokenizer, pairs, tmp_path, name):
+    knobs, first = VARIANTS[name]
+    changed = dataclasses.replace(cfg, **knobs, max_steps=6, warmup_ratio=0.0, lr_scheduler="constant")
+    trainer = trainer_for(changed, tokenizer, pairs, tmp_path)
+    trainer.train()
+    losses = [row["loss"] for row in train.history(trainer)["train"]]
+    assert losses[0] == pytest.approx(first, abs=1e-3) and losses[-1] < losses[0]
+    records = evaluate.score_pairs(changed, trainer.model, tokenizer, pairs, beta=1.0)
+    assert sum(r["margin"] for r in records) / len(records) > 1
 
 
 def test_the_knobs_of_the_loss_reach_trl(cfg, tmp_path):
@@ -277,7 +320,7 @@ def test_five_steps_on_cuda(cfg, tokenizer, pairs, dtype):
 
 @pytest.mark.gpu
 def test_without_our_cast_fp16_fails_on_cuda(cfg, tokenizer, pairs, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "cast_trainable_to_fp32", lambda model: None)
+    monkeypatch.setattr(faster, "cast_trainable_to_fp32", lambda model: None)
     trainer = trainer_for(on_cuda(cfg, "fp16"), tokenizer, pairs, tmp_path)
     with pytest.raises((RuntimeError, NotImplementedError), match="BFloat16"):
         trainer.train()
@@ -286,7 +329,7 @@ def test_without_our_cast_fp16_fails_on_cuda(cfg, tokenizer, pairs, tmp_path, mo
 TWO_GPUS = """
 import torch
 from transformers import AutoModelForCausalLM
-from dpo_tutorial import config, models, train
+from dpo_tutorial import config, faster, models, train
 
 torch.cuda.is_available, torch.cuda.device_count = (lambda: True), (lambda: 2)
 torch.cuda.set_device = lambda device: None
@@ -295,7 +338,7 @@ class Loaded(Exception): pass
 def from_pretrained(*_, device_map, **__): raise Loaded(device_map)
 AutoModelForCausalLM.from_pretrained = from_pretrained
 
-made = train.dpo_config(config.Config(dtype="fp16"), "unused")
+made = faster.one_gpu(train.dpo_config(config.Config(dtype="fp16"), "unused"))
 print(made.n_gpu, made.device, made.parallel_mode.value)
 try: models.load_base(config.Config(model={model!r}, dtype="fp16"))
 except Loaded as loaded: print(*loaded.args)

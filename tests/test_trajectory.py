@@ -4,27 +4,23 @@ import dataclasses
 
 import pytest
 import torch
-import trl.trainer.utils
 from datasets import concatenate_datasets
 from trl import DPOTrainer
-from trl.kernels import chunked_logprob
 
-from dpo_tutorial import environment, models, train
+from dpo_tutorial import data, environment, faster, models, train
 
 STEPS = 8
 
 
-def stock_trainer(cfg, tokenizer, pairs, tmp_path, monkeypatch, **changes) -> DPOTrainer:
-    """TRL without our hooks: its own head, prompts computed twice, checkpointing on as by its default."""
-    monkeypatch.setattr(trl.trainer.utils, "_use_triton", chunked_logprob._use_triton)
-    monkeypatch.setattr(trl.trainer.utils, "_CHUNKED_LOGPROB_CHUNK_SIZE", 32768)
-    monkeypatch.setattr(chunked_logprob, "TOKEN_CHUNK_SIZE", 4096)
-    arguments = train.dpo_config(cfg, tmp_path / "stock", gradient_checkpointing=True, **changes)
+def stock_trainer(cfg, tokenizer, pairs, tmp_path, **changes) -> DPOTrainer:
+    """TRL as it comes: its own head, prompts computed twice, checkpointing on as by its default."""
+    changes |= {"gradient_checkpointing": True, "eval_strategy": "no", "save_strategy": "no"}
     trainer = DPOTrainer(
-        model=models.load_base(cfg), args=arguments, train_dataset=train._columns(pairs), processing_class=tokenizer,
+        model=models.load_base(cfg), args=train.dpo_config(cfg, tmp_path / "stock", **changes),
+        train_dataset=pairs.add_column("length", data.token_lengths(pairs)), processing_class=tokenizer,
         peft_config=models.lora_config(cfg),
     )  # fmt: skip
-    train.cast_trainable_to_fp32(trainer.model)  # rounded to bf16 by TRL, updates would be lost and nothing comparable
+    faster.cast_trainable_to_fp32(trainer.model)  # rounded to bf16 by TRL, updates would be lost, nothing comparable
     return trainer
 
 
@@ -52,9 +48,9 @@ def built(build, cfg, *args, **kwargs):
 
 
 @pytest.mark.parametrize("precomputed", [False, True], ids=["reference in the loop", "reference precomputed"])
-def test_in_fp32_it_is_stock_trls_trajectory(longer, tokenizer, tmp_path, monkeypatch, precomputed):
+def test_in_fp32_it_is_stock_trls_trajectory(longer, tokenizer, tmp_path, precomputed):
     cfg, pairs = longer
-    stock = built(stock_trainer, cfg, tokenizer, pairs, tmp_path, monkeypatch, precompute_ref_log_probs=precomputed)
+    stock = built(stock_trainer, cfg, tokenizer, pairs, tmp_path, precompute_ref_log_probs=precomputed)
     theirs = trajectory(stock, cfg)
     ours = built(train.build_trainer, cfg, models.load_base(cfg), tokenizer, pairs, None, tmp_path / "ours")
     found = trajectory(ours, cfg)
@@ -63,13 +59,11 @@ def test_in_fp32_it_is_stock_trls_trajectory(longer, tokenizer, tmp_path, monkey
     assert (adapter(ours) - adapter(stock)).norm() < 1e-3 * adapter(stock).norm()
 
 
-def test_in_bf16_it_is_stock_trls_trajectory_within_rounding(longer, tokenizer, tmp_path, monkeypatch):
+def test_in_bf16_it_is_stock_trls_trajectory_within_rounding(longer, tokenizer, tmp_path):
     cfg, pairs = longer
     cfg = dataclasses.replace(cfg, dtype="bf16", learning_rate=3e-3)
     stock = {
-        padding: trajectory(
-            built(stock_trainer, cfg, tokenizer, pairs, tmp_path, monkeypatch, pad_to_multiple_of=padding), cfg
-        )
+        padding: trajectory(built(stock_trainer, cfg, tokenizer, pairs, tmp_path, pad_to_multiple_of=padding), cfg)
         for padding in (None, 48)
     }
     floor = (stock[48] - stock[None]).abs().max()  # what other padding alone does to stock TRL
@@ -83,14 +77,14 @@ def test_a_wrong_mask_would_be_seen(longer, tokenizer, tmp_path, monkeypatch):
     from dpo_tutorial import prefix
 
     cfg, pairs = longer
-    theirs = trajectory(built(stock_trainer, cfg, tokenizer, pairs, tmp_path, monkeypatch), cfg)
+    theirs = trajectory(built(stock_trainer, cfg, tokenizer, pairs, tmp_path), cfg)
     honest = prefix.pack
     monkeypatch.setattr(
         prefix,
         "pack",
         lambda *batch: dataclasses.replace(p := honest(*batch), attention_mask=p.attention_mask | causal(p)),
     )
-    monkeypatch.setattr(prefix, "_obeys", lambda causal: True)
+    monkeypatch.setattr(prefix, "obstacle", lambda causal: "")
 
     def causal(packed):
         return torch.ones_like(packed.attention_mask[0, 0]).tril()

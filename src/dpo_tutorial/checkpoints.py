@@ -151,10 +151,12 @@ class Seal(TrainerCallback):
     def __init__(self, run: artifacts.Run, fingerprint: dict, seal: dict | None) -> None:
         self.run, self.fingerprint, self.seal = run, fingerprint, seal
         self.order: torch.Tensor | None = None
+        self.started = 0.0
 
     def seconds(self) -> float:
         """Seconds of training so far, those before the stop included."""
-        return time.perf_counter() - self.started + (self.seal["seconds"] if self.seal else 0)
+        here = time.perf_counter() - self.started if self.started else 0
+        return here + (self.seal["seconds"] if self.seal else 0)
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         self.started = time.perf_counter()

@@ -102,7 +102,7 @@ class Config:
     batch_size: int = _knob(4, "dpo", "pairs per forward pass", "pairs")
     grad_accum: int = _knob(4, "dpo", "batches per optimizer step")
     max_grad_norm: float = _knob(1.0, "dpo", "gradient clipping")
-    precompute_reference: bool = _knob(False, "dpo", "reference log-probabilities once, before training, and kept")
+    precompute_reference: bool = _knob(False, "dpo", "reference log-probabilities once, before training")
     prefix_sharing: bool = _knob(True, "dpo", "compute the prompt of a pair once, not once per answer")
 
     compare_prompts: int = _knob(24, "compare", "held-out prompts answered by base and policy", "prompts")

@@ -142,15 +142,3 @@ def logit_bytes(shape: Shape, size: int, answers: int, cuda: bool) -> tuple[int,
     if cuda:
         return size * tile, size * tile + gradient
     return (size + 3 * FP32 + 1) * tile, (size + 7 * FP32 + 1) * tile + gradient
-
-
-def hole_bytes(shape: Shape, config: Config, tokens: int) -> int:
-    """Holes that one block leaves in glibc's heap: an estimate.
-
-    torch asks for memory aligned to 64 bytes. Small objects settle in the slack around it, so freed memory serves only
-    requests smaller than the one before. PEFT frees four tensors for each adapted layer (the frozen output, its clone,
-    BAx, and that scaled). Of those as wide as the feed-forward part, narrower ones fill the first; three stay empty.
-    Checkpointing changes nothing here: what it keeps, the block's output, lies above them and holds them open.
-    """
-    wide = sum(outside for _, _, outside in set(shape.adapted(config)) if outside >= shape.wide)
-    return 3 * size_of(config) * wide * tokens

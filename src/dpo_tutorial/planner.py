@@ -1,7 +1,7 @@
 """Peak memory of a training run, predicted before a weight is loaded; and which knob to turn where it does not fit.
 
-A sum of counted tensors (`footprint`), but for two terms: what the process holds already is measured, and the holes
-that glibc leaves in the heap are an estimate. `benchmarks/memory_plan.md` compares the sum with real runs.
+A sum of counted tensors (`footprint`), but for two terms: what the process holds already is measured, and what the heap
+of a CPU keeps is a bound. No run in `benchmarks/memory_plan.md` and `gpu.jsonl` took more than the sum.
 """
 
 from __future__ import annotations
@@ -19,6 +19,10 @@ from .footprint import FP32
 
 SHORTEST = 128  # tokens: advice goes no lower, an answer needs room
 LOWEST_RANK = 4
+HEAP = (
+    9  # of the widest tensors a block frees, torch asks for 64-byte alignment and glibc cannot give them again: at most
+)
+WORKSPACE = 32 * 2**20  # bytes that cuBLAS holds on a Hopper GPU, the largest
 ROOM = 1.5  # times the plan must be free: batches of mixed lengths rise above it (`benchmarks/memory_plan.md`)
 
 #: What each term is, for the table.
@@ -32,7 +36,8 @@ TERMS = {
     "activations": "what the backward pass needs of the forward pass",
     "block": "one block at work: its widest tensors and one dequantized weight",
     "logits": "vocabulary x answer tokens, a tile at a time",
-    "holes": "freed memory that glibc keeps and cannot use (CPU only, an estimate)",
+    "heap": "freed memory that glibc keeps and cannot use (CPU only, a bound)",
+    "workspace": "cuBLAS (GPU only)",
 }
 
 
@@ -113,12 +118,12 @@ def plan(
         process = psutil.Process().memory_info().rss
 
     adapter = footprint.adapter_weights(shape, config)
-    loaded = {"process": process, "weights": footprint.weight_bytes(shape, size)}
+    loaded = {"process": process, "weights": footprint.weight_bytes(shape, size), "workspace": WORKSPACE * cuda}
     resting = loaded | {"adapters": FP32 * adapter, "optimizer": 2 * FP32 * adapter}
 
     in_block = footprint.activation_bytes(shape, config, rows, width, cuda)
     at_work = footprint.block_bytes(shape, size, tokens)
-    holes = 0 if cuda else shape.layers * footprint.hole_bytes(shape, config, tokens)
+    heap = 0 if cuda else HEAP * shape.layers * size * shape.wide * tokens
     kept = size * shape.hidden * answers  # what enters the head
     if config.gradient_checkpointing:  # what enters each block and the last norm; a block is made anew in its turn
         kept += (size * shape.layers + FP32) * shape.hidden * tokens
@@ -128,7 +133,7 @@ def plan(
         anew = 0
     if size < FP32:
         kept += size * adapter  # autocast keeps a 16-bit copy of A and B until the step ends
-    step = resting | {"gradients": FP32 * adapter, "activations": kept, "holes": holes}
+    step = resting | {"gradients": FP32 * adapter, "activations": kept, "heap": heap}
 
     forward, backward = footprint.logit_bytes(shape, size, answers, cuda)
     phases = {
@@ -141,7 +146,7 @@ def plan(
         forward, _ = footprint.logit_bytes(shape, size, 2 * answers, cuda)
         at_work = footprint.block_bytes(shape, size, 2 * tokens)
         # on a CPU the heap stays as large as training made it, with room for a block
-        phases["evaluation"] = resting | {"logits": forward} | ({"block": at_work} if cuda else {"holes": kept + holes})
+        phases["evaluation"] = resting | {"logits": forward} | ({"block": at_work} if cuda else {"heap": kept + heap})
     if cuda:
         del phases["load"]  # the file is mapped by the machine, not by the GPU
     phases = {name: {term: n for term, n in phase.items() if n} for name, phase in phases.items()}

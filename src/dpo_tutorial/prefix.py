@@ -7,12 +7,18 @@ before it. So the prompt may be computed once with both answers behind it, as lo
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-import types
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from inspect import signature
 
 import torch
 from torch import Tensor
+
+from .errors import first_line
 
 
 @dataclass(frozen=True)
@@ -52,39 +58,21 @@ def pack(input_ids: Tensor, attention_mask: Tensor) -> Packed:
     return Packed(input_ids[row, position], position, sees[:, None], columns.clamp(max=place.shape[1] - 1))
 
 
-def share_prefixes(model, max_tokens: int) -> bool:
-    """Have `DPOTrainer` compute the common start of each pair once; call it after the trainer is built.
+@contextmanager
+def sharing(decoder) -> Iterator[None]:
+    """Inside the block, the decoder computes the common start of each pair of a collated batch once.
 
     TRL hands the decoder a batch and reads hidden states where it put the tokens. In between the batch is packed and
     the states are put back, so loss and gradient are those of the plain pass up to rounding (`test_prefix.py`).
-    Generation and every other forward pass stay plain.
-
-    Args:
-        model: the trainer's `PeftModel`.
-        max_tokens: of the longest sequence; a model with a shorter attention window is left alone.
-
-    Returns:
-        Whether it is on: not where attention has another implementation than torch's, or does not obey the mask.
     """
-    causal = model.get_base_model()
-    window = getattr(causal.config, "sliding_window", None)
-    if causal.config._attn_implementation != "sdpa" or (window and window < max_tokens) or not _obeys(causal):
-        return False
-    plain = causal.forward
-
-    @functools.wraps(type(causal).forward)  # `generate` reads the signature
-    def scored(self, *args, fused_lm_head=False, **kwargs):
-        if not fused_lm_head:
-            return plain(*args, **kwargs)
-        decoder = self.base_model
-        decoder.forward = functools.partial(forward, decoder)
-        try:
-            return plain(*args, fused_lm_head=True, **kwargs)
-        finally:
-            del decoder.forward  # the class's own comes back
-
-    causal.forward = types.MethodType(scored, causal)
-    return True
+    before = vars(decoder).get("forward")
+    decoder.forward = functools.partial(forward, decoder)
+    try:
+        yield
+    finally:
+        del decoder.forward  # the class's own comes back
+        if before:
+            decoder.forward = before
 
 
 def forward(decoder, input_ids: Tensor, attention_mask: Tensor, **kwargs):
@@ -100,20 +88,57 @@ def _forward_packed(decoder, packed: Packed, **kwargs):
     return outputs
 
 
+def obstacle(causal) -> str:
+    """Why a model computes prompts once per answer, by what it is; empty where it may share them.
+
+    Looked at first: its config. Then four short passes ask whether its layers keep to a mask of ours and take positions
+    of ours. Masked columns weigh exactly 0, so what must not be seen must not change a bit, however small the weights.
+    """
+    config = causal.config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    if config._attn_implementation != "sdpa":
+        return f"attention is {config._attn_implementation}, not torch's"
+    if any("expert" in key and value for key, value in config.to_dict().items()):
+        return "a mixture of experts: what its router counts is the batch as TRL collates it"
+    if kinds:
+        return f"layers of another kind: {', '.join(sorted(kinds))}"
+    if getattr(config, "alibi", False) or "position_ids" not in signature(type(causal.base_model).forward).parameters:
+        return "positions cannot be given"
+    return _disobeys(causal)
+
+
+def window(config) -> float:
+    """The longest sequence, in tokens, of which every layer sees all; infinite where no layer has a window."""
+    config = config.get_text_config()
+    names = ("sliding_window", "window_size", "attention_window", "attention_chunk_size")
+    return min((size for name in names if isinstance(size := getattr(config, name, None), int)), default=math.inf)
+
+
 @torch.no_grad()
-def _obeys(causal) -> bool:
-    """Whether two short sequences come out packed as they do one by one: some architectures ignore such a mask."""
+def _disobeys(causal) -> str:
     decoder, training = causal.base_model, causal.training
-    causal.eval()
     ids = torch.tensor([[5, 6, 7, 8, 9, 10], [5, 6, 7, 11, 12, 13]], device=causal.device)
-    packed = pack(ids, torch.ones_like(ids))
+    other = ids.clone()
+    other[0, 3:] += 6  # another chosen answer
+
+    def states(ids, **changes):
+        packed = dataclasses.replace(pack(ids, torch.ones_like(ids)), **changes)
+        return _forward_packed(decoder, packed, use_cache=False).last_hidden_state.float()
+
+    causal.eval()
     try:
-        apart = decoder(input_ids=ids, use_cache=False).last_hidden_state.float()
-        together = _forward_packed(decoder, packed, use_cache=False).last_hidden_state.float()
-    except (TypeError, ValueError, RuntimeError):  # as models do that want no such mask, or no positions
-        return False
+        apart, changed = (decoder(input_ids=i, use_cache=False).last_hidden_state.float() for i in (ids, other))
+        together = states(ids)
+        if not torch.equal(apart[0, :3], changed[0, :3]):
+            return "a token sees those behind it"
+        if not torch.equal(together[1], states(other)[1]):
+            return "an answer sees the other one: not all that mixes tokens is attention"
+        if torch.equal(together[1], states(ids, position_ids=torch.arange(9, device=ids.device)[None])[1]):
+            return "positions of ours change nothing"
+        if (together - apart).norm() > 0.05 * apart.norm():  # rounding in 16 bits stays below
+            return "hidden states are not those of the plain pass"
+        return ""
+    except (TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
+        return f"no mask or positions of ours: {first_line(error)}"
     finally:
         causal.train(training)
-    return bool(
-        (together - apart).norm() < 0.05 * apart.norm()
-    )  # rounding in 16 bits stays below, a wrong mask far above

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -10,7 +9,6 @@ from contextlib import contextmanager
 
 import torch
 from transformers import TrainerCallback
-from trl import DPOTrainer
 
 from . import environment
 
@@ -20,38 +18,15 @@ PHASES = (POLICY, REFERENCE, BACKWARD, OPTIMIZER, EVALUATION, REST)
 
 
 class TimeSplit(TrainerCallback):
-    """Watch a trainer: `split = TimeSplit(trainer)`, train, then read `split.seconds`.
+    """Seconds by phase. Each counts once: of a phase inside another, only for the inner one.
 
-    Every second counts once: of a phase inside another, only for the inner one. On a GPU the clock waits at each
-    border until queued work is done, which costs a little speed.
+    On a GPU the clock waits at each border until queued work is done, which costs a little speed.
     """
 
-    def __init__(self, trainer: DPOTrainer) -> None:
+    def __init__(self) -> None:
         self.seconds: Counter[str] = Counter()
         self._open: list[str] = []
         self._since = 0.0
-        causal = trainer.model.get_base_model()
-
-        def scoring() -> str:  # only the reference is scored without a gradient
-            return POLICY if torch.is_grad_enabled() else REFERENCE
-
-        for owner, name, phase in (
-            (trainer, "train", lambda: REST),
-            (trainer, "evaluate", lambda: EVALUATION),
-            (trainer, "compute_loss", lambda: POLICY),
-            (causal, "forward", scoring),
-            (trainer.accelerator, "backward", lambda: BACKWARD),
-        ):
-            setattr(owner, name, self._watched(getattr(owner, name), phase))
-        trainer.add_callback(self)
-
-    def _watched(self, plain, phase):
-        @functools.wraps(plain)  # `generate` reads the signature of forward
-        def run(*args, **kwargs):
-            with self.phase(phase()):
-                return plain(*args, **kwargs)
-
-        return run
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -67,6 +42,26 @@ class TimeSplit(TrainerCallback):
             self._turn()
             del self._open[depth:]  # an optimizer step that failed is still open
 
+    @contextmanager
+    def loss(self, model: torch.nn.Module) -> Iterator[None]:
+        """Count the block for the policy, but for passes of `model` without a gradient: those are the reference's."""
+
+        def enter(*_):
+            if not torch.is_grad_enabled() and self._open[-1:] == [POLICY]:
+                self._enter(REFERENCE)
+
+        def leave(*_):
+            if self._open[-1:] == [REFERENCE]:
+                self._leave()
+
+        hooks = model.register_forward_pre_hook(enter), model.register_forward_hook(leave)
+        try:
+            with self.phase(POLICY):
+                yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
     def _turn(self) -> None:
         environment.synchronize()
         now = time.perf_counter()
@@ -78,12 +73,15 @@ class TimeSplit(TrainerCallback):
         self._turn()
         self._open.append(name)
 
+    def _leave(self) -> None:
+        self._turn()
+        self._open.pop()
+
     def on_pre_optimizer_step(self, args, state, control, **kwargs) -> None:
         self._enter(OPTIMIZER)
 
     def on_optimizer_step(self, args, state, control, **kwargs) -> None:
-        self._turn()
-        self._open.pop()
+        self._leave()
 
     def rows(self) -> list[dict]:
         """One row per phase, for `show.table`: seconds, and share of the whole."""
@@ -92,3 +90,28 @@ class TimeSplit(TrainerCallback):
             {"phase": name, "seconds": self.seconds[name], "share": f"{self.seconds[name] / whole:.0%}"}
             for name in PHASES
         ]
+
+
+class Timed:
+    """Mixed into a trainer, it keeps the split: `class Watched(Timed, DPOTrainer)`, train, then read `times`."""
+
+    def __init__(self, *args, **kwargs) -> None:
+        self.times = TimeSplit()
+        super().__init__(*args, **kwargs)
+        self.add_callback(self.times)
+
+    def train(self, *args, **kwargs):
+        with self.times.phase(REST):
+            return super().train(*args, **kwargs)
+
+    def evaluate(self, *args, **kwargs):
+        with self.times.phase(EVALUATION):
+            return super().evaluate(*args, **kwargs)
+
+    def training_step(self, *args, **kwargs):
+        with self.times.phase(BACKWARD):  # what the step does beside the loss
+            return super().training_step(*args, **kwargs)
+
+    def compute_loss(self, *args, **kwargs):
+        with self.times.loss(self.model):
+            return super().compute_loss(*args, **kwargs)

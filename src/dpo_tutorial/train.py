@@ -4,122 +4,87 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 import json
 import math
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-import trl.kernels.chunked_logprob
-import trl.trainer.utils
 from datasets import Dataset
-from transformers import PrinterCallback, TrainerCallback, TrainerState
-from transformers.trainer_utils import SaveStrategy
+from transformers import TrainerCallback, TrainerState
 from trl import DPOConfig, DPOTrainer
 
-from . import artifacts, checkpoints, data, environment, evaluate, footprint, models, planner, prefix, reference
+from . import artifacts, checkpoints, environment, faster, models, planner
 from .config import Config, named, resolve
 from .errors import ArtifactError, disk_error, exit_code
 
 
 def dpo_config(config: Config, output_dir: str | Path, **changes) -> DPOConfig:
-    """Translate our config into TRL's. Arguments given here only where they differ from TRL's default, or matter."""
+    """Translate our config into TRL's, as notebook 05 does in the open. `changes` are arguments of `DPOConfig`."""
     arguments = dict(
         output_dir=str(output_dir),
         beta=config.beta,
         loss_type=config.loss_type,
-        label_smoothing=config.label_smoothing,  # read by loss_type robust only
-        ld_alpha=None if config.ld_alpha == 1 else config.ld_alpha,
-        max_length=None,  # notebook 04 dropped what is too long; nothing is cut silently here
         learning_rate=config.learning_rate,
-        lr_scheduler_type=config.lr_scheduler,
         warmup_steps=config.warmup_ratio,  # transformers 5: a value below 1 is a share of all steps
         num_train_epochs=config.epochs,
-        max_steps=config.max_steps,
         per_device_train_batch_size=config.batch_size,
         per_device_eval_batch_size=2 * config.batch_size,  # no gradients, so twice as many fit
         gradient_accumulation_steps=config.grad_accum,
+        max_length=None,  # notebook 04 dropped what is too long; nothing is cut silently here
         train_sampling_strategy="group_by_length",  # batches of similar length: less padding to compute
         remove_unused_columns=False,  # else TRL drops the length column before the sampler sees it
-        max_grad_norm=config.max_grad_norm,
         gradient_checkpointing=config.gradient_checkpointing,
+        eval_strategy="steps",
+        eval_steps=0.5,  # half-way and at the end; at the start all tie
+        save_strategy="steps",
+        save_steps=config.save_steps,
+        save_total_limit=2,  # with a torn newest one, the other is whole
+        logging_steps=1,
+    )
+    return DPOConfig(**(arguments | other_arguments(config) | changes))
+
+
+def other_arguments(config: Config) -> dict:
+    """Arguments of `DPOConfig` that notebook 05 does not talk about: rarer knobs, and what follows from the machine."""
+    return dict(
+        label_smoothing=config.label_smoothing,  # read by loss_type robust only
+        ld_alpha=None if config.ld_alpha == 1 else config.ld_alpha,
+        precompute_ref_log_probs=config.precompute_reference,
+        lr_scheduler_type=config.lr_scheduler,
+        max_steps=config.max_steps,
+        max_grad_norm=config.max_grad_norm,
+        seed=config.seed,
         gradient_checkpointing_kwargs={"use_reentrant": False},
         bf16=config.dtype == "bf16",
         fp16=config.dtype == "fp16",
         use_cpu=environment.device() == "cpu",
-        seed=config.seed,
-        logging_steps=1,
-        eval_strategy="no",
-        save_strategy="no",
-        report_to="none",
         dataloader_pin_memory=environment.device() == "cuda",
     )
-    made = DPOConfig(**(arguments | changes))
-    if made.n_gpu > 1:  # one process, one GPU: else Trainer wraps the model in DataParallel, which TRL refuses
-        made._n_gpu = 1
-    return made
 
 
 def build_trainer(
     config: Config, model, tokenizer, train: Dataset, val: Dataset | None = None, output_dir="trainer", **changes
-) -> DPOTrainer:
-    """A `DPOTrainer` over a fresh adapter, whose reference is the same model with the adapter switched off.
+) -> faster.FastDPOTrainer:
+    """A trainer over a fresh adapter, whose reference is the same model with the adapter switched off.
 
     Args:
         model: the base model, without adapter. TRL attaches the one that `peft_config` describes; a second model in
             memory (`ref_model`) is not needed.
-        changes: arguments of `DPOConfig` that differ from `config`, for experiments.
+        val: without it, nothing is evaluated.
+        changes: arguments of `DPOConfig` that differ from `config`; where they do not say so, no checkpoint is saved.
     """
     models.check_lora_targets(model, config)
-    if environment.device() == "cpu":
-        fit_head_to_cpu()
-    arguments = dpo_config(config, output_dir, **changes)
-    if val is not None:
-        arguments.eval_strategy, arguments.eval_steps = "steps", 0.5  # half-way and at the end; at the start all tie
-    trainer = DPOTrainer(
+    quiet = {"save_strategy": "no"} | ({} if val else {"eval_strategy": "no"})
+    return faster.FastDPOTrainer(
         model=model,
-        args=arguments,
-        train_dataset=_columns(train),
-        eval_dataset=None if val is None else _columns(val),
+        args=dpo_config(config, output_dir, **(quiet | changes)),
+        train_dataset=train,
+        eval_dataset=val,
         processing_class=tokenizer,
         peft_config=models.lora_config(config),
+        share_prefixes=config.prefix_sharing,
     )
-    cast_trainable_to_fp32(trainer.model)
-    if config.prefix_sharing:
-        prefix.share_prefixes(trainer.model, config.max_tokens)
-    return trainer
-
-
-def _columns(split: Dataset) -> Dataset:
-    """What the trainer reads of a prepared split; the sampler groups by `length`."""
-    return split.select_columns(["prompt", "chosen", "rejected"]).add_column("length", data.token_lengths(split))
-
-
-def fit_head_to_cpu() -> None:
-    """Have TRL's LM head project only the tokens of the answers on a CPU too, and in smaller tiles.
-
-    TRL 1.16 asks for Triton before it leaves prompt and padding out, because on some accelerators a changing shape
-    costs a recompilation; a CPU has none. Its tiles of 4,096 tokens x 32,768 words are for a GPU; in plain torch each
-    step of the arithmetic fills another tile, and small ones stay in the cache and below the size that the allocator
-    fetches from the kernel each time (`environment.tune_allocator`). The loss is the same (`test_train.py` compares);
-    what it saves is in `benchmarks/training_speed.md`.
-    """
-    trl.trainer.utils._use_triton = lambda device: True
-    tokens, words = footprint.TILE["cpu"]
-    trl.kernels.chunked_logprob.TOKEN_CHUNK_SIZE = tokens
-    trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE = words
-
-
-def cast_trainable_to_fp32(model) -> None:
-    """Undo TRL's cast of a 4-bit model's adapter to bfloat16, and assert that it is undone.
-
-    fp16 training needs it: the GradScaler of a T4 rejects bfloat16 gradients (trl#4901). bf16 training gains from it:
-    an update smaller than 1/256 of a bfloat16 weight is lost.
-    """
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
-    assert all(p.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
 
 
 class Progress(TrainerCallback):
@@ -142,13 +107,24 @@ class Progress(TrainerCallback):
         return json.dumps({"step": state.global_step, "of": state.max_steps, **logs}) + "\n"
 
 
-def resume_or_start(trainer: DPOTrainer, config: Config, run: artifacts.Run) -> float:
-    """Train, from the newest whole checkpoint where an earlier training of the same was stopped, else from the start.
+@dataclass
+class Start:
+    """Where a training begins."""
 
-    The run's folder stays locked to this process until `save_adapter`.
+    checkpoint: str | None  # of one that was stopped; what `trainer.train(resume_from_checkpoint=…)` takes
+    finished: bool  # stopped between the last step and saving: the trainer has the adapter, nothing is left to train
+    seal: checkpoints.Seal
 
-    Returns:
-        Seconds of training, those before the stop included.
+    def seconds(self) -> float:
+        """Seconds of training so far, those before the stop included."""
+        return self.seal.seconds()
+
+
+@contextlib.contextmanager
+def resumable(trainer: DPOTrainer, config: Config, run: artifacts.Run) -> Iterator[Start]:
+    """Around `trainer.train`: find the newest whole checkpoint of the same training, and seal those that it writes.
+
+    The run's folder stays locked to this process until `saving`.
 
     Raises:
         ArtifactError: config, pairs or base changed since the checkpoint; another process trains in this folder; or a
@@ -164,9 +140,7 @@ def resume_or_start(trainer: DPOTrainer, config: Config, run: artifacts.Run) -> 
             if config.fresh:
                 checkpoints.clear(run)
             found = checkpoints.newest(run, now)
-        if config.precompute_reference:
-            reference.precompute(trainer, config, run)
-        return _train_from(trainer, config, run, now, found)
+        yield _start(trainer, config, run, now, found)
     except BaseException as error:
         refused = disk_error(error)
         if refused and trainer.is_world_process_zero():
@@ -178,79 +152,51 @@ def resume_or_start(trainer: DPOTrainer, config: Config, run: artifacts.Run) -> 
         raise
 
 
-def _train_from(trainer: DPOTrainer, config: Config, run: artifacts.Run, now: dict, found: tuple | None) -> float:
+def _start(trainer: DPOTrainer, config: Config, run: artifacts.Run, now: dict, found: tuple | None) -> Start:
     checkpoint, seal = found or (None, None)
+    sealing, finished = checkpoints.Seal(run, now, seal), False
     if found:
         state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
         print(f"Resuming after step {state.global_step} of {state.max_steps}, from {checkpoint.name}.", flush=True)
-        if state.global_step >= state.max_steps:  # stopped between the last step and saving; Trainer would add a step
+        finished = state.global_step >= state.max_steps  # Trainer would add a step
+        if finished:
             models.give_adapter(trainer.model, checkpoint)
             trainer.state = state
-            return seal["seconds"]
     elif trainer.state.global_step:
         raise ArtifactError(
             f"This trainer has already trained {trainer.state.global_step} steps, and there is no checkpoint of them.",
             "Restart the kernel and run the notebook from the top: a fresh adapter needs a fresh base.",
         )
-    trainer.args.save_strategy, trainer.args.save_steps = SaveStrategy.STEPS, config.save_steps
-    trainer.args.save_total_limit = 2  # with a torn newest one, the other is whole
-    sealing = checkpoints.Seal(run, now, seal)
     trainer.remove_callback(checkpoints.Seal)  # of a cell run before
     trainer.add_callback(sealing)
     environment.seed_everything(config.seed)  # the order of the batches follows the seed, whatever was drawn before
     # The adapter in a checkpoint is safetensors; optimizer, scheduler and random numbers are files of torch.save, which
     # transformers reads with weights_only. They are this run's own, sealed by it, and never come from a download.
-    trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
-    return sealing.seconds()
+    return Start(checkpoint and str(checkpoint), finished, sealing)
+
+
+def resume_or_start(trainer: DPOTrainer, config: Config, run: artifacts.Run) -> float:
+    """Train, from the newest whole checkpoint where there is one: `resumable` around `trainer.train`.
+
+    Returns:
+        Seconds of training, those before the stop included.
+    """
+    with resumable(trainer, config, run) as start:
+        if not start.finished:
+            trainer.train(resume_from_checkpoint=start.checkpoint)
+    return start.seconds()
 
 
 def train(config: Config, run: artifacts.Run, model, tokenizer, train: Dataset, val: Dataset) -> DPOTrainer:
     """Train the adapter and save it: what notebook 05 does around its explanations."""
     config, why = planner.choose_checkpointing(config, environment.free_memory_gib() * 2**30)
     print(why)
-    trainer = build_trainer(config, model, tokenizer, train, val, checkpoints.folder(run))
+    trainer = build_trainer(config, model, tokenizer, train, val, checkpoints.folder(run), save_strategy="steps")
     trainer.add_callback(Progress(run.dir / "progress.jsonl"))
     seconds = resume_or_start(trainer, config, run)
     if trainer.is_world_process_zero():
         save_adapter(config, run, trainer, tokenizer, seconds)
     return trainer
-
-
-#: What one word changes: names for a table, and the knobs behind each.
-VARIANTS = {
-    "sigmoid (DPO)": {"loss_type": "sigmoid"},
-    "ipo": {"loss_type": "ipo"},
-    "hinge": {"loss_type": "hinge"},
-    "robust": {"loss_type": "robust"},
-    "sigmoid, ld_alpha 0.5": {"loss_type": "sigmoid", "ld_alpha": 0.5},
-}
-
-
-def try_variant(config: Config, base, tokenizer, pairs: Dataset, output_dir: str | Path, steps: int = 4, **knobs):
-    """Train a fresh adapter for a few steps on the same few pairs, then look at where the log-probabilities went.
-
-    Every variant sees the same pairs in the same order from the same start, at the peak learning rate: no warm-up, no
-    decay. `base` gets its plain layers back at the end.
-
-    Returns:
-        `first loss` and `last loss`, on the loss's own scale; mean log-ratios log π/π_ref of the pairs' chosen and
-        rejected answers after the last step, in nats, and their `difference`, which compare across losses.
-    """
-    changed = dataclasses.replace(
-        config, **knobs, max_steps=steps, grad_accum=1, warmup_ratio=0.0, lr_scheduler="constant"
-    )
-    environment.seed_everything(changed.seed)
-    trainer = build_trainer(changed, base, tokenizer, pairs, None, output_dir, disable_tqdm=True)
-    trainer.remove_callback(PrinterCallback)  # one table at the end says more than twenty log lines
-    trainer.train()
-    records = evaluate.score_pairs(changed, trainer.model, tokenizer, pairs, beta=1.0)  # beta 1: rewards in nats
-    trainer.model.unload()
-    chosen, rejected = (sum(r[f"reward_{side}"] for r in records) / len(records) for side in ("chosen", "rejected"))
-    losses = [row["loss"] for row in history(trainer)["train"]]
-    return {
-        "first loss": losses[0], "last loss": losses[-1], "chosen": chosen, "rejected": rejected,
-        "difference": chosen - rejected,
-    }  # fmt: skip
 
 
 def history(trainer: DPOTrainer) -> dict[str, list[dict]]:
@@ -262,23 +208,31 @@ def history(trainer: DPOTrainer) -> dict[str, list[dict]]:
     }
 
 
-def check_first_loss(trainer: DPOTrainer, tolerance: float = 1e-3) -> float:
+def check_first_loss(trainer: DPOTrainer) -> float:
     """The loss before the first update; with the sigmoid loss it must be ln 2: policy and reference are one model then.
+
+    A reference computed before training saw other batches, which in 16 bits round differently: then 0.2 nats may lie
+    between them, else what a loss shows in four digits.
 
     Raises:
         AssertionError: it is not; then the reference is wrong, and the training means nothing.
     """
-    first = history(trainer)["train"][0]["loss"]
-    if trainer.args.loss_type != ["sigmoid"]:
+    first, args = history(trainer)["train"][0]["loss"], trainer.args
+    if args.loss_type != ["sigmoid"]:
         return first
+    tolerance = max(1e-3, 0.2 * args.beta) if trainer.precompute_ref_logps and (args.bf16 or args.fp16) else 1e-3
     assert abs(first - math.log(2)) < tolerance, f"loss at step 0 is {first:.4f}, not ln 2 = {math.log(2):.4f}"
     return first
 
 
-def save_adapter(config: Config, run: artifacts.Run, trainer: DPOTrainer, tokenizer, seconds: float) -> Path:
-    """Save adapter (safetensors), tokenizer, training record and model card in one step: whole or not at all.
+@contextlib.contextmanager
+def saving(config: Config, run: artifacts.Run, trainer: DPOTrainer, seconds: float) -> Iterator[Path]:
+    """Save into the folder it gives; training record and model card are added, and all appears whole or not at all.
 
-    The checkpoints go once it is saved, so that the next training starts anew, and the folder is free for it.
+    The checkpoints go once it is saved, so that the next training starts anew, and the run's folder is free for it.
+
+    Args:
+        seconds: of training, for the record.
     """
     run.lock()
     where = models.source(config)
@@ -294,12 +248,18 @@ def save_adapter(config: Config, run: artifacts.Run, trainer: DPOTrainer, tokeni
         "history": history(trainer),
     }
     with run.replacing(run.adapter) as folder:
-        trainer.model.save_pretrained(folder, save_embedding_layers=False)  # False: adapter only, no hub look-up
-        tokenizer.save_pretrained(folder)
+        yield folder
         (folder / "training.json").write_text(json.dumps(record, indent=2), encoding="utf-8")
         (folder / "README.md").write_text(model_card(config, record), encoding="utf-8")
     checkpoints.clear(run)
     run.unlock()
+
+
+def save_adapter(config: Config, run: artifacts.Run, trainer: DPOTrainer, tokenizer, seconds: float) -> Path:
+    """Save adapter (safetensors) and tokenizer beside record and model card: what notebook 05 does in the open."""
+    with saving(config, run, trainer, seconds) as folder:
+        trainer.model.save_pretrained(folder, save_embedding_layers=False)  # False: adapter only, no hub look-up
+        tokenizer.save_pretrained(folder)
     return run.adapter
 
 

@@ -1,0 +1,98 @@
+"""FastDPOTrainer beside the stock one in one process: neither changes the other."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import trl.kernels.chunked_logprob
+import trl.trainer.utils
+from conftest import TEXTS
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import DPOConfig, DPOTrainer
+
+from dpo_tutorial import data, faster, models, train
+
+
+def built(kind, folder: str, **kwargs):
+    """A trainer over the tiny model in its folder, written as a reader would write it."""
+    rows = [
+        {"prompt": [{"role": "user", "content": ask}], "chosen": [{"role": "assistant", "content": good}],
+         "rejected": [{"role": "assistant", "content": bad}]}
+        for ask, good, bad in TEXTS
+    ]  # fmt: skip
+    args = DPOConfig(
+        f"{folder}/out", per_device_train_batch_size=2, max_steps=4, learning_rate=1e-2, use_cpu=True, bf16=False,
+        logging_steps=1, save_strategy="no", disable_tqdm=True,
+    )  # fmt: skip
+    lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return kind(
+        model=model, args=args, train_dataset=Dataset.from_list(rows), peft_config=lora,
+        processing_class=AutoTokenizer.from_pretrained(folder), **kwargs,
+    )  # fmt: skip
+
+
+def trained(kind, folder: str) -> list[float]:
+    """The losses of four steps."""
+    trainer = built(kind, folder)
+    trainer.train()
+    return [row["loss"] for row in trainer.state.log_history if "loss" in row]
+
+
+def of_trl():
+    utils, kernel = trl.trainer.utils, trl.kernels.chunked_logprob
+    return utils._use_triton, utils._CHUNKED_LOGPROB_CHUNK_SIZE, kernel.TOKEN_CHUNK_SIZE
+
+
+@pytest.fixture(scope="module")
+def alone(tiny_folder):
+    """Stock TRL's losses in a process that never built ours."""
+    code = "import json, sys, test_faster as t; print(json.dumps(t.trained(t.DPOTrainer, sys.argv[1])))"
+    here = Path(__file__).parent
+    done = subprocess.run([sys.executable, "-c", code, tiny_folder], cwd=here, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("ours_first", [True, False])
+def test_in_either_order_the_stock_trainer_is_stock(tiny_folder, alone, ours_first):
+    before = of_trl()
+    order = [faster.FastDPOTrainer, DPOTrainer] if ours_first else [DPOTrainer, faster.FastDPOTrainer]
+    found = {kind: trained(kind, str(tiny_folder)) for kind in order}
+    assert found[DPOTrainer] == alone and len(set(alone)) == 4
+    assert found[faster.FastDPOTrainer] == pytest.approx(alone, abs=1e-5)
+    assert of_trl() == before
+
+
+def test_patches_last_as_long_as_the_call_and_are_undone_where_it_fails(tiny_folder):
+    trainer, before, seen = built(faster.FastDPOTrainer, str(tiny_folder)), of_trl(), []
+    decoder = trainer.model.get_base_model().base_model
+    batch = next(iter(trainer.get_train_dataloader()))
+
+    def fail(module, args, kwargs):
+        seen.append((of_trl() != before, "forward" in vars(decoder), "position_ids" in kwargs))
+        raise ZeroDivisionError
+
+    assert trainer.shares_prefixes
+    with decoder.layers[0].register_forward_pre_hook(fail, with_kwargs=True), pytest.raises(ZeroDivisionError):
+        trainer.training_step(trainer.model, batch)
+    assert seen == [(True, True, True)]
+    assert of_trl() == before and "forward" not in vars(decoder) and not trainer.times._open
+    assert not trainer.model._forward_hooks and not trainer.model._forward_pre_hooks
+
+
+def test_a_column_of_lengths_is_added_and_one_that_is_there_stays(tiny_folder, cfg, tokenizer, pairs, tmp_path):
+    trainer = train.build_trainer(cfg, models.load_base(cfg), tokenizer, pairs, pairs, tmp_path)
+    assert trainer.train_dataset["length"] == trainer.eval_dataset["length"] == data.token_lengths(pairs)
+    given = pairs.add_column("length", [1, 2, 3, 4])
+    trainer = train.build_trainer(cfg, models.load_base(cfg), tokenizer, given, None, tmp_path)
+    assert trainer.train_dataset["length"][:] == [1, 2, 3, 4]
+
+
+def test_prefix_sharing_can_be_left_off(tiny_folder):
+    assert not built(faster.FastDPOTrainer, str(tiny_folder), share_prefixes=False).shares_prefixes
