@@ -89,8 +89,9 @@ badges: $(STAMP)  ## stamp the Colab and Kaggle badges: REPO=owner/name
 shape: $(STAMP)  ## lines, modules, notebooks and the library calls in them; fails nothing
 	$(PY) scripts/shape.py
 
-bench: $(STAMP)  ## training speed beside stock TRL, about an hour on two cores
+bench: $(STAMP)  ## training speed beside stock TRL, and how it grows, more than an hour on two cores
 	$(PY) benchmarks/training_speed.py
+	$(PY) benchmarks/growth.py
 
 gpu: $(STAMP)  ## what a GPU does: tests, speed, notebooks, UltraFeedback (ULTRAFEEDBACK_SAMPLE=folder)
 	$(PY) benchmarks/gpu.py A B C D page

@@ -1,4 +1,4 @@
-"""A stand-in for Colab: `make colab` tests with it, `python benchmarks/colab.py` writes `colab.json` and `colab.md`.
+"""Does it work with Colab's versions? `python benchmarks/colab.py [stand-in|page]`; `make colab` tests with it.
 
 An environment with the versions that Colab has; a notebook's first cell as it stands, except that the package comes
 from this checkout; then every notebook in the `smoke` profile, each in a session of its own and in an empty folder, run
@@ -7,7 +7,6 @@ by the kernel of that environment. It has no GPU, no Drive and no page of Colab'
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 import shutil
@@ -20,12 +19,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import nbformat
+from harness import ROOT, Record, latest, main, table
 from jupyter_client import KernelManager
 from jupyter_client.kernelspec import KernelSpecManager
 from packaging.version import Version
 
-HERE = Path(__file__).resolve().parent
-ROOT = HERE.parent
 LISTED = ROOT / "tests" / "colab-2026-08-19.txt"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 ADDRESS = f"git+{PROJECT['urls']['Repository']}"
@@ -33,6 +31,9 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 SMOKE = 'PROFILE = "smoke"\n'
 NEEDS_ADAPTER = "06_compare"  # the one notebook that cannot run first
 TRAINS = f"{NEEDS_ADAPTER} with TRAIN_IF_MISSING"
+HELD = "a session that held pandas"
+#: What must stop, and a part of what it says.
+STOPS = {NEEDS_ADAPTER: "There is no trained adapter", HELD: "SessionError"}
 
 
 def tested_torch() -> str:
@@ -177,123 +178,84 @@ def first_cell(path: Path, address: str) -> str:
     return cell.source.replace(ADDRESS, address)
 
 
-def rehearse(colab: Colab) -> dict:
-    """Run everything; what the tests judge and the page shows.
+def rehearse(colab: Colab, record: Record) -> None:
+    """Run everything and record it: what the tests judge and the page shows.
 
-    Returns:
-        `python`; `before` and `changes`, the packages; `notebooks`, by name what `run_notebook` returns; `held`, the
-        same for a session that had imported pandas before the package was installed; `refused`, what the first cell
-        ends in where pip fails; and `converted`, the error of taking the embedded model out of its wheel, or None.
+    Lines are `packages`, before and after; one per notebook, as `Session.run_notebook` returns it; `HELD`, the same for
+    a session that had imported pandas before the package was installed; `where pip fails`, what the first cell ends in
+    there; and `the embedded model`, the error of taking it out of its wheel, or None.
     """
+
+    def write(name: str, **values) -> None:
+        record.write("stand-in", name, **values)
+
     with colab.session("held") as early:
         assert early.run("import pandas") is None
         first, *others = NOTEBOOKS
         refused = early.run(first_cell(first, (colab.folder / "nowhere").as_uri())) or ""
+        write("where pip fails", said=refused.splitlines()[-1:])
         with colab.session(first.stem) as session:
-            notebooks = {first.stem: session.run_notebook(first, SMOKE)}
-            converted = session.run("from dpo_tutorial import embedded; embedded.ensure_embedded_model()")
-        changes = colab.changes()
-        held = early.run_notebook(others[0])
+            write(first.stem, **session.run_notebook(first, SMOKE))
+            convert = "from dpo_tutorial import embedded; embedded.ensure_embedded_model()"
+            write("the embedded model", error=session.run(convert))
+        said = subprocess.run([colab.python, "-V"], stdout=subprocess.PIPE, text=True, check=True).stdout
+        write("packages", python=said.split()[1], before=colab.before, changes=colab.changes())
+        write(HELD, **early.run_notebook(others[0]))
 
-    def alone(path: Path, name: str, parameters: str = "") -> tuple[str, dict]:
+    def alone(path: Path, name: str, parameters: str = "") -> None:
         with colab.session(name) as session:
-            return name, session.run_notebook(path, SMOKE + parameters)
+            write(name, **session.run_notebook(path, SMOKE + parameters))
 
     with ThreadPoolExecutor(2) as pool:  # each uses one thread
         needs = ROOT / "notebooks" / f"{NEEDS_ADAPTER}.ipynb"
         jobs = [pool.submit(alone, needs, TRAINS, "TRAIN_IF_MISSING = True\n")]
         jobs += [pool.submit(alone, path, path.stem) for path in reversed(others)]  # the longest are the last two
-        notebooks |= dict(job.result() for job in jobs)
-    said = subprocess.run([colab.python, "-V"], stdout=subprocess.PIPE, text=True, check=True).stdout
-    return {
-        "python": said.split()[1],
-        "before": colab.before,
-        "changes": changes,
-        "notebooks": dict(sorted(notebooks.items())),
-        "held": held,
-        "refused": refused.splitlines()[-1:],
-        "converted": converted,
-    }
+        for job in jobs:
+            job.result()
+
+
+def newest(lines: list[dict]) -> dict[str, dict]:
+    """The newest rehearsal's lines by name."""
+    return {name: line for name, (line,) in latest(lines, "stand-in")[1].items()}
 
 
 def passed(name: str, found: dict) -> bool:
-    """Whether a notebook did what it should: 06 alone has no adapter and must say so, any other runs to its end."""
-    return "There is no trained adapter" in (found["error"] or "") if name == NEEDS_ADAPTER else not found["error"]
+    """Whether a notebook did what it should: some must stop and say why, any other runs to its end."""
+    return STOPS[name] in (found["error"] or "") if name in STOPS else not found["error"]
 
 
-def page(record: dict) -> str:
-    """The record in words and tables, as Markdown."""
-    before, changes, held = record["before"], record["changes"], record["held"]
-    lines = [
-        "# Colab, in a stand-in",
-        "",
-        f"A stand-in, not a Colab runtime: Python {record['python']}, torch {Version(before['torch']).public} (named "
-        f"{before['torch']}, because Colab's is a build that no index has either), numpy {before['numpy']} and the "
-        f"packages of [{LISTED.name}](../tests/{LISTED.name}), on a machine without a GPU. "
-        "`benchmarks/colab.py` made this page; `make colab` repeats it with the torch and the Python of the tests.",
-        "",
-        "## What the first cell of a notebook did to the packages that were there",
-        "",
-        f"torch and numpy: {_kept(changes)}. Added: {len(changes['added'])}. "
-        f"Downgraded or removed: {_listed(changes['downgraded'], changes['removed'])}.",
-        "",
-        "| upgraded | from | to |",
-        "|---|---|---|",
-        *(f"| {name} | {old} | {new} |" for name, (old, new) in sorted(changes["upgraded"].items())),
-        "",
-        "## Every notebook alone, in an empty folder, profile `smoke`",
-        "",
-        "| notebook | seconds | result |",
-        "|---|---|---|",
-        *(f"| {n} | {f['seconds']:.0f} | {_result(n, f)} |" for n, f in record["notebooks"].items()),
-        "",
-        "Two at a time, one thread each; other work on the machine makes the seconds longer. "
-        f"The first one installed the package too. {NEEDS_ADAPTER} needs the adapter of 05, so alone it stops with its "
-        "choices, unless it is told to train.",
-        "",
-        "A session that had imported pandas before the package was installed is told to restart:",
-        "",
-        f"> {_quoted(held)}",
-        "",
-    ]
-    return "\n".join(lines)
+def tables(lines: list[dict]) -> dict[str, str]:
+    found = newest(lines)
+    packages, rows = found["packages"], []
+    before, changes = packages["before"], packages["changes"]
+    for name, line in sorted(found.items()):
+        if "seconds" in line:
+            ended = "passed" if passed(name, line) else "FAILED"
+            said = f"{ended}, stops at code cell {line['cell']}: {' '.join((line['error'] or '').split())[-600:]}"
+            rows.append([name, f"{line['seconds']:.0f}", said if line["error"] else ended])
+    gone = ", ".join(sorted(changes["downgraded"] | changes["removed"])) or "none"
+    now = [packages["python"], before["torch"], before["numpy"], len(changes["added"]), gone]
+    upgraded = [[name, *versions] for name, versions in sorted(changes["upgraded"].items())]
+    return {
+        "versions": table(["Python", "torch", "numpy", "packages added", "downgraded or removed"], [now]),
+        "upgraded": table(["upgraded", "from", "to"], upgraded),
+        "notebooks": table(["notebook", "seconds", "result"], rows),
+    }
 
 
-def _kept(changes: dict) -> str:
-    changed = {n for kind in ("upgraded", "downgraded", "removed") for n in changes[kind]} & {"torch", "numpy"}
-    return f"changed ({', '.join(sorted(changed))})" if changed else "unchanged"
+def stand_in(record: Record, options) -> None:
+    """Build the stand-in in a temporary folder and run everything in it."""
+    with tempfile.TemporaryDirectory(prefix="colab-") as folder:
+        rehearse(Colab(Path(folder), options.python, options.torch), record)
 
 
-def _listed(*found: dict) -> str:
-    return ", ".join(sorted(name for names in found for name in names)) or "none"
-
-
-def _result(name: str, found: dict) -> str:
-    if not found["error"]:
-        return "passed"
-    return f"{'as it should' if passed(name, found) else 'FAILED'}, code cell {found['cell']}: {_quoted(found)}"
-
-
-def _quoted(found: dict) -> str:
-    """What an error showed, in one line."""
-    return " ".join((found["error"] or "nothing").split())[-600:]
-
-
-def main() -> int:
-    """Build the stand-in in a temporary folder, run everything, write the record; exit code 1 if anything failed."""
-    parser = argparse.ArgumentParser(prog="python benchmarks/colab.py", description=main.__doc__)
+def options(parser) -> None:
     parser.add_argument("--python", default=sys.executable, help="interpreter to build it with")
     parser.add_argument("--torch", default=tested_torch(), help="version of torch to build it with")
-    options = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="colab-") as folder:
-        record = rehearse(Colab(Path(folder), options.python, options.torch))
-    (HERE / "colab.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    (HERE / "colab.md").write_text(page(record), encoding="utf-8")
-    print(page(record))
-    lost = _listed(record["changes"]["downgraded"], record["changes"]["removed"])
-    fine = all(passed(n, f) for n, f in record["notebooks"].items())
-    return 0 if fine and lost == "none" and _kept(record["changes"]) == "unchanged" else 1
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    ran = newest(main(__file__, {"stand-in": stand_in}, tables, options=options))
+    changed = ran["packages"]["changes"]
+    fine = all(passed(name, line) for name, line in ran.items() if "seconds" in line)
+    raise SystemExit(0 if fine and not changed["downgraded"] and not changed["removed"] else 1)

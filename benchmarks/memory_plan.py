@@ -1,15 +1,16 @@
-"""Predicted against measured peak memory on a CPU: `python benchmarks/memory_plan.py` writes memory_plan.json and .md.
+"""Is peak memory on a CPU what was planned before loading? `python benchmarks/memory_plan.py [settings|page]`.
 
-Each setting is a process of its own: two optimizer steps through `train.build_trainer`, every pair of full length, the
-rejected answer 8 tokens shorter so that batches are padded, as real ones are. The plan is made before the model is
-loaded; the measured figure is the peak resident set of the whole process, load included.
+Each setting is a process of its own: two optimizer steps of our trainer, every pair of full length, the rejected answer
+8 tokens shorter so that batches are padded, as real ones are. The plan is made before the model is loaded; measured is
+the peak resident set of the whole process, load included.
 """
 
-import json
-import subprocess
-import sys
+from __future__ import annotations
+
 import tempfile
 from pathlib import Path
+
+from harness import Record, child, latest, machine, main, table
 
 #: The first six were looked at while the formulae were written; those held out only after that.
 SETTINGS = {
@@ -35,123 +36,67 @@ SETTINGS = {
 STEPS = 2
 
 
-def qwen2(tokenizer, folder: Path) -> str:
-    """A checkpoint with biases, an untied head and a feed-forward part five times as wide as the rest."""
+def make(task: dict, folder: Path) -> dict:
+    """Save a Qwen2 with biases, an untied head and a feed-forward part five times as wide as the rest."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
+    from dpo_tutorial import config, models
+
+    tokenizer = models.load_tokenizer(config.resolve(profile="cpu"))
     shape = Qwen2Config(
         vocab_size=len(tokenizer), hidden_size=384, intermediate_size=1920, num_hidden_layers=12, num_attention_heads=6,
         num_key_value_heads=2, tie_word_embeddings=False,
     )  # fmt: skip
-    Qwen2ForCausalLM(shape).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
+    Qwen2ForCausalLM(shape).save_pretrained(task["path"])
+    tokenizer.save_pretrained(task["path"])
+    return {}
 
 
-def one(name: str, folder: Path) -> dict:
-    import dataclasses
+def measure(task: dict, folder: Path) -> dict:
+    """The plan of a setting and its measured peak, in bytes."""
+    import trainings
 
-    from training_speed import full_length
+    from dpo_tutorial import environment, models, planner
 
-    from dpo_tutorial import config, environment, models, planner, train
-
-    asked = dict(gradient_checkpointing=False) | SETTINGS[name]
-    knobs = dict(asked)
-    cfg = dataclasses.replace(config.Config(**config.PROFILES["cpu"] | dict(profile="cpu")), grad_accum=1)
+    knobs, evaluates = task["knobs"], task["evaluates"]
+    cfg = trainings.settings(grad_accum=1, max_steps=STEPS, **knobs)
     tokenizer = models.load_tokenizer(cfg)
-    if knobs.get("model") == "qwen2":
-        knobs["model"] = str(folder / "qwen2")
-        if sys.argv[2] == "make":
-            qwen2(tokenizer, folder / "qwen2")
-            return {}
-    cfg = dataclasses.replace(cfg, **knobs, max_steps=STEPS)
-    pairs = full_length(tokenizer, cfg.max_tokens, STEPS * cfg.batch_size)
+    pairs = trainings.full_length(tokenizer, cfg.max_tokens, STEPS * cfg.batch_size)
     answer = pairs[0]["chosen_tokens"]
-    evaluates = "evaluation" in name
     planned = planner.plan(cfg, answer=answer, evaluates=evaluates)
     val = pairs.select(range(2 * cfg.batch_size)) if evaluates else None
-    trainer = train.build_trainer(cfg, models.load_base(cfg), tokenizer, pairs, val, folder / "out", disable_tqdm=True)
-    trainer.train()
+    trainings.our_trainer(cfg, models.load_base(cfg), tokenizer, pairs, val, folder / "out").train()
     measured = round(environment.peak_memory_gib() * 2**30)
     return {
-        "settings": asked | {"answer_tokens": answer, "evaluates": evaluates},
+        "settings": {"gradient_checkpointing": False} | knobs | {"answer_tokens": answer, "evaluates": evaluates},
         "phases": planned.phases, "peak": planned.peak, "predicted": planned.total, "measured": measured,
         "ratio": round(planned.total / measured, 3),
     }  # fmt: skip
 
 
-def page(record: dict) -> str:
-    found, hardware = record["results"], record["hardware"]
+def settings(record: Record, options) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        child(__file__, {"kind": "make", "path": f"{folder}/qwen2"})  # apart: it must not count in what is measured
+        for name, knobs in SETTINGS.items():
+            model = {"model": f"{folder}/{knobs['model']}"} if "model" in knobs else {}
+            task = {"kind": "measure", "knobs": knobs | model, "evaluates": "evaluation" in name}
+            found = child(__file__, task)
+            found["settings"] |= {"model": knobs["model"]} if model else {}  # its name, not where it lay
+            record.write("settings", name, **found)
+
+
+def tables(lines: list[dict]) -> dict[str, str]:
+    about, found = latest(lines, "settings")
+    found = {name: run for name, (run,) in found.items()}
     terms = list(dict.fromkeys(term for r in found.values() for term in r["phases"][r["peak"]]))
-    head = ["setting (pairs x tokens)", *terms, "predicted", "measured", "ratio"]
     rows = [
         [name, *(f"{r['phases'][r['peak']].get(t, 0) / 2**20:,.0f}" for t in terms),
          f"{r['predicted'] / 2**20:,.0f}", f"{r['measured'] / 2**20:,.0f}", f"{r['ratio']:.2f}"]
         for name, r in found.items()
     ]  # fmt: skip
-    from dpo_tutorial.report import markdown_table  # after the children, as below
-
-    table = markdown_table(head, rows)
-    versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
-    return f"""# Peak memory of training on a CPU: predicted before loading, and measured
-
-`.venv/bin/python benchmarks/memory_plan.py`: SmolLM2-135M-Instruct in NF4 where nothing else is said. MiB by term of
-the largest phase; ratio = predicted / measured.
-
-{table}
-
-{hardware["cpu"]}, {hardware["cores"]} cores, {hardware["memory_gib"]} GiB, {record["libc"]}; {versions}.
-
-No run took more than was predicted. The terms were counted first and compared with the first six rows; the held-out
-rows were run after that. `heap` is a bound, set so that all ten lie below it: a plan that is never too low is worth
-more than one that is right on average and short by a seventh now and then.
-
-All batches of a setting have one length. In a real run lengths differ, and the heap grows beyond the plan on a CPU.
-Measured before prefix sharing: in the first 22 steps of the `cpu` profile (predicted 2.4 GiB) the resident set stood at
-2.4 GiB up to step 10 and at 3.3 from step 11 on, where the sampler starts again with the longest pairs, which do not
-fit into what short ones left. Without glibc's per-thread cache
-(`GLIBC_TUNABLES=glibc.malloc.tcache_count=0`, as `make run` starts its kernels) it was 2.1 and 2.7. Handing all free
-memory back after each step held the peak at 2.8 in 13 steps, and 8 steps took 85 s instead of 75. One run each; not
-kept in `memory_plan.json`.
-
-On CUDA six settings of a 0.5B shape are measured ([gpu.md](gpu.md)). The formulae differ there
-where the code does: no process, no heap, and a head that works inside one tile of logits (`footprint.logit_bytes`).
-
-- **Exact:** weights, adapters, gradients, optimizer; `tests/test_planner.py` compares them with tensors.
-- **Counted:** activations and logits, from what autograd keeps and what TRL's head allocates.
-- **Bounded:** heap. glibc cannot give freed, aligned memory to the next request of the same size once a small object
-  sits in its slack. How much that wastes varies; the plan takes nine of the widest tensors for each block
-  (`planner.HEAP`). Where evaluation is the peak, the term also has what training freed and the heap keeps.
-- Logits stay small: without Triton, TRL's backward pass holds eight copies of a tile, which we make 512 tokens x 4,096
-  words (`faster.cpu_head`); at TRL's own 32,768 words they were the largest term.
-"""
+    head = ["setting (pairs x tokens)", *terms, "predicted", "measured", "ratio"]
+    return {"settings": table(head, rows), "machine": machine(about)}
 
 
 if __name__ == "__main__":
-    if len(sys.argv) == 4:
-        print("RESULT " + json.dumps(one(sys.argv[1], Path(sys.argv[3]))))
-        raise SystemExit
-
-    def child(name: str, what: str, folder: str) -> dict:
-        done = subprocess.run([sys.executable, __file__, name, what, folder], capture_output=True, text=True)
-        if done.returncode:
-            raise SystemExit(done.stderr)
-        return json.loads(next(x for x in done.stdout.splitlines() if x.startswith("RESULT "))[7:])
-
-    results = {}
-    with tempfile.TemporaryDirectory() as folder:
-        for name, knobs in SETTINGS.items():
-            if "model" in knobs:  # made in a process of its own: it must not count in the measured one
-                child(name, "make", folder)
-            results[name] = child(name, "run", folder)
-            print(name, results[name]["ratio"], file=sys.stderr, flush=True)
-    import platform
-
-    from dpo_tutorial import environment  # after the children: a peak counts from the parent's size on
-
-    record = {
-        "versions": environment.versions(), "hardware": environment.hardware(), "libc": " ".join(platform.libc_ver()),
-        "results": results,
-    }  # fmt: skip
-    Path(__file__).with_suffix(".json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    Path(__file__).with_suffix(".md").write_text(page(record), encoding="utf-8")
+    main(__file__, {"settings": settings}, tables, kinds={"make": make, "measure": measure})

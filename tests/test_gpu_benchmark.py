@@ -1,18 +1,18 @@
-"""The GPU benchmark's code on a tiny shape and a CPU: what a card is lent for minutes must not fail there first."""
+"""The GPU benchmark's stages on a tiny shape and a CPU: what a card is lent for minutes must not fail there first."""
 
 import argparse
 import json
+import sys
 
+import gpu
+import gpu_first
+import gpu_speed
+import gpu_ultrafeedback
 import pytest
-import torch
-from conftest import pair, script
+from conftest import pair
+from harness import Record
 
-from dpo_tutorial import models, prefix
-
-
-@pytest.fixture(scope="module")
-def gpu():
-    return script("benchmarks/gpu.py")
+from dpo_tutorial import models
 
 
 @pytest.fixture
@@ -23,68 +23,96 @@ def options(tmp_path, tokenizer, monkeypatch):
     for name, part in (("train_prefs", rows[:20]), ("val_prefs", rows[20:25]), ("test_prefs", rows[25:])):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
     monkeypatch.setenv("ULTRAFEEDBACK_SAMPLE", str(tmp_path))
-    return argparse.Namespace(
-        tiny=True, shapes=None, trainers=["stock TRL", "ours", "ours, attention apart"], pairs=24, rounds=1, workers=1,
-        sets={"UltraFeedback": None}, seeds=None, seconds=1e9,
-    )  # fmt: skip
+    parser = argparse.ArgumentParser()
+    gpu.options(parser)
+    return parser.parse_args(["--tiny", "--pairs", "16", "--rounds", "1"])
 
 
-def written(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
+@pytest.fixture
+def record(tmp_path):
+    return Record(tmp_path / "gpu.jsonl")
 
 
-def test_stage_b_measures_stock_and_ours_and_profiles_a_step(gpu, options, tmp_path):
-    gpu.stage_b(options, gpu.Record(tmp_path / "gpu.jsonl"))
-    lines = written(tmp_path / "gpu.jsonl")
-    trained = {line["who"]: line for line in lines if line["name"] == "training"}
-    assert set(trained) == set(options.trainers) and not [who for who, line in trained.items() if "failed" in line]
-    assert all(line["first_loss"] == pytest.approx(0.6931, abs=1e-3) for line in trained.values())
-    assert all(line["pairs_per_second"] > 0 and len(line["steps"]) == 3 for line in trained.values())
-    assert trained["ours"]["positions"] < trained["stock TRL"]["positions"], "prompts are shared"
-    assert trained["ours, attention apart"]["last_loss"] == pytest.approx(trained["ours"]["last_loss"], abs=1e-5)
+def test_stage_a_trains_with_and_without_our_cast_and_compares_the_memory_plan(options, record, monkeypatch):
+    monkeypatch.setattr(gpu_first, "said", lambda words, last=0: {"code": 0, "said": words})  # minutes of tests
+    gpu_first.stage_a(record, options)
+    lines = record.lines()
+    steps = [line for line in lines if line["name"].startswith("five steps")]
+    assert len(steps) == 2 and all(len(line["losses"]) == 5 and line["finite"] for line in steps)
+    assert steps[0]["adapter"] == ["torch.float32"]
+    assert len([line for line in lines if line["name"].startswith("memory")]) == 3
+    assert all(line["predicted_gib"] > 0 for line in lines if line["name"].startswith("memory"))
+    assert all(made.count("\n") > 2 for made in gpu_first.tables(lines).values())
+
+
+def test_a_command_is_recorded_with_its_exit_code_and_what_it_said():
+    words = [sys.executable, "-c", "print('one\\ntwo'); raise SystemExit(3)"]
+    assert gpu_first.said(words) == {"code": 3, "said": ["one", "two"]}
+    assert gpu_first.said(words, last=1)["said"] == ["two"]
+
+
+def test_stage_b_measures_stock_and_ours_and_profiles_a_step(options, record):
+    options.trainers = ["stock TRL", "ours"]
+    gpu_speed.stage_b(record, options)
+    lines = record.lines()
+    trained = {(line["data"], line["who"]): line for line in lines if line["name"] == "training"}
+    assert len(trained) == 4 and not [who for who, line in trained.items() if "failed" in line]
+    assert all(line["losses"][0] == pytest.approx(0.6931, abs=1e-3) for line in trained.values())
+    assert all(line["pairs_per_second"] > 0 and len(line["steps"]) == 2 for line in trained.values())
+    ours, stock = (trained["UltraFeedback", who] for who in ("ours", "stock TRL"))
+    assert ours["positions"] < stock["positions"], "prompts are shared"
     assert len([line for line in lines if "profile of a step" in line["name"]]) == 2
-    _, rows = gpu.speed_rows(lines)
-    assert [row[2] for row in rows] == options.trainers
+    assert gpu_speed.tables(lines)["speed"].count("\n") == 5
 
 
-def test_stage_d_holds_every_row_out_once_and_scores_what_was_trained(gpu, options, tmp_path):
-    gpu.stage_d(options, gpu.Record(tmp_path / "gpu.jsonl"))
-    lines = written(tmp_path / "gpu.jsonl")
+def test_stage_c_runs_commands_side_by_side_and_keeps_what_they_saved(record, tmp_path):
+    saves = f"open({str(tmp_path / 'good' / 'summary.json')!r}, 'w').write('{{\"minutes\": 1}}'); print('done')"
+    runs = {
+        "good": ("a good run", [sys.executable, "-c", saves]),
+        "bad": ("a bad run", [sys.executable, "-c", "raise SystemExit('no such thing')"]),
+    }
+    gpu.side_by_side(record, tmp_path, runs)
+    found = {line["name"]: line for line in record.lines()}
+    assert found["a good run"]["code"] == 0 and found["a good run"]["summary"] == {"minutes": 1}
+    assert found["a bad run"]["code"] == 1 and found["a bad run"]["said"] == ["no such thing"]
+
+
+def test_stage_c_asks_for_the_notebooks_and_the_quickstart(options, record, monkeypatch):
+    asked = {}
+    monkeypatch.setattr(gpu, "side_by_side", lambda record, keep, runs: asked.update(runs))
+    options.tiny = False
+    gpu.stage_c(record, options)
+    assert {name: words[:2] for name, (_, words) in asked.items()}.keys() == {
+        "embedded", "ultrafeedback-fp16", "quickstart"
+    }  # fmt: skip
+    assert "DTYPE fp16" in " ".join(asked["ultrafeedback-fp16"][1])
+
+
+def test_stage_d_holds_every_row_out_once_and_scores_what_was_trained(options, record):
+    gpu_ultrafeedback.stage_d(record, options)
+    lines = record.lines()
     folds = [line for line in lines if line["name"] == "fold"]
     usable = next(line["usable"] for line in lines if line["name"] == "rows")
     assert len(folds) == 2 and sum(len(line["margins"]) for line in folds) == usable
     assert any(margin != 0 for line in folds for margin in line["margins"]), "the adapter reached the scorer"
     assert folds[0]["kl"]["per_answer"]["n"] == 2 and folds[0]["first_loss"] == pytest.approx(0.6931, abs=1e-3)
-    (row,) = gpu.fold_rows(lines)[1]
-    assert row[4] == str(usable)
+    assert f"| {usable} |" in gpu_ultrafeedback.tables(lines)["ultrafeedback"]
 
 
-def test_a_prompt_is_held_out_in_exactly_one_fold(gpu):
+def test_a_prompt_is_held_out_in_exactly_one_fold():
     rows = [{"prompt": [{"role": "user", "content": str(n // 2)}], "n": n} for n in range(40)]
-    held = [gpu.split(rows, 7, fold)[0] for fold in range(gpu.FOLDS)]
+    held = [gpu_ultrafeedback.split(rows, 7, fold)[0] for fold in range(gpu_ultrafeedback.FOLDS)]
     assert sorted(row["n"] for part in held for row in part) == list(range(40))
     where = [{row["n"] // 2 for row in part} for part in held]
     assert sum(map(len, where)) == len(set().union(*where)) == 20
-    assert gpu.split(rows, 7, 0) != gpu.split(rows, 8, 0)
+    assert gpu_ultrafeedback.split(rows, 7, 0) != gpu_ultrafeedback.split(rows, 8, 0)
 
 
-def test_attention_laid_out_apart_is_that_of_the_mask(gpu, tiny_folder):
-    from transformers import AutoModelForCausalLM
+def test_without_a_card_it_ends_before_it_writes(tmp_path):
+    import torch
 
-    decoder = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32).base_model
-    ids = torch.tensor([[7, 8, 1, 2, 9], [7, 8, 4, 0, 0], [7, 8, 3, 0, 0], [7, 5, 6, 1, 0]])
-    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0], [1, 1, 1, 0, 0], [1, 1, 1, 1, 0]])
-    found = {}
-    for how in ("mask", "apart"):
-        with torch.no_grad(), gpu.sharing(how):
-            found[how] = prefix.forward(decoder, ids, mask, use_cache=False).last_hidden_state[mask.bool()]
-        decoder.config._attn_implementation = "sdpa"
-    assert torch.allclose(found["mask"], found["apart"], atol=1e-5)
-
-
-def test_the_page_holds_the_tables_of_its_record(gpu, pytestconfig, tmp_path):
-    folder = pytestconfig.rootpath / "benchmarks"
-    text = (folder / "gpu.md").read_text(encoding="utf-8")
-    (tmp_path / "gpu.md").write_text(text, encoding="utf-8")
-    gpu.page(tmp_path / "gpu.md", written(folder / "gpu.jsonl"))
-    assert (tmp_path / "gpu.md").read_text(encoding="utf-8") == text
+    if torch.cuda.is_available():
+        pytest.skip("there is a card")
+    with pytest.raises(SystemExit, match="No CUDA device"):
+        gpu.main(["A", "--out", str(tmp_path)])
+    assert not list(tmp_path.iterdir())

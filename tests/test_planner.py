@@ -1,9 +1,9 @@
 """The memory plan: against real tensors where it is exact, and by its direction where it is an estimate."""
 
 import dataclasses
-import json
 import platform
 
+import harness
 import psutil
 import pytest
 import torch
@@ -116,10 +116,11 @@ def test_the_embedded_model_is_planned_as_it_loads():
 
 
 def test_the_recorded_predictions_are_those_of_the_formulae_and_no_measured_peak_is_above(pytestconfig):
-    record = json.loads((pytestconfig.rootpath / "benchmarks" / "memory_plan.json").read_text())
-    assert sum(name.startswith("held out") for name in record["results"]) >= 2
+    lines = harness.Record(pytestconfig.rootpath / "benchmarks" / "memory_plan.jsonl").lines()
+    results = {name: found for name, (found,) in harness.latest(lines, "settings")[1].items()}
+    assert sum(name.startswith("held out") for name in results) >= 2
     cached = any(environment.cache_dir().glob(f"{embedded.NAME}-*"))
-    for name, found in record["results"].items():
+    for name, found in results.items():
         assert found["measured"] <= found["predicted"] <= 1.5 * found["measured"], name
         knobs = dict(found["settings"])
         answer, evaluates = knobs.pop("answer_tokens"), knobs.pop("evaluates")
@@ -132,8 +133,8 @@ def test_the_recorded_predictions_are_those_of_the_formulae_and_no_measured_peak
 
 
 def test_no_peak_recorded_on_a_gpu_is_above_the_plan(pytestconfig):
-    lines = (pytestconfig.rootpath / "benchmarks" / "gpu.jsonl").read_text().splitlines()
-    found = [row for row in map(json.loads, lines) if row["name"].startswith("memory: ")]
+    lines = harness.Record(pytestconfig.rootpath / "benchmarks" / "gpu.jsonl").lines()
+    found = [row for row in lines if row["name"].startswith("memory: ")]
     assert len(found) >= 6
     for row in found:
         planned = sum((row["terms"] | {"workspace": planner.WORKSPACE}).values()) / GIB

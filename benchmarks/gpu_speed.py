@@ -1,0 +1,166 @@
+"""Stage B of `gpu.py`: ours beside stock TRL on random weights of the GPU profiles' shapes, and one step's profile."""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+import tasks
+import torch
+import trainings
+from datasets import Dataset
+from gpu_ultrafeedback import usable_rows
+from harness import Record, table, turns
+
+from dpo_tutorial import environment, models
+
+#: Who trains, by what differs from ours with 8 pairs at a time and checkpointing: the arguments of `build`.
+TRAINERS = {
+    "stock TRL": {"stock": True},
+    "ours": {},
+    "ours, 2 pairs at a time, no checkpointing": {"size": 2, "checkpointing": False},
+    "ours, no prefix sharing": {"sharing": False},
+    "ours, no checkpointing": {"checkpointing": False},
+    "ours, no checkpointing, layers compiled": {"checkpointing": False, "compiled": True},
+}
+IN_TURN = ("stock TRL", "ours")  # measured in every round; the others in the first
+
+
+def stage_b(record: Record, options) -> None:
+    ceiling = {}
+    for dtype in ("fp32",) if options.tiny else ("bf16", "fp16"):
+        found = tasks.matmul_task({"size": 64 if options.tiny else 8192, "dtype": dtype}, Path())
+        ceiling[dtype] = found["flops"]
+        record.write("B", f"matrix product, {dtype}", flops=found["flops"])
+    cfg = trainings.settings(options.tiny, dtype="bf16", max_tokens=1024)
+    tokenizer = models.load_tokenizer(cfg)
+    rows = usable_rows(tokenizer, options)
+    sets = {"UltraFeedback": Dataset.from_list(rows[: options.pairs])}
+    for n in [64] if options.tiny else options.lengths:
+        sets[f"{n:,} tokens"] = trainings.quarter_prompt(tokenizer, n, options.pairs)
+    few = Dataset.from_list(rows[:16])
+    for name in options.shapes or (("tiny",) if options.tiny else ("0.5B", "7B")):
+        base = trainings.random_base(name, cfg, tokenizer)
+        record.write("B", f"{name}, weights", gib=sum(models.weight_bytes(base).values()) / 2**30)
+        for who in IN_TURN:  # compile the kernels of both before either is timed
+            base, _ = one_training(cfg, base, tokenizer, few, **TRAINERS[who])
+        for about, pairs in sets.items():
+            for turn, who in turns(options.trainers or TRAINERS, options.rounds):
+                if turn and who not in IN_TURN:
+                    continue
+                base, found = one_training(cfg, base, tokenizer, pairs, **TRAINERS[who])
+                if "failed" not in found:
+                    flops = flops_of(trainings.SHAPES[name], found["tokens_per_second"])
+                    found |= {"flops": flops, "utilisation": flops / ceiling[cfg.dtype]}
+                record.write("B", "training", shape=name, data=about, who=who, turn=turn, **found)
+        for who in IN_TURN:
+            base, found = profile_step(cfg, base, tokenizer, few, **TRAINERS[who])
+            record.write("B", f"{name}, profile of a step, {who}", **found)
+        del base
+
+
+def build(cfg, base, tokenizer, pairs, folder, stock=False, size=8, checkpointing=True, sharing=True):
+    cfg = dataclasses.replace(
+        cfg, batch_size=size, grad_accum=8 // size, prefix_sharing=sharing, gradient_checkpointing=checkpointing
+    )
+    make = trainings.stock_trainer if stock else trainings.our_trainer
+    return make(cfg, base, tokenizer, pairs, None, folder)
+
+
+def one_training(cfg, base, tokenizer, pairs, compiled: bool = False, **how) -> tuple:
+    """(the base, plain again; what was measured, or why it failed)."""
+    with tempfile.TemporaryDirectory() as folder:
+        environment.seed_everything(cfg.seed)
+        trainer = build(cfg, base, tokenizer, pairs, folder, **how)
+        try:
+            if compiled:
+                trainings.compile_layers(trainer)
+            found = trainings.run(trainer, cfg.seed)
+            found |= found.pop("steady")
+        except Exception as error:  # out of memory, or a kernel that this card lacks: a row of the table
+            found = {"failed": f"{type(error).__name__}: {error}"[:300]}
+        return trainings.plain_again(trainer), found
+
+
+def flops_of(shape: dict, tokens_per_second: float) -> float:
+    """Multiplications and additions per second that a step needs; recomputation, sharing and padding not counted.
+
+    Per token: 2 per weight for each forward pass (policy, reference) and 2 for the gradient of the inputs; weights of
+    the base have no gradient of their own, and what the adapter adds is below 3%.
+    """
+    head = shape["hidden_size"] // shape["num_attention_heads"] * shape["num_key_value_heads"]
+    block = shape["hidden_size"] * (2 * shape["hidden_size"] + 2 * head + 3 * shape["intermediate_size"])
+    return 3 * 2 * shape["num_hidden_layers"] * block * tokens_per_second
+
+
+#: Kernel names by what they do, first hit wins.
+KINDS = (
+    ("attention", ("flash", "fmha", "attention", "softmax")),
+    ("dequantize", ("quantize", "kdequant", "4bit")),
+    ("matrix product", ("gemm", "cutlass", "nvjet", "cublas", "sm90_xmma", "_mm", "wgmma")),
+    ("head", ("logprob", "triton")),
+    ("optimizer", ("multi_tensor", "adam", "foreach")),
+    ("gather", ("index", "gather", "scatter")),
+    ("elementwise and copies", ("elementwise", "copy", "memcpy", "memset", "reduce", "cat", "vectorized")),
+)
+
+
+def profile_step(cfg, base, tokenizer, pairs, **how) -> tuple:
+    """(the base, plain again; device time of one step by kind of kernel, and the largest kernels)."""
+    from torch.profiler import ProfilerActivity, profile
+
+    cuda = torch.cuda.is_available()
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = build(cfg, base, tokenizer, pairs, folder, **how)
+        batches = iter(trainer.get_train_dataloader())
+        first, second = next(batches), next(batches)
+        trainer.model.train()
+        trainer.create_optimizer()
+
+        def step(batch) -> None:
+            batch = trainer._prepare_inputs(batch)
+            with trainer.compute_loss_context_manager():
+                loss = trainer.compute_loss(trainer.model, batch)
+            loss.backward()
+            trainer.optimizer.step()
+            trainer.optimizer.zero_grad()
+
+        step(first)
+        environment.synchronize()
+        with profile(activities=[ProfilerActivity.CUDA] if cuda else [ProfilerActivity.CPU]) as seen:
+            started = time.perf_counter()
+            step(second)
+            environment.synchronize()
+            seconds = time.perf_counter() - started
+        base = trainings.plain_again(trainer)
+    events = [
+        (e.key, (e.self_device_time_total if cuda else e.self_cpu_time_total) / 1e6, e.count)
+        for e in seen.key_averages()
+    ]
+    kinds: Counter[str] = Counter()
+    for key, spent, _ in events:
+        low = key.lower()
+        kinds[next((k for k, words in KINDS if any(w in low for w in words)), "other")] += spent
+    top = sorted(events, key=lambda e: -e[1])[:25]
+    return base, {
+        "seconds": seconds, "device_seconds": sum(e[1] for e in events), "kernels": sum(e[2] for e in events),
+        "kinds": dict(kinds), "top": [{"kernel": k[:110], "seconds": round(s, 5), "count": c} for k, s, c in top],
+    }  # fmt: skip
+
+
+def tables(lines: list[dict]) -> dict[str, str]:
+    rows = []
+    for r in (line for line in lines if line["name"] == "training"):
+        row = [r["shape"], r["data"], r["who"], r["turn"] + 1]
+        if "failed" in r:
+            rows.append([*row, r["failed"].split(":")[0], "", "", "", ""])
+        else:
+            rows.append(
+                [*row, f"{r['pairs_per_second']:.2f}", f"{r['tokens_per_second']:,.0f}", f"{r['peak_gib']:.1f}",
+                 f"{r['utilisation']:.0%}", f"{r['padding']:.0%}"]
+            )  # fmt: skip
+    head = ["shape", "pairs", "", "turn", "pairs/s", "tokens/s", "peak GiB", "utilisation", "padding"]
+    return {"speed": table(head, rows)}

@@ -1,0 +1,333 @@
+"""The benchmarks: their harness, the committed pages, what the records promise, and each of them on a tiny model."""
+
+import argparse
+import copy
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import colab
+import effect
+import gpu
+import growth
+import harness
+import memory_plan
+import pytest
+import reliability
+import tasks
+import training_speed
+import trainings
+from conftest import pair
+from datasets import Dataset
+
+from dpo_tutorial import artifacts, config, models, train
+
+BENCHMARKS = (colab, effect, gpu, growth, memory_plan, reliability, training_speed)
+
+
+def lines_of(name):
+    return harness.Record(harness.HERE / f"{name}.jsonl").lines()
+
+
+# --- harness ----
+
+
+def test_variants_take_turns():
+    assert list(harness.turns({"a": 1, "b": 2}, 2)) == [(0, "a"), (0, "b"), (1, "a"), (1, "b")]
+
+
+def test_a_run_that_is_killed_keeps_what_it_measured(tmp_path):
+    record = tmp_path / "x.jsonl"
+    program = (
+        f"import os, pathlib, harness; record = harness.Record(pathlib.Path({str(record)!r}))\n"
+        "for n in range(9):\n    record.write('stage', 'run', n=n)\n    n == 2 and os.kill(os.getpid(), 9)"
+    )
+    env = os.environ | {"PYTHONPATH": str(harness.HERE)}
+    assert subprocess.run([sys.executable, "-c", program], env=env).returncode == -signal.SIGKILL
+    assert [line["n"] for line in harness.Record(record).lines()] == [0, 1, 2]
+
+
+def test_the_newest_run_of_a_stage_counts_once_it_has_measured_anything():
+    lines = [{"stage": stage, "name": name, "n": n} for n, (stage, name) in enumerate(
+        [("a", "machine"), ("a", "x"), ("b", "machine"), ("a", "machine"), ("a", "x"), ("a", "x"), ("a", "machine")]
+    )]  # fmt: skip
+    about, found = harness.latest(lines, "a")
+    assert about["n"] == 3 and [line["n"] for line in found["x"]] == [4, 5]
+
+
+def test_a_child_answers_or_ends_the_run_with_its_error(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(harness.HERE))
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import os, harness\n"
+        "harness.answer({'double': lambda task, folder: [2 * task['n'], os.environ['GIVEN'], folder.exists()]})\n"
+    )
+    assert harness.child(script, {"kind": "double", "n": 4}, {"GIVEN": "yes"}) == [8, "yes", True]
+    with pytest.raises(SystemExit, match="no such kind"):
+        harness.child(script, {"kind": "no such kind"})
+
+
+def test_a_benchmark_runs_its_stages_and_writes_its_tables_between_the_words(tmp_path, monkeypatch):
+    monkeypatch.setattr(harness, "child", lambda *task: {"hardware": {}, "versions": {}})
+    page = tmp_path / "some.md"
+    page.write_text("Before.\n\n<!-- t -->\nold\n<!-- end of t -->\n\nAfter.\n")
+
+    def tables(lines):
+        _, found = harness.latest(lines, "stage")
+        return {"t": harness.table(["n"], [[line["n"]] for line in found["run"]])}
+
+    stages = {"stage": lambda record, options: record.write("stage", "run", n=7)}
+    harness.main("some.py", stages, tables, argv=["--out", str(tmp_path)])
+    assert page.read_text() == "Before.\n\n<!-- t -->\n| n |\n| --- |\n| 7 |\n<!-- end of t -->\n\nAfter.\n"
+
+
+# --- pages and records ----
+
+
+@pytest.mark.parametrize("benchmark", BENCHMARKS, ids=lambda module: module.__name__)
+def test_the_committed_tables_are_those_that_the_record_gives(benchmark):
+    page = (harness.HERE / f"{benchmark.__name__}.md").read_text(encoding="utf-8")
+    assert harness.with_tables(page, benchmark.tables(lines_of(benchmark.__name__))) == page
+
+
+def test_recorded_speed_is_two_and_a_half_times_stock_trl_in_less_memory():
+    for stage in ("compare", "whole"):
+        _, found = harness.latest(lines_of("training_speed"), stage)
+        assert min(training_speed.ratios(found["ours"], found["stock"], "pairs_per_second")) >= 2.5
+        assert min(training_speed.ratios(found["ours"], found["raw"], "tokens_per_second")) >= 0.6
+        assert max(training_speed.ratios(found["ours"], found["stock"], "peak_gib")) < 1
+    assert found["ours"][0]["pairs"] == training_speed.ALL
+    _, order = harness.latest(lines_of("training_speed"), "order")
+    for key in ("losses", "rewards"):
+        assert training_speed.apart(order, "ours", key) <= 3 * training_speed.apart(order, training_speed.PADDED, key)
+
+
+def test_the_cpu_profile_has_the_settings_that_the_validation_pairs_chose_and_three_seeds_were_run_with_them():
+    tried = {name: run for name, (run,) in harness.latest(lines_of("effect"), "sweep")[1].items()}
+    chosen = effect.START | effect.SWEEP[effect.choose(tried)]
+    assert chosen.items() <= (vars(config.Config()) | config.PROFILES["cpu"]).items()
+    _, runs = harness.latest(lines_of("effect"), "seeds")
+    assert len(runs) == 3
+    for (run,) in runs.values():
+        assert chosen.items() <= run["settings"].items()
+        assert run["accuracy"]["low"] >= 0.70 and run["reward_chosen"]["mean"] > 0 > run["reward_rejected"]["mean"]
+        assert sum(run["minutes"].values()) <= 15 and run["peak_memory_gib"] <= 6
+    (swapped,) = harness.latest(lines_of("effect"), "swapped")[1]["seed 42"]
+    assert swapped["accuracy"]["rate"] < 0.3
+
+
+def test_twenty_recorded_kills_left_the_adapter_of_an_undisturbed_training():
+    (found,) = harness.latest(lines_of("reliability"), "kills")[1]["kills"]
+    hits = [kill["hit"] for kill in found["kills"]]
+    assert len(hits) == 20 and hits.count("write") >= 5
+    assert found["same adapter"] and found["same history"] and found["left over"] == []
+
+
+@pytest.mark.parametrize(
+    ("path", "bad"),
+    [(("accuracy", "rate"), 0.3), (("reward_chosen", "mean"), -2.0), (("distinct_2", "mean"), 0.1)],
+    ids=["inaccurate", "both rewards fall", "repeats itself"],
+)
+def test_a_setting_that_collapses_is_not_chosen_whatever_rules_it_keeps(path, bad):
+    tried = {name: run for name, (run,) in harness.latest(lines_of("effect"), "sweep")[1].items()}
+    results = copy.deepcopy(tried)
+    first = effect.choose(results)
+    for rule in results[first]["rules"].values():
+        rule["rate"] = 1.0
+    assert effect.choose(results) == first
+    results[first][path[0]][path[1]] = bad
+    assert effect.choose(results) != first
+
+
+# --- stages, with children that answer at once ----
+
+
+def measured(name, stage, of):
+    """What was measured in a committed line."""
+    line = harness.latest(lines_of(name), stage)[1][of][0]
+    return {key: value for key, value in line.items() if key not in ("stage", "name", "at", "turn")}
+
+
+def test_stages_of_training_speed_record_what_the_tables_read(tmp_path, monkeypatch):
+    found, asked = measured("training_speed", "order", "ours"), []
+
+    def child(script, task, env):
+        asked.append(task)
+        return found | {"steps": [step + len(asked) for step in found["steps"]]}
+
+    monkeypatch.setattr(training_speed, "child", child)
+    record = begun(tmp_path, *training_speed.STAGES)
+    for stage in training_speed.STAGES.values():
+        stage(record, argparse.Namespace(pairs=64, turns=2))
+    assert [task.get("trainer") for task in asked[:6]] == ["ours", "stock", "ours"] * 2, "in turn"
+    assert all(made.count("|") > 8 for name, made in training_speed.tables(record.lines()).items() if name != "machine")
+
+
+def test_growth_records_what_its_table_reads(tmp_path, monkeypatch):
+    def child(script, task, env=None):
+        if task["kind"] == "make":
+            return {"weights": int(task["shape"].removesuffix("M")) * 10**6}
+        if task["kind"] == "prepare":
+            return {"rows": task["rows"], "kept": 400, "seconds": task["rows"] / 100, "peak_mib": 50}
+        tokens = task["pairs"] * task["length"]
+        return {"tokens": tokens, "steps": [9, tokens / 1e3, tokens / 1e3], "peak_gib": 2}
+
+    monkeypatch.setattr(growth, "child", child)
+    record = begun(tmp_path, "growth")
+    growth.growth(record, None)
+    found = harness.latest(record.lines(), "growth")[1]
+    assert growth.slope(found["pairs"], "tokens", "seconds") == pytest.approx(1)
+    assert growth.slope(found["pairs"], "pairs", "peak_gib") == pytest.approx(0)
+    growth.figure(found, tmp_path / "growth.png")
+    assert (tmp_path / "growth.png").stat().st_size > 1000
+
+
+def test_memory_settings_are_recorded_by_name(tmp_path, monkeypatch):
+    found = measured("memory_plan", "settings", "2 x 256, fp32")
+    monkeypatch.setattr(memory_plan, "child", lambda *_: copy.deepcopy(found))
+    record = begun(tmp_path, "settings")
+    memory_plan.settings(record, None)
+    assert memory_plan.tables(record.lines())["settings"].count("\n") == 1 + len(memory_plan.SETTINGS)
+    assert record.lines()[-1]["settings"]["model"] == "qwen2", "not where it lay"
+
+
+def test_stages_of_effect_record_what_the_tables_read(tmp_path, monkeypatch):
+    seeds, sweep = measured("effect", "seeds", "seed 42"), measured("effect", "sweep", "base")
+    del seeds["float32"]
+    score = measured("effect", "ultrafeedback", "seed 42") | {"seed": 7}
+    answers = {"train": sweep, "read": seeds, "score": score}
+    monkeypatch.setattr(effect, "child", lambda script, task, env=None: copy.deepcopy(answers[task["kind"]]))
+    record = begun(tmp_path, *effect.STAGES)
+    options = argparse.Namespace(runs=["some"], rows="rows")
+    for stage in effect.STAGES.values():
+        stage(record, options)
+    tables = effect.tables(record.lines())
+    assert tables["sweep"].count("\n") == 2 + len(effect.SWEEP) and "| seed 7 |" in tables["float32"]
+    with pytest.raises(SystemExit, match="--runs"):
+        effect.seeds(record, argparse.Namespace(runs=[]))
+
+
+def begun(folder, *stages):
+    record = harness.Record(folder / "record.jsonl")
+    about, _ = harness.latest(lines_of("training_speed"), "compare")
+    for stage in stages:
+        record.write(stage, "machine", hardware=about["hardware"], versions=about["versions"])
+    return record
+
+
+# --- each on a tiny model ----
+
+
+@pytest.fixture
+def knobs(tiny_folder, tmp_path):
+    """What makes a profile tiny: the model, 40 short pairs, one step, and little to write."""
+    rows = [pair(f"What is {n}?", f"The number {n}.", f"A nice one, {n} of them!") for n in range(40)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return {
+        "model": str(tiny_folder), "data": str(tmp_path / "pairs.jsonl"), "dtype": "fp32", "max_tokens": 128,
+        "max_new_tokens": 8, "compare_prompts": 2, "max_steps": 2,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("trainer", ["ours", "stock"])
+def test_one_training_is_measured(knobs, tmp_path, trainer):
+    task = {"trainer": trainer, "pairs": 16, "val": 2, "length": 96, "knobs": knobs, "untouched": True}
+    found = tasks.train_task(task, tmp_path)
+    assert found["untouched"] < 0.2, "in float32 nearly every output moves"
+    assert found["pairs"] == 16 and len(found["losses"]) == len(found["steps"]) == 2
+    assert found["positions"] < found["tokens"] * 2 if trainer == "ours" else found["positions"] >= found["tokens"] * 2
+    assert {"import", "load", "tokenize", "backward", "evaluation"} <= set(found["phases"])
+    assert found["losses"][0] == pytest.approx(0.6931, abs=1e-3) and found["peak_gib"] > 0
+    assert found["steady"]["pairs_per_second"] > 0
+
+
+def test_the_reference_computed_before_counts_in_the_seconds(knobs, tmp_path):
+    task = {"trainer": "ours", "pairs": 8, "length": 96, "knobs": knobs | {"max_steps": 1}}
+    found = tasks.train_task(task | {"arguments": {"precompute_ref_log_probs": True}}, tmp_path)
+    assert found["seconds"] > found["phases"]["tokenize"] and "reference, forward" not in found["phases"]
+    assert found["losses"][0] == pytest.approx(0.6931, abs=1e-3)
+
+
+def test_bare_passes_audit_and_a_checkpoint_of_random_weights_are_measured(knobs, tmp_path):
+    assert tasks.raw_task({"knobs": knobs, "shape": (2, 16)}, tmp_path)["tokens_per_second"] > 0
+    audited = {"model": knobs["model"], "max_tokens": 1024}
+    assert tasks.prepare_task({"rows": 60, "knobs": audited}, tmp_path)["kept"] > 0
+    task = {"shape": "tiny", "path": str(tmp_path / "made"), "knobs": {"model": knobs["model"]}}
+    assert tasks.make_task(task, tmp_path)["weights"] > 0
+    assert models.load_tokenizer(trainings.settings(model=task["path"])).chat_template
+
+
+def test_a_memory_plan_is_measured(tiny_folder, tmp_path):
+    knobs = {"model": str(tiny_folder), "dtype": "fp32", "batch_size": 2, "max_tokens": 64}
+    found = memory_plan.measure({"knobs": knobs, "evaluates": True}, tmp_path)
+    assert found["predicted"] == sum(found["phases"][found["peak"]].values()) and found["measured"] > 0
+
+
+def test_an_effect_is_measured(knobs, tmp_path):
+    task = {"knobs": knobs | {"learning_rate": 1e-2}, "split": "val", "answers": True}
+    trained = effect.train(task, tmp_path)
+    swapped = effect.train(task | {"swapped": True, "answers": False}, tmp_path)
+    base = effect.train(task | {"untrained": True}, tmp_path)
+    assert trained["margin"]["mean"] > base["margin"]["mean"] == 0 > swapped["margin"]["mean"]
+    assert all(write(trained) for write in effect.OF_SETTINGS.values())
+
+
+def test_a_saved_adapter_is_scored(knobs, cfg, tokenizer, pairs, tmp_path):
+    run = artifacts.Run(config.resolve(profile="cpu", artifacts=str(tmp_path)))
+    train.train(cfg, run, models.load_base(cfg), tokenizer, Dataset.from_list(list(pairs)), pairs)
+    found = effect.score({"run": str(tmp_path), "knobs": knobs}, tmp_path)
+    assert found["seed"] == cfg.seed and found["accuracy"]["n"] == found["report"]["kept"]
+
+
+def test_a_rehearsal_of_colab_is_recorded_as_it_goes(tmp_path):
+    class Session:
+        def __init__(self, name):
+            self.name = name
+
+        __enter__, __exit__ = lambda self: self, lambda *_: None
+
+        def run(self, source):
+            return "AssertionError: no internet" if "nowhere" in source else None
+
+        def run_notebook(self, path, parameters=""):
+            stops = self.name == "held" and "SessionError: restart" or self.name == colab.NEEDS_ADAPTER and "no adapter"
+            return {"seconds": 1.0, "error": stops or None, "cell": 5 if stops else None}
+
+    class Colab:
+        folder, python, before = tmp_path, sys.executable, {"torch": "2.0", "numpy": "2.0"}
+        session = staticmethod(Session)
+
+        def changes(self):
+            return {"upgraded": {"pyarrow": ["1", "2"]}, "downgraded": {}, "removed": {}, "added": {"trl": "1"}}
+
+    record = harness.Record(tmp_path / "colab.jsonl")
+    record.write("stand-in", "machine")
+    colab.rehearse(Colab(), record)
+    found = colab.newest(record.lines())
+    assert {path.stem for path in colab.NOTEBOOKS} | {colab.TRAINS, colab.HELD} <= set(found)
+    assert found["where pip fails"]["said"] == ["AssertionError: no internet"]
+    assert colab.passed(colab.HELD, found[colab.HELD]) and colab.passed(colab.TRAINS, found[colab.TRAINS])
+    assert not colab.passed(colab.NEEDS_ADAPTER, found[colab.NEEDS_ADAPTER]), "it stopped, but for another reason"
+    assert colab.tables(record.lines())["notebooks"].count("FAILED") == 1
+
+
+def test_a_checkpoint_is_measured(knobs, tmp_path):
+    found = reliability.measure_checkpoint({"profile": "smoke", "knobs": knobs | {"max_steps": 3}}, tmp_path)
+    assert len(found["step seconds"]) == 3 and len(found["seconds between steps, a checkpoint in each"]) == 2
+    assert found["checkpoint MB"] > 0
+
+
+def test_a_fault_is_recorded_as_a_user_meets_it(tmp_path, monkeypatch):
+    said = f"raise SystemExit('ConfigError: {tmp_path}/pairs.csv is bad.\\n  Mend: Write another.')"
+    monkeypatch.setattr(reliability, "command", lambda word, **parameters: [sys.executable, "-c", said])
+    found = reliability.fault(tmp_path, "run", {"DATA": tmp_path / "pairs.csv"})
+    says = "pairs.csv is bad.\n  Mend: Write another."
+    assert found == {"command": "run -p DATA pairs.csv", "exit code": 1, "says": says}
+
+
+@pytest.mark.slow
+def test_the_commands_of_the_harness_are_the_packages(tmp_path):
+    for word in ("run", "train"):
+        assert reliability.fault(tmp_path, word, {"BTA": "0.1"})["says"].startswith("Unknown parameter BTA.")
