@@ -26,7 +26,7 @@ from conftest import code_cells
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from dpo_tutorial import badges, models, train, versions
+from dpo_tutorial import badges, models, train
 from dpo_tutorial.errors import ConfigError
 
 ROOT = Path(__file__).parents[1]
@@ -119,74 +119,11 @@ def test_every_library_that_the_package_or_a_notebook_imports_is_declared():
 # --- CI ----
 
 
-def workflow(name):
-    parsed = yaml.safe_load((ROOT / ".github" / "workflows" / name).read_text(encoding="utf-8"))
-    return parsed, next(iter(parsed["jobs"].values()))
-
-
-def commands(job):
-    return [step["run"] for step in job["steps"] if "run" in step]
-
-
-def uploads(job):
-    return [step for step in job["steps"] if step.get("uses", "").startswith("actions/upload-artifact@")]
-
-
-def test_every_workflow_is_yaml_with_triggers_and_jobs():
-    paths = sorted((ROOT / ".github" / "workflows").glob("*.y*ml"))
-    assert [p.name for p in paths] == ["cpu.yml", "gpu.yml", "pages.yml"]
-    for path in paths:
-        parsed, _ = workflow(path.name)
-        assert parsed[True], "`on:` is read as true by YAML"
-        assert all(job["timeout-minutes"] for job in parsed["jobs"].values())
-        assert parsed["permissions"] == {"contents": "read"}
-
-
-def test_the_cpu_workflow_runs_make_test_on_pushes_and_pull_requests():
-    parsed, job = workflow("cpu.yml")
-    assert {"push", "pull_request"} <= set(parsed[True])
-    assert job["runs-on"] == "ubuntu-latest"
-    assert commands(job)[-1] == "make test"
-    assert "scripts/sample_ultrafeedback.py" in commands(job)[0], "the tests on real rows need their sample"
-    assert tuple(job["strategy"]["matrix"]["python"]) == versions.TESTED_PYTHONS
-    assert commands(parsed["jobs"]["lowest"]) == ["make lowest"]
-
-
-def test_the_gpu_workflow_runs_a_profile_on_a_gpu_runner_and_uploads_always():
-    parsed, job = workflow("gpu.yml")
-    assert "gpu" in job["runs-on"]
-    first, second = commands(job)
-    assert first.startswith("make run PROFILE=") and second.endswith("-m gpu")
-    (upload,) = uploads(job)
-    assert upload["if"] == "always()"
-    assert "artifacts/*/executed" in upload["with"]["path"]
-
-
-def test_the_pages_workflow_publishes_what_make_guide_built_and_tested():
-    parsed, job = workflow("pages.yml")
-    assert parsed[True]["push"] == {"branches": ["main"]} and "pull_request" not in parsed[True]
-    assert commands(job) == ["make guide"]
-    assert job["permissions"] == {"contents": "read", "pages": "write", "id-token": "write"}
-    (upload,) = [step for step in job["steps"] if "upload-pages-artifact" in step.get("uses", "")]
-    assert upload["with"]["path"] in planned("guide").split()
-    assert job["steps"][-1]["uses"].startswith("actions/deploy-pages@")
-
-
-def test_the_profiles_offered_by_the_gpu_workflow_exist_and_need_a_gpu():
-    from dpo_tutorial.config import PROFILES
-
-    parsed, _ = workflow("gpu.yml")
-    choice = parsed[True]["workflow_dispatch"]["inputs"]["profile"]
-    assert set(choice["options"]) == set(PROFILES) - {"cpu", "smoke"} and choice["default"] in choice["options"]
-
-
-def test_the_ci_script_is_executable_and_calls_make_test_make_run_and_make_colab():
-    script = ROOT / ".ci" / "run"
-    assert os.access(script, os.X_OK)
-    subprocess.run(["bash", "-n", str(script)], check=True)
-    text = script.read_text(encoding="utf-8")
-    assert re.findall(r"^make \w+.*$", text, re.MULTILINE) == ["make test", "make run", "make colab"]
-    assert re.search(r"^set -e", text, re.MULTILINE), "a failed test must stop it"
+@pytest.mark.parametrize("path", sorted((ROOT / ".github" / "workflows").glob("*.yml")), ids=lambda p: p.name)
+def test_a_workflow_may_only_read_the_repository_and_ends(path):
+    parsed = yaml.safe_load(path.read_text(encoding="utf-8"))
+    assert parsed["permissions"] == {"contents": "read"}
+    assert all(job["timeout-minutes"] for job in parsed["jobs"].values())
 
 
 def planned(*arguments, where=ROOT):
@@ -222,11 +159,6 @@ def test_an_environment_of_another_python_than_asked_for_is_made_anew(tmp_path, 
     shown = planned("run", "VENV=venv", *python.split(), where=tmp_path)
     assert ("-m venv --clear venv" in shown and "of Python 3.11" in shown and "pip install" in shown) is anew
     assert "venv/bin/python -m dpo_tutorial.run" in shown
-
-
-def test_the_readme_names_both_commands():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert "make run" in text and "make test" in text
 
 
 # --- badges ----

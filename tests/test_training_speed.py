@@ -65,8 +65,8 @@ def test_time_grows_in_proportion_to_tokens_and_memory_not_with_pairs(speed):
     assert rows[-1] < rows[0] + 100, "sixteen times the rows: the source stays on disk"
 
 
-def test_the_readme_quotes_the_recorded_ratios(speed):
-    readme = (FOLDER.parent / "README.md").read_text(encoding="utf-8")
+def test_how_fast_and_why_quotes_the_recorded_ratios(speed):
+    text = (FOLDER.parent / "docs" / "faster.md").read_text(encoding="utf-8")
     ours, stock, raw = (SECTIONS["compare"][name] for name in ("ours", "stock", "raw"))
     (all_ours,), (all_stock,) = SECTIONS["whole"]["ours"], SECTIONS["whole"]["stock"]
     found, head = SECTIONS["switches"], "TRL's LM head as it comes"
@@ -84,7 +84,7 @@ def test_the_readme_quotes_the_recorded_ratios(speed):
         f"With it: {of_ours('gradient checkpointing')}.",
         f"({of_ours('reference precomputed')} of the speed)",
     ):
-        assert quoted in readme
+        assert quoted in text
     assert f"the `cpu` profile has {len(all_ours['steps'])}." in speed.page(RECORD)
 
 

@@ -500,14 +500,14 @@ def test_a_notebook_executed_now_and_cleaned_shows_no_private_thing(pipeline):
 def test_ci_asks_whether_a_pin_has_a_known_vulnerability():
     """Strict, because an audit that could look up nothing otherwise says that it found nothing."""
     job = yaml.safe_load((ROOT / ".github/workflows/cpu.yml").read_text(encoding="utf-8"))["jobs"]["test"]
-    command = "pip-audit --strict --no-deps --disable-pip -r constraints.txt -r docs/requirements.txt"
+    command = "pip-audit --strict --no-deps --disable-pip -r requirements.txt -r docs/requirements.txt"
     assert [step for step in job["steps"] if command in step.get("run", "").replace('"', "")]
     assert command in (ROOT / "SECURITY.md").read_text(encoding="utf-8")
 
 
 # --- the fault table ----
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+DOCS = ROOT / "docs"
 #: What DESIGN calls the traps of the field, by a word of its row.
 TRAPS = [
     "GradScaler", "EOS appended again", "merge at the border", "`ref_model`", "another base", "stacked", "higher* beta",
@@ -518,8 +518,8 @@ TRAPS = [
 
 
 def fault_rows():
-    table = README.partition("## Troubleshooting")[2].partition("\n## ")[0]
-    return [line for line in table.splitlines() if line.startswith("| ") and not line.startswith("| you see")]
+    page = (DOCS / "troubleshooting.md").read_text(encoding="utf-8")
+    return [line for line in page.splitlines() if line.startswith("| ") and not line.startswith("| you see")]
 
 
 def defined(path, name):
@@ -546,7 +546,7 @@ def test_a_fault_has_symptom_cause_and_mend_and_leads_to_what_handles_it(row):
     links = re.findall(r"\[([^\]]+)\]\(([^)\s]+)\)", cells[3])
     assert links or "doctor" in row
     for name, target in links:
-        assert (ROOT / target).is_file() and defined(ROOT / target, name), f"{name} in {target}"
+        assert (DOCS / target).is_file() and defined(DOCS / target, name), f"{name} in {target}"
 
 
 def test_the_search_for_a_definition_can_fail():
