@@ -91,12 +91,6 @@ def test_every_link_leads_somewhere(page):
             assert unquote(parts.fragment) in anchors, target
 
 
-def test_files_that_are_no_page_are_linked_in_the_repository_and_pages_in_the_guide():
-    targets = {target for _, target in Links("index.html").found}
-    assert {f"{REPOSITORY}/blob/main/{p}" for p in ("requirements.txt", "CONTRIBUTING.md")} <= targets
-    assert not [t for t in targets if t.startswith(REPOSITORY) and t.endswith((".ipynb", "/benchmarks/effect.md"))]
-
-
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda p: p.stem)
 def test_a_figure_keeps_the_text_that_stands_for_it(notebook):
     outputs = [output for cell in cells(notebook, "code") for output in cell["outputs"]]
@@ -179,6 +173,20 @@ def test_a_page_fits_and_everybody_can_use_it(page, width, scheme, visit, axe):
     assert grave == []
 
 
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda p: p.stem)
+def test_code_is_whole_at_any_width_and_the_head_cells_are_folded(notebook, visit):
+    for width in WIDTHS:
+        tab = visit(page_of(notebook), width)
+        texts = tab.evaluate("[...document.querySelectorAll('.cell_input pre')].map(e => e.textContent.trimEnd())")
+        assert texts == [cell["source"].rstrip() for cell in cells(notebook, "code")], "what the button copies"
+        seen = tab.evaluate("[...document.querySelectorAll('.cell_input pre')].map(e => e.checkVisibility())")
+        folded = [text for text, visible in zip(texts, seen, strict=True) if not visible]
+        assert len(folded) >= 2 and "import dpo_tutorial" in folded[0]
+        tab.evaluate("document.querySelectorAll('details').forEach(box => box.open = true)")
+        boxes = "[...document.querySelectorAll('.cell pre, .highlight-python pre')]"
+        assert tab.evaluate(f"{boxes}.every(e => e.scrollWidth <= e.clientWidth)"), "a line leaves its box"
+
+
 VISIBLE = """element => {
   const box = element.getBoundingClientRect();
   let left = Math.max(box.left, 0), right = Math.min(box.right, innerWidth);
@@ -243,20 +251,6 @@ def test_a_notebook_opens_in_colab_or_kaggle_and_its_code_can_be_copied(notebook
     }
     assert len(tab.query_selector_all(".cell_input .copybtn")) == len(cells(notebook, "code"))
     assert not tab.query_selector_all(".cell_output .copybtn")
-
-
-@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda p: p.stem)
-def test_code_is_whole_at_any_width_and_the_head_cells_are_folded(notebook, visit):
-    for width in WIDTHS:
-        tab = visit(page_of(notebook), width)
-        texts = tab.evaluate("[...document.querySelectorAll('.cell_input pre')].map(e => e.textContent.trimEnd())")
-        assert texts == [cell["source"].rstrip() for cell in cells(notebook, "code")], "what the button copies"
-        seen = tab.evaluate("[...document.querySelectorAll('.cell_input pre')].map(e => e.checkVisibility())")
-        folded = [text for text, visible in zip(texts, seen, strict=True) if not visible]
-        assert len(folded) >= 2 and "import dpo_tutorial" in folded[0]
-        tab.evaluate("document.querySelectorAll('details').forEach(box => box.open = true)")
-        boxes = "[...document.querySelectorAll('.cell pre, .highlight-python pre')]"
-        assert tab.evaluate(f"{boxes}.every(e => e.scrollWidth <= e.clientWidth)"), "a line leaves its box"
 
 
 def test_the_button_for_dark_and_light_changes_the_page(visit):
