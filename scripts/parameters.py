@@ -14,7 +14,7 @@ Every name works in five places and means the same in each; an unknown name is a
 | where | how |
 | --- | --- |
 | make | `make run BETA=0.3` |
-| a command | `dpo-tutorial run -p BETA 0.3`; also `train`, `compare` and `doctor` |
+| a command | `python -m dpo_tutorial.run -p BETA 0.3`; also `train`, `evaluate`, `sweep` and `dpo-tutorial doctor` |
 | papermill | `papermill notebooks/05_train_dpo.ipynb out.ipynb -p BETA 0.3` |
 | a notebook | `BETA = 0.3` in its cell of parameters, also where the cell does not list it |
 | the environment | `DPO_TUTORIAL_BETA=0.3` |
