@@ -4,6 +4,7 @@ import hashlib
 import importlib.util
 import json
 import posixpath
+import re
 import shutil
 import tomllib
 from pathlib import Path
@@ -53,15 +54,33 @@ def copy_mathjax(app):
     (there / "tex-chtml.js").write_bytes(program)
 
 
-def keep_alt_texts(app, docname, source):
-    """myst-nb takes an image's alt text from the cell; ours lies with the output."""
+#: Cells that every notebook begins with, by their code or their tag, and what stands on their fold.
+HEADS = {
+    r"try:\n +import dpo_tutorial.*": "Code: get the package",
+    r"parameters": "Code: settings",
+    r"from dpo_tutorial import [\w, ]+\n+cfg = config\.from_notebook\(.*": "Code: make the config",
+}
+
+
+def prepare_cells(app, docname, source):
+    """Fold the head cells, and give images the alt text and the width that lie with them: myst-nb asks the cell."""
     if not docname.startswith("notebooks/"):
         return
     notebook = json.loads(source[0])
     for cell in notebook["cells"]:
-        for output in cell.get("outputs", []):
-            if alt := output.get("metadata", {}).get("image/png", {}).get("alt"):
-                cell["metadata"]["mystnb"] = {"image": {"alt": alt}}
+        if cell["cell_type"] != "code":
+            continue
+        tags, code = cell["metadata"].setdefault("tags", []), "".join(cell["source"])
+        shown = cell["metadata"]["mystnb"] = {}
+        for head, words in HEADS.items():
+            if head in tags or re.fullmatch(head, code, re.DOTALL):
+                tags.append("hide-input")
+                shown |= {"code_prompt_show": words, "code_prompt_hide": words}
+        for output in cell["outputs"]:
+            if found := output.get("metadata", {}).get("image/png"):
+                shown["image"] = {"alt": found["alt"]}
+                if "width" in found:
+                    shown["image"]["width"] = f"{found['width']}px"
     source[0] = json.dumps(notebook)
 
 
@@ -93,7 +112,7 @@ def name_levels(app, pagename, templatename, context, doctree):
 
 def setup(app):
     app.connect("builder-inited", copy_mathjax)
-    app.connect("source-read", keep_alt_texts)
+    app.connect("source-read", prepare_cells)
     app.connect("source-read", readme_is_the_start_page)
     app.connect("doctree-read", lead_out, priority=400)  # before images are collected
     app.connect("html-page-context", name_levels, priority=900)  # after the theme has written its navigation

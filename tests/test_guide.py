@@ -168,6 +168,20 @@ def test_a_page_fits_and_everybody_can_use_it(page, width, scheme, visit, axe):
     assert grave == []
 
 
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda p: p.stem)
+def test_code_is_whole_at_any_width_and_the_head_cells_are_folded(notebook, visit):
+    for width in WIDTHS:
+        tab = visit(page_of(notebook), width)
+        texts = tab.evaluate("[...document.querySelectorAll('.cell_input pre')].map(e => e.textContent.trimEnd())")
+        assert texts == [cell["source"].rstrip() for cell in cells(notebook, "code")], "what the button copies"
+        seen = tab.evaluate("[...document.querySelectorAll('.cell_input pre')].map(e => e.checkVisibility())")
+        folded = [text for text, visible in zip(texts, seen, strict=True) if not visible]
+        assert len(folded) >= 2 and "import dpo_tutorial" in folded[0]
+        tab.evaluate("document.querySelectorAll('details').forEach(box => box.open = true)")
+        boxes = "[...document.querySelectorAll('.cell pre, .highlight-python pre')]"
+        assert tab.evaluate(f"{boxes}.every(e => e.scrollWidth <= e.clientWidth)"), "a line leaves its box"
+
+
 VISIBLE = """element => {
   const box = element.getBoundingClientRect();
   let left = Math.max(box.left, 0), right = Math.min(box.right, innerWidth);

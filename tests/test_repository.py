@@ -302,3 +302,14 @@ def test_trl_still_decides_by_the_function_we_replace_whether_to_score_completio
 
 def test_a_4bit_layer_still_has_the_switch_we_turn_off():
     assert hasattr(bnb.nn.Linear4bit(64, 64), "support_avx512bf16_for_cpu")
+
+
+# --- one job a notebook, one ruff ----
+
+
+def test_ci_runs_each_notebook_alone_and_the_hooks_have_the_ruff_of_the_pins():
+    matrix = yaml.safe_load((ROOT / ".github/workflows/cpu.yml").read_text(encoding="utf-8"))["jobs"]["notebook"]
+    matrix = matrix["strategy"]["matrix"]
+    assert matrix["notebook"] + [more["notebook"] for more in matrix["include"]] == [p.stem for p in NOTEBOOKS]
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))["repos"]
+    assert {h["rev"] for h in hooks if "ruff" in h["repo"]} == {f"v{pins('requirements.txt')['ruff']}"}

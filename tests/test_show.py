@@ -3,12 +3,14 @@
 import ast
 import copy
 import dataclasses
+import io
 import math
 import re
 from html.parser import HTMLParser
 
 import matplotlib
 import numpy as np
+import PIL.Image
 import pytest
 from IPython.core.formatters import DisplayFormatter
 from IPython.display import Image
@@ -414,6 +416,9 @@ def test_a_picture_is_a_png_that_carries_its_alt_text_into_the_notebook():
     data, metadata = DisplayFormatter().format(image)
     assert metadata["image/png"]["alt"] == show.alt_text(figure) != ""
     assert image.data.startswith(b"\x89PNG") and "image/png" in data
+    drawn = PIL.Image.open(io.BytesIO(image.data))
+    assert drawn.width == 2 * metadata["image/png"]["width"] == 2 * 672, "two pixels for each that a page shows"
+    assert drawn.convert("RGB").getpixel((0, 0)) == (255, 255, 255), "few colours, and white is one of them"
 
 
 def test_the_memory_plan_stacks_the_terms_of_the_peak_and_sets_the_measured_one_below():

@@ -96,8 +96,10 @@ def _list(lines: Sequence[str]) -> str:
 
 
 def _picture(figure) -> str:
-    data = base64.b64encode(show.picture(figure).data).decode()
-    return f'<p><img alt="{html.escape(show.alt_text(figure))}" src="data:image/png;base64,{data}"></p>'
+    image = show.picture(figure)
+    data = base64.b64encode(image.data).decode()
+    alt = html.escape(show.alt_text(figure))
+    return f'<p><img alt="{alt}" src="data:image/png;base64,{data}" width="{image.width}"></p>'
 
 
 def markdown_table(head: Sequence, rows: Sequence[Sequence]) -> str:
