@@ -114,7 +114,7 @@ def test_a_broken_bitsandbytes_fails_with_its_words_or_its_error(monkeypatch, la
 def test_memory(monkeypatch, profile, device, free, status):
     monkeypatch.setattr(environment, "free_memory_gib", lambda: free)
     monkeypatch.setattr(environment, "device", lambda: device)
-    found(doctor.memory, of_profile(profile), status)
+    found(doctor.free_memory, of_profile(profile), status)
 
 
 @pytest.mark.parametrize(("free_gb", "status"), [(20, "ok"), (5, "fail")])

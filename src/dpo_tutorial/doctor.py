@@ -104,7 +104,7 @@ def four_bit(config: Config) -> str:
     return f"relative error {error:.3f} in {config.dtype} on {device}"
 
 
-def memory(config: Config) -> str:
+def free_memory(config: Config) -> str:
     device, need, free = environment.device(), NEEDS[config.profile][0], environment.free_memory_gib()
     if config.profile not in ON_CPU and device != "cuda":
         raise Odd("not checked: there is no GPU whose memory counts", "Mend the GPU line first.")
@@ -211,7 +211,7 @@ def template(config: Config) -> str:
     return f"one {tokenizer.eos_token} per answer, nothing of the prompt in its mask"
 
 
-CHECKS = (packages, gpu, four_bit, memory, disk, model, data, template)
+CHECKS = (packages, gpu, four_bit, free_memory, disk, model, data, template)
 
 
 def examine(config: Config | None, checks: Sequence[Callable[[Config], str]] = CHECKS) -> list[Finding]:
