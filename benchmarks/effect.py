@@ -39,61 +39,71 @@ def train(task: dict, folder: Path) -> dict:
     """
     import trainings
 
-    from dpo_tutorial import config, data, environment, evaluate, models, statistics
+    from dpo_tutorial import settings
+    from dpo_tutorial.comparing import stats
+    from dpo_tutorial.loading import models
+    from dpo_tutorial.machine import hardware
+    from dpo_tutorial.pairs import prepare
+    from dpo_tutorial.training import scoring
 
-    cfg = config.resolve(profile=task.get("profile", "cpu"), **task["knobs"])
-    environment.seed_everything(cfg.seed)
+    cfg = settings.resolve(profile=task.get("profile", "cpu"), **task["knobs"])
+    hardware.seed_everything(cfg.seed)
     tokenizer = models.load_tokenizer(cfg)
-    splits = data.prepare(cfg, tokenizer).splits
+    splits = prepare.prepare(cfg, tokenizer).splits
     pairs, judged = splits["train"], splits[task["split"]]
     if task.get("swapped"):
         sides = {"chosen": "rejected", "rejected": "chosen"}
         pairs = pairs.rename_columns(sides | {f"{a}_tokens": f"{b}_tokens" for a, b in sides.items()})
     trainer = trainings.our_trainer(cfg, models.load_base(cfg), tokenizer, pairs, None, folder)
     if not task.get("untrained"):
-        environment.seed_everything(cfg.seed)
+        hardware.seed_everything(cfg.seed)
         trainer.train()
-    found = statistics.summarise(evaluate.score_pairs(cfg, trainer.model, tokenizer, judged))
+    found = stats.summarise(scoring.score_pairs(cfg, trainer.model, tokenizer, judged))
     return found | (answers(cfg, trainer.model, tokenizer, judged) if task.get("answers") else {})
 
 
 def answers(cfg, model, tokenizer, pairs) -> dict:
     """KL, style rules and repetition of answers to the first prompts of the pairs."""
-    from dpo_tutorial import evaluate, house_style, statistics
+    from dpo_tutorial.comparing import generation, stats
+    from dpo_tutorial.pairs import house_style
 
     prompts = pairs["prompt"][: cfg.compare_prompts]
-    greedy = evaluate.generate(cfg, model, tokenizer, prompts)
+    greedy = generation.generate(cfg, model, tokenizer, prompts)
     return {
-        "kl": evaluate.kl_from_reference(cfg, model, tokenizer, prompts),
-        "rules": {
-            name: statistics.rate(sum(map(check, greedy)), len(greedy)) for name, check in house_style.RULES.items()
-        },
-        "tokens": statistics.mean([a["tokens"] for a in greedy]),
-        "distinct_2": statistics.mean([statistics.distinct(a["text"]) for a in greedy]),
+        "kl": generation.kl_from_reference(cfg, model, tokenizer, prompts),
+        "rules": {name: stats.rate(sum(map(check, greedy)), len(greedy)) for name, check in house_style.RULES.items()},
+        "tokens": stats.mean([a["tokens"] for a in greedy]),
+        "distinct_2": stats.mean([stats.distinct(a["text"]) for a in greedy]),
     }
 
 
 def score(task: dict, folder: Path) -> dict:
     """A run's adapter on the test pairs: what the report says of them, and the account of what was dropped."""
-    from dpo_tutorial import artifacts, config, data, evaluate, models, statistics
+    from dpo_tutorial import run_folder, settings
+    from dpo_tutorial.adapter import lora
+    from dpo_tutorial.comparing import stats
+    from dpo_tutorial.loading import models
+    from dpo_tutorial.pairs import prepare
+    from dpo_tutorial.training import save, scoring
 
-    run = artifacts.Run(config.resolve(profile="cpu", artifacts=task["run"]))
-    trained = run.require_adapter()["config"]
-    cfg = config.resolve(profile="cpu", **{"dtype": trained["dtype"]} | task["knobs"])
+    run = run_folder.Run(settings.resolve(profile="cpu", artifacts=task["run"]))
+    trained = save.require_adapter(run)["config"]
+    cfg = settings.resolve(profile="cpu", **{"dtype": trained["dtype"]} | task["knobs"])
     tokenizer = models.load_tokenizer(cfg)
-    prepared = data.prepare(cfg, tokenizer)
-    policy = models.load_policy(cfg, run.adapter)
-    records = evaluate.score_pairs(cfg, policy, tokenizer, prepared.splits["test"], trained["beta"])
-    return statistics.summarise(records) | {"report": prepared.report["test"], "seed": trained["seed"]}
+    prepared = prepare.prepare(cfg, tokenizer)
+    policy = lora.load_policy(cfg, run.adapter)
+    records = scoring.score_pairs(cfg, policy, tokenizer, prepared.splits["test"], trained["beta"])
+    return stats.summarise(records) | {"report": prepared.report["test"], "seed": trained["seed"]}
 
 
 def read(task: dict, folder: Path) -> dict:
     """What `make run` saved in a folder: the comparison, and what the run took."""
-    from dpo_tutorial import artifacts, config
+    from dpo_tutorial import run_folder, settings
+    from dpo_tutorial.training import save
 
-    run = artifacts.Run(config.resolve(profile="cpu", artifacts=task["run"]))
+    run = run_folder.Run(settings.resolve(profile="cpu", artifacts=task["run"]))
     comparison, summary = run.read_json("comparison.json"), run.read_json("summary.json")
-    trained = run.require_adapter()
+    trained = save.require_adapter(run)
     after = comparison["held_out"]["after"]
     return {
         **{name: after[name] for name in ("accuracy", "reward_chosen", "reward_rejected", "margin")},

@@ -26,7 +26,8 @@ import harness
 import torch
 from harness import ROOT, Record, command
 
-from dpo_tutorial import config, environment
+from dpo_tutorial import config
+from dpo_tutorial.machine import paths
 
 MODULES = (gpu_first, gpu_speed, gpu_ultrafeedback)
 
@@ -74,7 +75,7 @@ def side_by_side(record: Record, keep: Path, runs: dict[str, tuple[str, list[str
                     values = json.loads(file.read_text())
                     found[name] = {k: values[k] for k in wanted or values if k not in ("adapter", "executed")}
             said = (keep / f"{folder}.log").read_text().splitlines()[-15:]
-            record.write("C", runs[folder][0], **found, said=[environment.without_paths(x)[-300:] for x in said])
+            record.write("C", runs[folder][0], **found, said=[paths.without_paths(x)[-300:] for x in said])
         time.sleep(0.5)
 
 

@@ -11,7 +11,8 @@ import torch
 import trainings
 from harness import ROOT, Record, command, table
 
-from dpo_tutorial import models, planner
+from dpo_tutorial.loading import models
+from dpo_tutorial.training import memory_plan
 
 
 def stage_a(record: Record, options) -> None:
@@ -68,7 +69,7 @@ def predicted_and_measured(options, record: Record, shape: str) -> None:
                     cfg, model=folder, batch_size=size, grad_accum=8 // size, max_tokens=length,
                     gradient_checkpointing=checkpointing,
                 )  # fmt: skip
-                plan = planner.plan(cfg, length=length, answer=answer, process=0, evaluates=False)
+                plan = memory_plan.plan(cfg, length=length, answer=answer, process=0, evaluates=False)
                 trainer = trainings.our_trainer(cfg, base, tokenizer, pairs, None, folder + "/out")
                 found = trainings.run(trainer, cfg.seed)
                 base = trainings.plain_again(trainer)

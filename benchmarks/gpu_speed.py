@@ -15,7 +15,8 @@ from datasets import Dataset
 from gpu_ultrafeedback import usable_rows
 from harness import Record, table, turns
 
-from dpo_tutorial import environment, models
+from dpo_tutorial.loading import models, sizes
+from dpo_tutorial.machine import hardware, memory
 
 #: Who trains, by what differs from ours with 8 pairs at a time and checkpointing: the arguments of `build`.
 TRAINERS = {
@@ -44,7 +45,7 @@ def stage_b(record: Record, options) -> None:
     few = Dataset.from_list(rows[:16])
     for name in options.shapes or (("tiny",) if options.tiny else ("0.5B", "7B")):
         base = trainings.random_base(name, cfg, tokenizer)
-        record.write("B", f"{name}, weights", gib=sum(models.weight_bytes(base).values()) / 2**30)
+        record.write("B", f"{name}, weights", gib=sum(sizes.weight_bytes(base).values()) / 2**30)
         for who in IN_TURN:  # compile the kernels of both before either is timed
             base, _ = one_training(cfg, base, tokenizer, few, **TRAINERS[who])
         for about, pairs in sets.items():
@@ -73,7 +74,7 @@ def build(cfg, base, tokenizer, pairs, folder, stock=False, size=8, checkpointin
 def one_training(cfg, base, tokenizer, pairs, compiled: bool = False, **how) -> tuple:
     """(the base, plain again; what was measured, or why it failed)."""
     with tempfile.TemporaryDirectory() as folder:
-        environment.seed_everything(cfg.seed)
+        hardware.seed_everything(cfg.seed)
         trainer = build(cfg, base, tokenizer, pairs, folder, **how)
         try:
             if compiled:
@@ -129,11 +130,11 @@ def profile_step(cfg, base, tokenizer, pairs, **how) -> tuple:
             trainer.optimizer.zero_grad()
 
         step(first)
-        environment.synchronize()
+        memory.synchronize()
         with profile(activities=[ProfilerActivity.CUDA] if cuda else [ProfilerActivity.CPU]) as seen:
             started = time.perf_counter()
             step(second)
-            environment.synchronize()
+            memory.synchronize()
             seconds = time.perf_counter() - started
         base = trainings.plain_again(trainer)
     events = [

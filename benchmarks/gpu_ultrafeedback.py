@@ -20,7 +20,13 @@ from datasets import Dataset
 from harness import Record, interval, table
 from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 
-from dpo_tutorial import config, data, environment, evaluate, models, statistics
+from dpo_tutorial import config
+from dpo_tutorial.adapter import lora
+from dpo_tutorial.comparing import generation, stats
+from dpo_tutorial.loading import models
+from dpo_tutorial.machine import hardware
+from dpo_tutorial.pairs import prepare
+from dpo_tutorial.training import scoring
 
 FOLDS = 5
 RATES = (5e-6, 1.5e-5, 5e-5, 1.5e-4)
@@ -34,7 +40,7 @@ def usable_rows(tokenizer, options) -> list[dict]:
     most = dict.fromkeys(("max_train", "max_val", "max_test"), 10**6)
     length = 128 if options.tiny else 1024
     cfg = trainings.settings(options.tiny, data=folder or config.EMBEDDED, max_tokens=length, **most)
-    splits = data.prepare(cfg, tokenizer).splits
+    splits = prepare.prepare(cfg, tokenizer).splits
     rows = [row for name in ("train", "val", "test") for row in splits[name]]
     return rows[:24] if options.tiny else rows
 
@@ -74,9 +80,9 @@ def baselines(rows: list[dict]) -> dict:
     words = []
     for fold in range(FOLDS):
         held, rest = split(rows, 42, fold)
-        words += statistics.bag_of_words(Dataset.from_list(rest), Dataset.from_list(held))
+        words += stats.bag_of_words(Dataset.from_list(rest), Dataset.from_list(held))
     gaps = [row["chosen_tokens"] - row["rejected_tokens"] for row in rows]
-    return {"longer": statistics.accuracy(gaps), "words": statistics.rate(sum(words), len(words))}
+    return {"longer": stats.accuracy(gaps), "words": stats.rate(sum(words), len(words))}
 
 
 def split(rows: list[dict], seed: int, fold: int, folds: int = FOLDS) -> tuple[list[dict], list[dict]]:
@@ -100,7 +106,7 @@ def worker(options, waiting, path: Path, rows: list[dict]) -> None:
         base, judge = (trainings.random_base("tiny", c, tokenizer) for c in (cfg, exact))
     else:
         base, judge = models.load_base(cfg), models.load_base(exact)
-    scorer = get_peft_model(judge, models.lora_config(exact))
+    scorer = get_peft_model(judge, lora.lora_config(exact))
     while time.perf_counter() - started < options.seconds:
         try:
             task = waiting.get_nowait()
@@ -108,14 +114,14 @@ def worker(options, waiting, path: Path, rows: list[dict]) -> None:
             return
         held, rest = split(rows, task["seed"], task["fold"], 2 if options.tiny else FOLDS)
         ours = dataclasses.replace(cfg, learning_rate=task["rate"], epochs=float(task["epochs"]), seed=task["seed"])
-        environment.seed_everything(ours.seed)
+        hardware.seed_everything(ours.seed)
         begun = time.perf_counter()
         with tempfile.TemporaryDirectory() as folder:
             shuffled = Dataset.from_list(rest).shuffle(seed=ours.seed)
             trainer = trainings.our_trainer(ours, base, tokenizer, shuffled, None, folder)
             ran = trainings.run(trainer, ours.seed)
         set_peft_model_state_dict(scorer, get_peft_model_state_dict(trainer.model))
-        found = held_out(evaluate.score_pairs(exact, scorer, tokenizer, Dataset.from_list(held)))
+        found = held_out(scoring.score_pairs(exact, scorer, tokenizer, Dataset.from_list(held)))
         if task["fold"] == 0:
             found |= what_it_writes(options, ours, trainer.model, tokenizer, [row["prompt"] for row in held])
         base = trainings.plain_again(trainer)
@@ -129,8 +135,8 @@ def held_out(records: list[dict]) -> dict:
     """Margins and rewards of scored pairs, and by how much the base prefers their chosen answers."""
     return {
         "n": len(records), "margins": [round(r["margin"], 5) for r in records],
-        "reward_chosen": statistics.mean([r["reward_chosen"] for r in records])["mean"],
-        "reward_rejected": statistics.mean([r["reward_rejected"] for r in records])["mean"],
+        "reward_chosen": stats.mean([r["reward_chosen"] for r in records])["mean"],
+        "reward_rejected": stats.mean([r["reward_rejected"] for r in records])["mean"],
         "reference": [round(r["reference_chosen"] - r["reference_rejected"], 3) for r in records],
         "reference_per_token": [
             round(r["reference_chosen"] / r["chosen_tokens"] - r["reference_rejected"] / r["rejected_tokens"], 4)
@@ -142,13 +148,13 @@ def held_out(records: list[dict]) -> dict:
 def what_it_writes(options, cfg, model, tokenizer, prompts) -> dict:
     """KL from the base, and how the answers of both differ in length and text."""
     prompts, limit = (prompts[:2], 8) if options.tiny else (prompts[:24], 128)
-    kl = evaluate.kl_from_reference(cfg, model, tokenizer, prompts, limit)
+    kl = generation.kl_from_reference(cfg, model, tokenizer, prompts, limit)
     limited = dataclasses.replace(cfg, max_new_tokens=limit)
-    before, after = evaluate.answers_of_both(limited, model, tokenizer, prompts)
+    before, after = generation.answers_of_both(limited, model, tokenizer, prompts)
     both = (("before", before), ("after", after))
     return {
         "kl": {name: kl[name] for name in ("per_answer", "per_token")},
-        "tokens": {when: statistics.mean([a["tokens"] for a in answers])["mean"] for when, answers in both},
+        "tokens": {when: stats.mean([a["tokens"] for a in answers])["mean"] for when, answers in both},
         "same_answers": sum(a["text"] == b["text"] for a, b in zip(before, after, strict=True)) / len(prompts),
     }
 
@@ -161,11 +167,11 @@ def tables(lines: list[dict]) -> dict[str, str]:
     rows = []
     for (epochs, rate, seed), folds in sorted(runs.items()):
         margins = [m for r in folds for m in r["margins"]]
-        mean = statistics.mean(margins)
+        mean = stats.mean(margins)
         kl = next((r["kl"]["per_answer"] for r in folds if "kl" in r), None)
         rows.append(
             [f"{rate:g}", epochs, seed, f"{len(folds)} of {FOLDS}", len(margins),
-             interval(statistics.accuracy(margins), 3), f"{mean['mean']:.3f} ({mean['standard_error']:.3f})",
+             interval(stats.accuracy(margins), 3), f"{mean['mean']:.3f} ({mean['standard_error']:.3f})",
              f"{kl['mean']:.1f} ({kl['standard_error']:.1f})" if kl else ""]
         )  # fmt: skip
     head = ["rate", "epochs", "seed", "folds", "held out", "accuracy (95%)", "margin (s.e.)", "KL (s.e.)"]

@@ -98,10 +98,10 @@ def latest(lines: list[dict], stage: str) -> tuple[dict, dict[str, list[dict]]]:
 
 
 def machine_task(task: dict, folder: Path) -> dict:
-    from dpo_tutorial import environment
+    from dpo_tutorial.machine import hardware, session
 
     libc = " ".join(platform.libc_ver())
-    return {"hardware": environment.hardware(), "libc": libc, "versions": environment.versions()}
+    return {"hardware": hardware.hardware(), "libc": libc, "versions": session.versions()}
 
 
 # --- tables ---------------------------------------------------------------------------------------------------------

@@ -40,9 +40,10 @@ def make(task: dict, folder: Path) -> dict:
     """Save a Qwen2 with biases, an untied head and a feed-forward part five times as wide as the rest."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    from dpo_tutorial import config, models
+    from dpo_tutorial import settings
+    from dpo_tutorial.loading import models
 
-    tokenizer = models.load_tokenizer(config.resolve(profile="cpu"))
+    tokenizer = models.load_tokenizer(settings.resolve(profile="cpu"))
     shape = Qwen2Config(
         vocab_size=len(tokenizer), hidden_size=384, intermediate_size=1920, num_hidden_layers=12, num_attention_heads=6,
         num_key_value_heads=2, tie_word_embeddings=False,
@@ -56,17 +57,19 @@ def measure(task: dict, folder: Path) -> dict:
     """The plan of a setting and its measured peak, in bytes."""
     import trainings
 
-    from dpo_tutorial import environment, models, planner
+    from dpo_tutorial.loading import models
+    from dpo_tutorial.machine import memory
+    from dpo_tutorial.training import memory_plan
 
     knobs, evaluates = task["knobs"], task["evaluates"]
     cfg = trainings.settings(grad_accum=1, max_steps=STEPS, **knobs)
     tokenizer = models.load_tokenizer(cfg)
     pairs = trainings.full_length(tokenizer, cfg.max_tokens, STEPS * cfg.batch_size)
     answer = pairs[0]["chosen_tokens"]
-    planned = planner.plan(cfg, answer=answer, evaluates=evaluates)
+    planned = memory_plan.plan(cfg, answer=answer, evaluates=evaluates)
     val = pairs.select(range(2 * cfg.batch_size)) if evaluates else None
     trainings.our_trainer(cfg, models.load_base(cfg), tokenizer, pairs, val, folder / "out").train()
-    measured = round(environment.peak_memory_gib() * 2**30)
+    measured = round(memory.peak_memory_gib() * 2**30)
     return {
         "settings": {"gradient_checkpointing": False} | knobs | {"answer_tokens": answer, "evaluates": evaluates},
         "phases": planned.phases, "peak": planned.peak, "predicted": planned.total, "measured": measured,
@@ -74,7 +77,7 @@ def measure(task: dict, folder: Path) -> dict:
     }  # fmt: skip
 
 
-def settings(record: Record, options) -> None:
+def all_settings(record: Record, options) -> None:
     with tempfile.TemporaryDirectory() as folder:
         child(__file__, {"kind": "make", "path": f"{folder}/qwen2"})  # apart: it must not count in what is measured
         for name, knobs in SETTINGS.items():
@@ -99,4 +102,4 @@ def tables(lines: list[dict]) -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    main(__file__, {"settings": settings}, tables, kinds={"make": make, "measure": measure})
+    main(__file__, {"settings": all_settings}, tables, kinds={"make": make, "measure": measure})

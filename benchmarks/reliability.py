@@ -42,7 +42,10 @@ def measure_checkpoint(task: dict, folder: Path) -> dict:
     import trainings
     from transformers import TrainerCallback
 
-    from dpo_tutorial import artifacts, checkpoints, config, data, models, train
+    from dpo_tutorial import config, run_folder, settings
+    from dpo_tutorial.loading import models
+    from dpo_tutorial.pairs import prepare
+    from dpo_tutorial.training import checkpoints, resume
 
     class Clock(TrainerCallback):
         """Seconds of each step, and from its end to the next one's beginning: logging, batch, and its checkpoint."""
@@ -60,16 +63,16 @@ def measure_checkpoint(task: dict, folder: Path) -> dict:
             self.steps.append(self.ended - self.began)
 
     knobs = {"max_steps": 4, "save_steps": 1, "artifacts": str(folder)} | task.get("knobs", {})
-    cfg = config.resolve(profile=task["profile"], **knobs)
-    run, tokenizer = artifacts.Run(cfg), models.load_tokenizer(cfg)
-    rows = data.prepare(cfg, tokenizer).splits["train"]
+    cfg = settings.resolve(profile=task["profile"], **knobs)
+    run, tokenizer = run_folder.Run(cfg), models.load_tokenizer(cfg)
+    rows = prepare.prepare(cfg, tokenizer).splits["train"]
     base, trainer_folder = models.load_base(cfg), checkpoints.folder(run)
     trainer = trainings.our_trainer(cfg, base, tokenizer, rows, None, trainer_folder, save_strategy="steps")
     clock, began = Clock(), time.perf_counter()
     checkpoints.fingerprint(cfg, trainer)
     fingerprint = time.perf_counter() - began
     trainer.add_callback(clock)
-    train.resume_or_start(trainer, cfg, run)
+    resume.resume_or_start(trainer, cfg, run)
     size = sum(p.stat().st_size for p in checkpoints.saved(run)[0].rglob("*") if p.is_file())
     run.unlock()
     return {
@@ -126,7 +129,7 @@ def fault(folder: Path, word: str, parameters: dict, code: int = 1, environ: dic
     )  # fmt: skip
     assert done.returncode == code, f"{words}: exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
     if code:
-        assert "Traceback" not in done.stderr and "Mend:" in done.stderr, done.stderr
+        assert "Traceback" not in done.stderr and "Fix:" in done.stderr, done.stderr
         said = done.stderr[done.stderr.rindex("Error: ") + 7 :].partition("\n\n")[0]  # a bar may follow
     else:
         (said,) = [line for line in done.stdout.splitlines() if line.startswith("Resuming")]

@@ -17,7 +17,12 @@ from peft.tuners.lora import LoraLayer
 from transformers import AutoModelForCausalLM
 from trl import DPOTrainer
 
-from dpo_tutorial import data, environment, evaluate, models
+from dpo_tutorial.adapter import lora
+from dpo_tutorial.comparing import generation
+from dpo_tutorial.loading import models
+from dpo_tutorial.machine import hardware, memory
+from dpo_tutorial.pairs import prepare
+from dpo_tutorial.training import scoring
 
 
 def train_task(task: dict, folder: Path) -> dict:
@@ -27,7 +32,7 @@ def train_task(task: dict, folder: Path) -> dict:
     arguments, marks = task.get("arguments", {}), [time.perf_counter()]
 
     def mark(name: str) -> float:
-        environment.synchronize()
+        memory.synchronize()
         marks.append(time.perf_counter())
         spent[name] = marks[-1] - marks[-2]
         return spent[name]
@@ -38,7 +43,7 @@ def train_task(task: dict, folder: Path) -> dict:
         mark("load")
         splits = splits_of(task, cfg, tokenizer)
         val = splits["val"] if task.get("val") else None
-        environment.seed_everything(cfg.seed)
+        hardware.seed_everything(cfg.seed)
         build = trainings.stock_trainer if stock else trainings.our_trainer
         trainer = build(cfg, base, tokenizer, splits["train"], val, folder / "trainer", **arguments)
         if task.get("compiled"):
@@ -48,7 +53,7 @@ def train_task(task: dict, folder: Path) -> dict:
         marks.append(time.perf_counter())
         if task.get("generate"):
             prompts = [row["prompt"] for row in splits["test"].select(range(task["generate"]))]
-            evaluate.generate(cfg, trainer.model, tokenizer, prompts, max_new_tokens=48)
+            generation.generate(cfg, trainer.model, tokenizer, prompts, max_new_tokens=48)
             mark("generate")
         if task.get("untouched"):
             found["untouched"] = untouched(trainer)
@@ -79,7 +84,7 @@ def splits_of(task: dict, cfg, tokenizer) -> dict[str, Dataset]:
     if "length" in task:
         pairs = trainings.quarter_prompt(tokenizer, task["length"], task["pairs"])
         return {"train": pairs, "val": pairs.select(range(task.get("val", 0))), "test": pairs}
-    found = data.prepare(cfg, tokenizer).splits
+    found = prepare.prepare(cfg, tokenizer).splits
     wanted = {"train": task.get("pairs"), "val": task.get("val"), "test": None}
     return {n: found[n].select(range(min(most or len(found[n]), len(found[n])))) for n, most in wanted.items()}
 
@@ -87,18 +92,18 @@ def splits_of(task: dict, cfg, tokenizer) -> dict[str, Dataset]:
 def raw_task(task: dict, folder: Path) -> dict:
     """Forward and backward pass of the model with its adapter on full batches of 8 x 256 tokens, and nothing else."""
     cfg = trainings.settings(**task.get("knobs", {}))
-    model = get_peft_model(models.load_base(cfg), models.lora_config(cfg)).train()
+    model = get_peft_model(models.load_base(cfg), lora.lora_config(cfg)).train()
     rows, length = task.get("shape", (8, 256))
     torch.manual_seed(0)
     seconds = []
     for _ in range(4):
         ids = torch.randint(0, 2**8, (rows, length), device=model.device)
-        environment.synchronize()
+        memory.synchronize()
         started = time.perf_counter()
-        with evaluate.autocast(cfg):
+        with scoring.autocast(cfg):
             loss = model(input_ids=ids, labels=ids).loss
         loss.backward()
-        environment.synchronize()
+        memory.synchronize()
         seconds.append(time.perf_counter() - started)
     best = statistics.median(seconds[1:])
     return {"seconds": best, "tokens_per_second": rows * length / best}
@@ -119,10 +124,10 @@ def prepare_task(task: dict, folder: Path) -> dict:
     cfg = trainings.settings(data=str(source), **task.get("knobs", {}))
     tokenizer = models.load_tokenizer(cfg)
     before, started = psutil.Process().memory_info().rss, time.perf_counter()
-    kept = data.prepare(cfg, tokenizer).splits["train"]
+    kept = prepare.prepare(cfg, tokenizer).splits["train"]
     return {
         "rows": task["rows"], "kept": len(kept), "seconds": time.perf_counter() - started,
-        "peak_mib": environment.peak_memory_gib() * 2**10 - before / 2**20,
+        "peak_mib": memory.peak_memory_gib() * 2**10 - before / 2**20,
     }  # fmt: skip
 
 
@@ -130,7 +135,7 @@ def make_task(task: dict, folder: Path) -> dict:
     """Save a checkpoint of random weights, with the model's tokenizer and, where not given, its vocabulary."""
     tokenizer = models.load_tokenizer(trainings.settings(**task.get("knobs", {})))
     torch.manual_seed(0)
-    with torch.device(environment.device()):
+    with torch.device(hardware.device()):
         model = AutoModelForCausalLM.from_config(trainings.llama(task["shape"], tokenizer), dtype=torch.bfloat16)
     model.save_pretrained(task["path"])
     tokenizer.save_pretrained(task["path"])
@@ -140,12 +145,12 @@ def make_task(task: dict, folder: Path) -> dict:
 def matmul_task(task: dict, folder: Path) -> dict:
     """What the device reaches at best: one large product of dense matrices, again and again."""
     n, seconds = task["size"], []
-    a = torch.randn(n, n, device=environment.device()).to(environment.torch_dtype(task["dtype"]))
+    a = torch.randn(n, n, device=hardware.device()).to(hardware.torch_dtype(task["dtype"]))
     for _ in range(10):
-        environment.synchronize()
+        memory.synchronize()
         started = time.perf_counter()
         a @ a
-        environment.synchronize()
+        memory.synchronize()
         seconds.append(time.perf_counter() - started)
     return {"seconds": min(seconds), "flops": 2 * n**3 / min(seconds)}
 

@@ -17,7 +17,12 @@ from datasets import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM, PrinterCallback, TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
-from dpo_tutorial import config, data, environment, faster, models, timing, train
+from dpo_tutorial import config, settings
+from dpo_tutorial.adapter import lora
+from dpo_tutorial.loading import models
+from dpo_tutorial.machine import hardware, memory
+from dpo_tutorial.pairs import encoding
+from dpo_tutorial.training import faster, timing, train
 
 #: Architectures with random weights, for speed only. The last two are those of the GPU profiles.
 SHAPES = {
@@ -38,7 +43,7 @@ SHAPES = {
 #: Parts of ours that a measurement can do without: whose attribute it is, its name, and what stands in for it.
 PARTS = {
     "head": (faster, "cpu_head", nullcontext),
-    "allocator": (environment, "tune_allocator", lambda: False),
+    "allocator": (hardware, "tune_allocator", lambda: False),
     "cast": (faster, "cast_trainable_to_fp32", lambda model: None),
 }
 
@@ -55,10 +60,10 @@ def without(*parts: str) -> Iterator[None]:
 # --- config, pairs, models ------------------------------------------------------------------------------------------
 
 
-def settings(tiny: bool = False, **knobs) -> config.Config:
+def config_of(tiny: bool = False, **knobs) -> config.Config:
     """The `cpu` profile's config; gradient checkpointing only where a measurement asks for it, float32 if `tiny`."""
     always = {"dtype": "fp32"} if tiny else {}
-    return dataclasses.replace(config.resolve(profile="cpu"), **{"gradient_checkpointing": False} | knobs | always)
+    return dataclasses.replace(settings.resolve(profile="cpu"), **{"gradient_checkpointing": False} | knobs | always)
 
 
 def full_length(tokenizer, tokens: int, pairs: int, asked: str = "") -> Dataset:
@@ -71,7 +76,7 @@ def full_length(tokenizer, tokens: int, pairs: int, asked: str = "") -> Dataset:
 
     def answer(first: str, words: int) -> tuple[list[dict], int, int]:
         turn = [{"role": "assistant", "content": first + " a" * words}]
-        before, after = data.encode(tokenizer, prompt, turn)
+        before, after = encoding.encode(tokenizer, prompt, turn)
         return turn, len(before), len(after)
 
     _, before, shortest = answer("a", 0)
@@ -97,13 +102,13 @@ def llama(shape: str, tokenizer) -> LlamaConfig:
 
 def random_base(shape: str, cfg: config.Config, tokenizer) -> LlamaForCausalLM:
     """A model of that shape with random weights, its linear layers in NF4, loaded as a checkpoint would be."""
-    made, dtype = llama(shape, tokenizer), environment.torch_dtype(cfg.dtype)
+    made, dtype = llama(shape, tokenizer), hardware.torch_dtype(cfg.dtype)
     torch.manual_seed(0)
-    with torch.device(environment.device()):
+    with torch.device(hardware.device()):
         weights = LlamaForCausalLM(made).to(dtype).state_dict()
     base = LlamaForCausalLM.from_pretrained(
         None, config=made, state_dict=weights, dtype=dtype, quantization_config=models.quantization_config(cfg),
-        device_map={"": environment.device()},
+        device_map={"": hardware.device()},
     )  # fmt: skip
     base.config.use_cache = False
     models.keep_gradients(base)
@@ -139,7 +144,7 @@ def stock_trainer(cfg, base, tokenizer, pairs, val, folder, **changes) -> DPOTra
     arguments = dict(
         output_dir=str(folder), beta=cfg.beta, learning_rate=cfg.learning_rate, lr_scheduler_type=cfg.lr_scheduler,
         warmup_steps=cfg.warmup_ratio, num_train_epochs=cfg.epochs, max_steps=cfg.max_steps, seed=cfg.seed,
-        bf16=cfg.dtype == "bf16", fp16=cfg.dtype == "fp16", use_cpu=environment.device() == "cpu", report_to="none",
+        bf16=cfg.dtype == "bf16", fp16=cfg.dtype == "fp16", use_cpu=hardware.device() == "cpu", report_to="none",
         save_strategy="no", logging_steps=1, eval_strategy="no" if val is None else "steps", eval_steps=0.5,
         disable_tqdm=True,
     )  # fmt: skip
@@ -147,7 +152,7 @@ def stock_trainer(cfg, base, tokenizer, pairs, val, folder, **changes) -> DPOTra
     return StockTrainer(
         model=base, args=DPOConfig(**arguments | changes), train_dataset=pairs.select_columns(columns),
         eval_dataset=None if val is None else val.select_columns(columns), processing_class=tokenizer,
-        peft_config=models.lora_config(cfg),
+        peft_config=lora.lora_config(cfg),
     )  # fmt: skip
 
 
@@ -191,7 +196,7 @@ def run(trainer: DPOTrainer, seed: int) -> dict:
 
     class Clock(TrainerCallback):
         def on_step_end(self, *args, **kwargs):
-            environment.synchronize()
+            memory.synchronize()
             marks.append((time.perf_counter(), seen["tokens"], seen["pairs"]))
 
     trainer.add_callback(Clock())
@@ -200,7 +205,7 @@ def run(trainer: DPOTrainer, seed: int) -> dict:
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    environment.seed_everything(seed)
+    hardware.seed_everything(seed)
     started = time.perf_counter()
     trainer.train()
     seconds = time.perf_counter() - started
@@ -210,7 +215,7 @@ def run(trainer: DPOTrainer, seed: int) -> dict:
     rest = last - first or float("nan")  # of a training of one step nothing is steady
     return {
         "seconds": seconds, "pairs": seen["pairs"], "tokens": seen["tokens"], "positions": seen["positions"],
-        "padding": 1 - seen["tokens"] / seen["slots"], "peak_gib": environment.peak_memory_gib(),
+        "padding": 1 - seen["tokens"] / seen["slots"], "peak_gib": memory.peak_memory_gib(),
         "steps": [round(b - a, 4) for a, b in zip(ends, ends[1:], strict=False)],
         "losses": [row["loss"] for row in log], "rewards": [row["rewards/chosen"] for row in log],
         "grad_norms": [row["grad_norm"] for row in log],

@@ -7,8 +7,8 @@ import sys
 import tomllib
 from pathlib import Path
 
+from dpo_tutorial.cli.run import notebooks
 from dpo_tutorial.errors import ConfigError, exit_code
-from dpo_tutorial.run import notebooks
 
 _SLUG = r"[A-Za-z0-9_.-]+/[A-Za-z0-9_.-]+"
 

@@ -12,7 +12,8 @@ import json
 import random
 from pathlib import Path
 
-from dpo_tutorial import data, statistics
+from dpo_tutorial.comparing import stats
+from dpo_tutorial.pairs import sources
 
 ROOT = Path(__file__).parents[1]
 PAIRS = 60
@@ -20,7 +21,9 @@ PAIRS = 60
 
 def drawn(seed: int) -> list[tuple[dict, bool]]:
     """60 pairs of all splits, and whether the chosen answer is shown first."""
-    rows = [json.loads(x) for s in data.EMBEDDED_SPLITS for x in data.embedded_file(s).read_text("utf-8").splitlines()]
+    rows = [
+        json.loads(x) for s in sources.EMBEDDED_SPLITS for x in sources.embedded_file(s).read_text("utf-8").splitlines()
+    ]
     order = random.Random(seed)
     return [(row, order.random() < 0.5) for row in order.sample(rows, PAIRS)]
 
@@ -31,7 +34,7 @@ def digest(row: dict) -> str:
 
 
 def sheet(seed: int) -> str:
-    card = (data.embedded_file("README").with_suffix(".md")).read_text("utf-8")
+    card = (sources.embedded_file("README").with_suffix(".md")).read_text("utf-8")
     guide = card[card.index("1. answer first") : card.index("The chosen answer keeps")]
     parts = [
         "The style guide:\n",
@@ -54,7 +57,7 @@ def score(seed: int, votes: list[str]) -> dict:
         for (row, first), vote in zip(pairs, votes, strict=True)
     ]
     agreed = sum(b["vote"] == b["chosen_shown_as"] for b in ballots)
-    return {"seed": seed, "agreement": statistics.rate(agreed, len(ballots)), "ballots": ballots}
+    return {"seed": seed, "agreement": stats.rate(agreed, len(ballots)), "ballots": ballots}
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ import dataclasses
 from pathlib import Path
 
 from dpo_tutorial import config
-from dpo_tutorial.report import markdown_table
+from dpo_tutorial.comparing.report import markdown_table
 
 TARGET = Path(__file__).parents[1] / "docs" / "parameters.md"
 HEAD = """# Parameters

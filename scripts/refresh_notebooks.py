@@ -12,8 +12,9 @@ from pathlib import Path
 
 import nbformat
 
-from dpo_tutorial import environment, run
+from dpo_tutorial.cli import run
 from dpo_tutorial.errors import exit_code
+from dpo_tutorial.machine import paths
 
 ROOT = Path(__file__).parents[1]
 
@@ -52,11 +53,11 @@ def _is_chatter(output: dict) -> bool:
 
 def _clean_output(output: nbformat.NotebookNode) -> nbformat.NotebookNode:
     if "text" in output:
-        output.text = environment.without_paths(output.text)
+        output.text = paths.without_paths(output.text)
     for kind, value in output.get("data", {}).items():
         if isinstance(value, str) and kind.startswith("text/"):
             value = re.sub(r"<div>\s*<progress.*?</div>", "", value, flags=re.DOTALL)  # the bar above Trainer's table
-            output.data[kind] = environment.without_paths(value)
+            output.data[kind] = paths.without_paths(value)
     return output
 
 

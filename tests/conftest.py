@@ -18,6 +18,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from dpo_tutorial import config
+from dpo_tutorial.pairs import audit
 
 for name in [
     n for n in os.environ if n.startswith("DPO_TUTORIAL_") and n not in ("DPO_TUTORIAL_CACHE", "DPO_TUTORIAL_WHEEL")
@@ -132,12 +133,12 @@ def cfg(tiny_folder, tmp_path):
 
 @pytest.fixture
 def pairs(tokenizer) -> Dataset:
-    """Four prepared pairs, as `data.prepare` makes them."""
-    from dpo_tutorial import data
+    """Four prepared pairs, as `prepare.prepare` makes them."""
+    from dpo_tutorial.pairs import encoding
 
     rows = []
-    for row in (data.extract(pair(*t)) for t in TEXTS):
-        ids = {side: data.encode(tokenizer, row["prompt"], row[side]) for side in ("chosen", "rejected")}
+    for row in (audit.extract(pair(*t)) for t in TEXTS):
+        ids = {side: encoding.encode(tokenizer, row["prompt"], row[side]) for side in ("chosen", "rejected")}
         counts = {f"{side}_tokens": len(answer) for side, (_, answer) in ids.items()}
         rows.append(row | counts | {"prompt_tokens": len(ids["chosen"][0])})
     return Dataset.from_list(rows)

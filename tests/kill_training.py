@@ -16,7 +16,9 @@ from pathlib import Path
 import torch
 from datasets import Dataset
 
-from dpo_tutorial import artifacts, config, models, train
+from dpo_tutorial import config, run_folder
+from dpo_tutorial.loading import models
+from dpo_tutorial.training import train
 
 torch.set_num_threads(1)
 
@@ -41,7 +43,7 @@ def start(cfg: config.Config, rows: list[dict], log: Path) -> int:
         os.dup2(handle, 2)
         pairs = Dataset.from_list(rows)
         train.train(
-            cfg, artifacts.Run(cfg), models.load_base(cfg), models.load_tokenizer(cfg), pairs, pairs.select(range(2))
+            cfg, run_folder.Run(cfg), models.load_base(cfg), models.load_tokenizer(cfg), pairs, pairs.select(range(2))
         )
         code = 0
     finally:
@@ -49,19 +51,19 @@ def start(cfg: config.Config, rows: list[dict], log: Path) -> int:
         os._exit(code)
 
 
-def steps_done(run: artifacts.Run) -> int:
+def steps_done(run: run_folder.Run) -> int:
     """The step of the newest sealed checkpoint."""
     seals = (run.dir / "trainer").glob("checkpoint-*/whole.json")
     return max((int(seal.parent.name.rpartition("-")[2]) for seal in seals), default=0)
 
 
-def unsealed(run: artifacts.Run) -> int:
+def unsealed(run: run_folder.Run) -> int:
     """The step of a checkpoint without seal, 0 where there is none."""
     open_ones = [p for p in (run.dir / "trainer").glob("checkpoint-*") if not (p / "whole.json").exists()]
     return max((int(p.name.rpartition("-")[2]) for p in open_ones), default=0)
 
 
-def kill_once(child: int, run: artifacts.Run, step: int, in_a_write: bool, chance: random.Random) -> dict | None:
+def kill_once(child: int, run: run_folder.Run, step: int, in_a_write: bool, chance: random.Random) -> dict | None:
     """SIGKILL the child once it has reached a step, at a random moment of a write or after it; `None`: it was done."""
     while os.waitpid(child, os.WNOHANG) == (0, 0):
         if (unsealed(run) if in_a_write else steps_done(run)) >= step:
@@ -75,7 +77,7 @@ def kill_once(child: int, run: artifacts.Run, step: int, in_a_write: bool, chanc
     return None
 
 
-def outcome(run: artifacts.Run) -> tuple[bytes, list[dict]]:
+def outcome(run: run_folder.Run) -> tuple[bytes, list[dict]]:
     """The adapter's bytes, and loss and rewards of every step."""
     record = json.loads((run.adapter / "training.json").read_text(encoding="utf-8"))
     rows = [{k: v for k, v in row.items() if k != "num_tokens"} for row in record["history"]["train"]]
@@ -91,7 +93,7 @@ def main(model: str, pairs: str, folder: str, kills: int, seed: int) -> dict:
     runs = {}
     for name in ("undisturbed", "killed"):
         cfg = settings(model, Path(folder) / name, epochs)
-        runs[name] = artifacts.Run(cfg)
+        runs[name] = run_folder.Run(cfg)
         hits = []
         while name == "killed" and len(hits) < kills:
             step = min(steps_done(runs[name]) + chance.randint(1, 2 * total // kills - 1), total - 1)

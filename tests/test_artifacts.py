@@ -13,9 +13,12 @@ import torch
 from conftest import pair
 from safetensors.torch import save_file
 
-from dpo_tutorial import artifacts, data, environment
-from dpo_tutorial.artifacts import Run
+from dpo_tutorial import run_folder
 from dpo_tutorial.errors import ArtifactError, DataError
+from dpo_tutorial.machine import hardware, session
+from dpo_tutorial.pairs import audit, prepare, store
+from dpo_tutorial.run_folder import Run
+from dpo_tutorial.training import save
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -56,7 +59,7 @@ def test_a_run_folder_that_cannot_be_written_is_an_error_that_names_it(cfg, tmp_
     (tmp_path / "file").write_text("a file, so nothing can lie below it")
     with pytest.raises(ArtifactError, match="file/artifacts/cpu could not be written") as caught:
         Run(dataclasses.replace(cfg, artifacts=str(tmp_path / "file" / "artifacts")))
-    assert "ARTIFACTS" in caught.value.mend
+    assert "ARTIFACTS" in caught.value.fix
 
 
 # --- small files --------------------------------------------------------------------------------------------------
@@ -78,7 +81,7 @@ def test_a_write_that_fails_leaves_the_old_text_and_nothing_else(run, monkeypatc
     monkeypatch.setattr(call, disk_full)
     with pytest.raises(ArtifactError, match="answer.md could not be written .No space left on device") as caught:
         run.write_text("answer.md", "new")
-    assert "ARTIFACTS" in caught.value.mend
+    assert "ARTIFACTS" in caught.value.fix
     assert files_of(run.dir) == before
 
 
@@ -106,7 +109,7 @@ def test_a_damaged_json_file_is_an_error_that_names_it(run, content):
     (run.dir / "results.json").write_bytes(content)
     with pytest.raises(ArtifactError, match="results.json is not valid JSON") as caught:
         run.read_json("results.json")
-    assert "Delete it" in caught.value.mend
+    assert "Delete it" in caught.value.fix
 
 
 def test_a_figure_is_saved_as_png_below_figures(run):
@@ -136,8 +139,8 @@ def test_a_step_is_recorded_with_config_versions_and_hardware(run):
     run.record("05")
     step = run.manifest()["steps"]["05"]
     assert step["config"] == run.config.identity()
-    assert step["versions"] == environment.versions() and {"python", "torch", "trl"} <= set(step["versions"])
-    assert step["hardware"] == environment.hardware()
+    assert step["versions"] == session.versions() and {"python", "torch", "trl"} <= set(step["versions"])
+    assert step["hardware"] == hardware.hardware()
     assert step["time"].endswith("Z")
 
 
@@ -181,7 +184,7 @@ def test_a_full_disk_while_filling_leaves_the_old_folder_and_is_an_artifact_erro
     with full as caught, run.replacing(run.adapter) as work:
         (work / "new.txt").write_text("half")
         disk_full()
-    assert "ARTIFACTS" in caught.value.mend
+    assert "ARTIFACTS" in caught.value.fix
     assert files_of(run.dir) == before
 
 
@@ -195,7 +198,7 @@ def test_a_failing_rename_leaves_the_old_folder_in_place(run, old_adapter, monke
             disk_full()
         real(source, target)
 
-    monkeypatch.setattr(artifacts.os, "replace", replace)
+    monkeypatch.setattr(run_folder.os, "replace", replace)
     with pytest.raises(ArtifactError), run.replacing(run.adapter) as work:
         (work / "new.txt").write_text("new")
     assert files_of(run.dir) == before
@@ -210,7 +213,7 @@ def test_a_stop_between_the_two_renames_brings_the_old_folder_back(run, old_adap
             raise KeyboardInterrupt
         real(source, target)
 
-    monkeypatch.setattr(artifacts.os, "replace", replace)
+    monkeypatch.setattr(run_folder.os, "replace", replace)
     with pytest.raises(KeyboardInterrupt), run.replacing(run.adapter) as work:
         (work / "new.txt").write_text("new")
     assert files_of(run.dir) == before
@@ -254,12 +257,12 @@ def refuse(*_):
 
 def test_saved_data_comes_back_equal_without_being_prepared_again(cfg, tokenizer, source, monkeypatch):
     run = Run(dataclasses.replace(cfg, data=source(ending=' é 漢 🙂 "quoted" \\ tab\t and\nline\u2028\u2029\x85.')))
-    prepared = data.prepare(run.config, tokenizer)
-    folder = run.save_data(prepared)
-    assert folder == run.data_dir()
+    prepared = prepare.prepare(run.config, tokenizer)
+    folder = store.save_data(run, prepared)
+    assert folder == store.data_dir(run)
     assert sorted(path.name for path in folder.iterdir()) == ["report.json", "test.jsonl", "train.jsonl", "val.jsonl"]
-    monkeypatch.setattr(data, "prepare", refuse)
-    again = Run(run.config).ensure_data(tokenizer)
+    monkeypatch.setattr(prepare, "prepare", refuse)
+    again = store.ensure_data(Run(run.config), tokenizer)
     assert rows_of(again) == rows_of(prepared)
     assert list(again.splits) == list(prepared.splits)
     assert again.report == prepared.report and again.choices == prepared.choices
@@ -277,13 +280,13 @@ def tied_source(source):
 
 def test_the_audit_lies_in_the_runs_folder_beside_the_prepared_data(cfg, tokenizer, tied_source):
     run = Run(dataclasses.replace(cfg, data=tied_source))
-    prepared = data.prepare(run.config, tokenizer)
-    run.save_data(prepared)
+    prepared = prepare.prepare(run.config, tokenizer)
+    store.save_data(run, prepared)
     report = run.read_json("data_report.json")
-    assert report["prepared"] == run.data_dir().name and report["source"] == tied_source
+    assert report["prepared"] == store.data_dir(run).name and report["source"] == tied_source
     assert (report["rows"], report["kept"], report["dropped"]) == (32, 30, {"tied scores": 2})
     assert report["splits"] == prepared.report and report["choices"] == prepared.choices
-    assert report["meaning"] == {"tied scores": data.REASONS["tied scores"]} and report["strict"] is False
+    assert report["meaning"] == {"tied scores": audit.REASONS["tied scores"]} and report["strict"] is False
     ids = [name for split in report["splits"].values() for name in split["examples"].get("tied scores", [])]
     assert sorted(ids) == ["tied 0?", "tied 1?"]
 
@@ -292,29 +295,29 @@ def test_the_audit_is_that_of_the_data_read_last(cfg, tokenizer, source):
     """A run's folder may hold the prepared data of several configs."""
     one = Run(dataclasses.replace(cfg, data=source()))
     other = Run(dataclasses.replace(one.config, seed=43))
-    one.ensure_data(tokenizer)
-    other.ensure_data(tokenizer)
-    assert one.read_json("data_report.json")["prepared"] == other.data_dir().name
-    one.ensure_data(tokenizer)
-    assert one.read_json("data_report.json")["prepared"] == one.data_dir().name
+    store.ensure_data(one, tokenizer)
+    store.ensure_data(other, tokenizer)
+    assert one.read_json("data_report.json")["prepared"] == store.data_dir(other).name
+    store.ensure_data(one, tokenizer)
+    assert one.read_json("data_report.json")["prepared"] == store.data_dir(one).name
 
 
 def test_strict_refuses_prepared_data_that_lost_rows_when_strict_was_off(cfg, tokenizer, tied_source):
     run = Run(dataclasses.replace(cfg, data=tied_source))
-    run.ensure_data(tokenizer)
+    store.ensure_data(run, tokenizer)
     strict = Run(dataclasses.replace(run.config, strict=True))
-    assert strict.data_dir() == run.data_dir()
+    assert store.data_dir(strict) == store.data_dir(run)
     with pytest.raises(DataError, match="STRICT is on"):
-        strict.ensure_data(tokenizer)
+        store.ensure_data(strict, tokenizer)
 
 
 def test_missing_data_is_prepared_saved_and_said(cfg, tokenizer, source, capsys):
     run = Run(dataclasses.replace(cfg, data=source()))
-    made = run.ensure_data(tokenizer)
+    made = store.ensure_data(run, tokenizer)
     assert "making it now" in capsys.readouterr().out
-    assert rows_of(made) == rows_of(data.prepare(run.config, tokenizer))
-    assert (run.data_dir() / "report.json").is_file()
-    assert rows_of(run.ensure_data(tokenizer)) == rows_of(made)
+    assert rows_of(made) == rows_of(prepare.prepare(run.config, tokenizer))
+    assert (store.data_dir(run) / "report.json").is_file()
+    assert rows_of(store.ensure_data(run, tokenizer)) == rows_of(made)
     assert "making it now" not in capsys.readouterr().out
 
 
@@ -323,19 +326,19 @@ def test_missing_data_is_prepared_saved_and_said(cfg, tokenizer, source, capsys)
     [dict(seed=43), dict(max_train=7), dict(max_tokens=64), dict(data="other.jsonl"), dict(model="other/model")],
 )
 def test_a_change_that_alters_the_data_gives_another_data_folder(run, change):
-    assert Run(dataclasses.replace(run.config, **change)).data_dir() != run.data_dir()
+    assert store.data_dir(Run(dataclasses.replace(run.config, **change))) != store.data_dir(run)
 
 
 @pytest.mark.parametrize("change", [dict(beta=0.5), dict(learning_rate=1e-3), dict(lora_r=8)])
 def test_a_change_that_leaves_the_data_alone_keeps_the_data_folder(run, change):
-    assert Run(dataclasses.replace(run.config, **change)).data_dir() == run.data_dir()
+    assert store.data_dir(Run(dataclasses.replace(run.config, **change))) == store.data_dir(run)
 
 
 def test_a_changed_source_file_is_prepared_anew(cfg, tokenizer, source):
     run = Run(dataclasses.replace(cfg, data=source("old")))
-    run.ensure_data(tokenizer)
+    store.ensure_data(run, tokenizer)
     source("new")
-    prompts = [row["prompt"][0]["content"] for row in run.ensure_data(tokenizer).splits["train"]]
+    prompts = [row["prompt"][0]["content"] for row in store.ensure_data(run, tokenizer).splits["train"]]
     assert all(text.startswith("new") for text in prompts)
 
 
@@ -343,11 +346,11 @@ def test_a_changed_source_file_is_prepared_anew(cfg, tokenizer, source):
 @pytest.mark.parametrize("harm", ["cut short", "missing"])
 def test_harmed_prepared_data_is_an_error_that_names_the_file_or_is_made_anew(cfg, tokenizer, source, name, harm):
     run = Run(dataclasses.replace(cfg, data=source()))
-    made = run.ensure_data(tokenizer)
-    path = run.data_dir() / name
+    made = store.ensure_data(run, tokenizer)
+    path = store.data_dir(run) / name
     path.unlink() if harm == "missing" else path.write_text(path.read_text()[:-20])
     try:
-        again = run.ensure_data(tokenizer)
+        again = store.ensure_data(run, tokenizer)
     except ArtifactError as error:
         assert name in error.cause
     else:
@@ -356,35 +359,35 @@ def test_harmed_prepared_data_is_an_error_that_names_the_file_or_is_made_anew(cf
 
 def test_no_adapter_is_an_error_that_names_the_notebook_that_makes_one(run):
     with pytest.raises(ArtifactError) as caught:
-        run.require_adapter()
+        save.require_adapter(run)
     assert str(run.adapter) in caught.value.cause
-    assert "05_train_dpo" in caught.value.mend and "TRAIN_IF_MISSING" in caught.value.mend
+    assert "05_train_dpo" in caught.value.fix and "TRAIN_IF_MISSING" in caught.value.fix
 
 
-@pytest.mark.parametrize("missing", [*artifacts.ADAPTER_FILES, "training.json"])
+@pytest.mark.parametrize("missing", [*save.ADAPTER_FILES, "training.json"])
 def test_an_adapter_that_lacks_a_file_counts_as_none(run, missing):
     run.adapter.mkdir()
-    for name in {*artifacts.ADAPTER_FILES, "training.json"} - {missing}:
+    for name in {*save.ADAPTER_FILES, "training.json"} - {missing}:
         (run.adapter / name).write_text("{}")
     with pytest.raises(ArtifactError, match="no trained adapter"):
-        run.require_adapter()
+        save.require_adapter(run)
 
 
 def test_the_record_of_a_whole_adapter_is_given_back(run):
     run.adapter.mkdir()
-    for name in artifacts.ADAPTER_FILES:
+    for name in save.ADAPTER_FILES:
         (run.adapter / name).write_text("{}")
     record = {"config": {"beta": 0.1}, "base": {"name": "tiny"}, "history": {}}
     (run.adapter / "training.json").write_text(json.dumps(record))
-    assert run.require_adapter() == record
+    assert save.require_adapter(run) == record
 
 
 def test_an_adapter_of_other_data_or_another_cut_is_refused(run):
     record = {"config": run.config.identity()}
-    run.check_adapter(record, ["test: split 'test_prefs', 9 rows"])
+    save.check_adapter(run, record, ["test: split 'test_prefs', 9 rows"])
     with pytest.raises(ArtifactError, match="another DATA"):
-        run.check_adapter({"config": record["config"] | {"data": "other"}}, [])
+        save.check_adapter(run, {"config": record["config"] | {"data": "other"}}, [])
     other_seed = {"config": record["config"] | {"seed": 1}}
-    run.check_adapter(other_seed, ["test: split 'test_prefs', 9 rows"])
+    save.check_adapter(run, other_seed, ["test: split 'test_prefs', 9 rows"])
     with pytest.raises(ArtifactError, match="another SEED"):
-        run.check_adapter(other_seed, ["test: no such split, so 9 rows cut from train with seed 1"])
+        save.check_adapter(run, other_seed, ["test: no such split, so 9 rows cut from train with seed 1"])

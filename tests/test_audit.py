@@ -12,7 +12,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from test_data import GOOD, ROW_CASES, assistant, conversation, row_changes, system, user
 
-from dpo_tutorial import audit, data
+from dpo_tutorial.pairs import audit
 
 WIDE = 10_000  # tokens: nothing is too long
 TURN = "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + END }}{% endfor %}"
@@ -179,7 +179,7 @@ def test_the_order_of_the_rows_changes_neither_what_is_kept_nor_what_is_counted(
 def test_each_prompt_that_has_a_sound_row_keeps_one(tokenizer, rows):
     alone = [row for one in rows for row in prepared([one], tokenizer, 96)]
     kept = prepared(rows, tokenizer, 96)
-    assert {data.prompt_key(row["prompt"]) for row in alone} == {data.prompt_key(row["prompt"]) for row in kept}
+    assert {audit.prompt_key(row["prompt"]) for row in alone} == {audit.prompt_key(row["prompt"]) for row in kept}
     assert not as_text(kept) - as_text(alone), "a kept row is one that stands alone"
 
 

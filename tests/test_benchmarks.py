@@ -22,7 +22,9 @@ import trainings
 from conftest import pair
 from datasets import Dataset
 
-from dpo_tutorial import artifacts, config, models, train
+from dpo_tutorial import config, run_folder, settings
+from dpo_tutorial.loading import models
+from dpo_tutorial.training import train
 
 BENCHMARKS = (colab, effect, gpu, growth, memory_plan, reliability, training_speed)
 
@@ -275,7 +277,7 @@ def test_an_effect_is_measured(knobs, tmp_path):
 
 
 def test_a_saved_adapter_is_scored(knobs, cfg, tokenizer, pairs, tmp_path):
-    run = artifacts.Run(config.resolve(profile="cpu", artifacts=str(tmp_path)))
+    run = run_folder.Run(settings.resolve(profile="cpu", artifacts=str(tmp_path)))
     train.train(cfg, run, models.load_base(cfg), tokenizer, Dataset.from_list(list(pairs)), pairs)
     found = effect.score({"run": str(tmp_path), "knobs": knobs}, tmp_path)
     assert found["seed"] == cfg.seed and found["accuracy"]["n"] == found["report"]["kept"]
@@ -320,10 +322,10 @@ def test_a_checkpoint_is_measured(knobs, tmp_path):
 
 
 def test_a_fault_is_recorded_as_a_user_meets_it(tmp_path, monkeypatch):
-    said = f"raise SystemExit('ConfigError: {tmp_path}/pairs.csv is bad.\\n  Mend: Write another.')"
+    said = f"raise SystemExit('ConfigError: {tmp_path}/pairs.csv is bad.\\n  Fix: Write another.')"
     monkeypatch.setattr(reliability, "command", lambda word, **parameters: [sys.executable, "-c", said])
     found = reliability.fault(tmp_path, "run", {"DATA": tmp_path / "pairs.csv"})
-    says = "pairs.csv is bad.\n  Mend: Write another."
+    says = "pairs.csv is bad.\n  Fix: Write another."
     assert found == {"command": "run -p DATA pairs.csv", "exit code": 1, "says": says}
 
 

@@ -9,10 +9,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from dpo_tutorial import config, environment, models, train
+from dpo_tutorial import config, settings
+from dpo_tutorial.adapter import lora
 from dpo_tutorial.errors import ConfigError, SessionError
+from dpo_tutorial.loading import models
+from dpo_tutorial.machine import hardware, memory, session
+from dpo_tutorial.training import train
 
-HARDWARE = environment.hardware  # the real one: tests see a machine without a GPU
+HARDWARE = hardware.hardware  # the real one: tests see a machine without a GPU
 NO_GPU = {"cuda": False, "cpu_bf16": None, "cores": 2, "memory_gib": 24.0, "cpu": "x"}
 
 
@@ -22,26 +26,26 @@ def gpu(capability, memory):
 
 @pytest.fixture(autouse=True)
 def no_gpu(monkeypatch):
-    monkeypatch.setattr(environment, "hardware", lambda: dict(NO_GPU))
+    monkeypatch.setattr(hardware, "hardware", lambda: dict(NO_GPU))
 
 
 def test_a_parameter_beats_the_environment_which_beats_the_hardware(monkeypatch):
-    assert config.resolve().profile == "cpu"
+    assert settings.resolve().profile == "cpu"
     monkeypatch.setenv("DPO_TUTORIAL_PROFILE", "smoke")
-    assert config.resolve(profile="").profile == "smoke"
-    assert config.resolve(PROFILE="t4").profile == "t4"
+    assert settings.resolve(profile="").profile == "smoke"
+    assert settings.resolve(PROFILE="t4").profile == "t4"
 
 
 def test_every_choice_is_printed_with_its_reason(monkeypatch, capsys):
     monkeypatch.setenv("DPO_TUTORIAL_SEED", "7")
-    resolved = config.resolve()
+    resolved = settings.resolve()
     said = capsys.readouterr().out
     assert resolved.seed == 7
     assert "no CUDA device found" in said and "DPO_TUTORIAL_SEED" in said and "fp32" in said
 
 
 @pytest.mark.parametrize(
-    ("hardware", "profile", "dtype"),
+    ("facts", "profile", "dtype"),
     [
         (gpu([7, 5], 15.0), "t4", "fp16"),
         (gpu([8, 9], 22.0), "gpu24", "bf16"),
@@ -50,9 +54,9 @@ def test_every_choice_is_printed_with_its_reason(monkeypatch, capsys):
         (NO_GPU | {"cpu_bf16": "AVX512-BF16 and AMX-BF16"}, "cpu", "bf16"),
     ],
 )
-def test_profile_and_dtype_follow_the_hardware(monkeypatch, hardware, profile, dtype):
-    monkeypatch.setattr(environment, "hardware", lambda: hardware)
-    resolved = config.resolve()
+def test_profile_and_dtype_follow_the_hardware(monkeypatch, facts, profile, dtype):
+    monkeypatch.setattr(hardware, "hardware", lambda: facts)
+    resolved = settings.resolve()
     assert (resolved.profile, resolved.dtype) == (profile, dtype)
 
 
@@ -69,23 +73,23 @@ def test_profile_and_dtype_follow_the_hardware(monkeypatch, hardware, profile, d
 )  # fmt: skip
 def test_a_value_out_of_range_names_the_parameter_and_the_range(bad):
     with pytest.raises(ConfigError, match=next(iter(bad)).upper()):
-        config.resolve(**bad)
+        settings.resolve(**bad)
 
 
 def test_strings_from_papermill_become_the_right_types():
-    resolved = config.resolve(beta="0.3", max_train="12", gradient_checkpointing="true", lora_targets="q_proj,v_proj")
+    resolved = settings.resolve(beta="0.3", max_train="12", gradient_checkpointing="true", lora_targets="q_proj,v_proj")
     assert resolved.beta == 0.3 and resolved.max_train == 12 and resolved.gradient_checkpointing is True
     assert resolved.lora_targets == ("q_proj", "v_proj")
-    assert config.resolve(lora_targets=["q_proj"]).lora_targets == ("q_proj",)
+    assert settings.resolve(lora_targets=["q_proj"]).lora_targets == ("q_proj",)
 
 
 @pytest.mark.parametrize(("given", "strict"), [(None, False), ("", False), ("true", True), (True, True), ("0", False)])
 def test_strict_is_a_switch_that_is_off_unless_turned_on(given, strict):
-    assert config.resolve(strict=given).strict is strict
+    assert settings.resolve(strict=given).strict is strict
 
 
 def test_a_revision_is_read_after_the_at_sign_and_never_carried_to_another_model():
-    resolved = config.resolve(profile="t4", model="someone/model@abc123", data="someone/pairs")
+    resolved = settings.resolve(profile="t4", model="someone/model@abc123", data="someone/pairs")
     assert (resolved.model, resolved.model_revision) == ("someone/model", "abc123")
     assert (resolved.data, resolved.data_revision) == ("someone/pairs", None)
 
@@ -97,13 +101,13 @@ def test_hub_profiles_pin_model_and_data_to_a_commit():
 
 
 @pytest.mark.parametrize("profile", config.PROFILES)
-@pytest.mark.parametrize("dtype", environment.DTYPES)
+@pytest.mark.parametrize("dtype", hardware.DTYPES)
 def test_every_profile_builds_the_real_library_configs(profile, dtype, tmp_path):
-    resolved = config.resolve(profile=profile, dtype=dtype)
+    resolved = settings.resolve(profile=profile, dtype=dtype)
     arguments = train.dpo_config(resolved, tmp_path)
     assert arguments.beta == resolved.beta and arguments.loss_type == ["sigmoid"]
     assert (arguments.bf16, arguments.fp16) == (dtype == "bf16", dtype == "fp16")
-    assert models.lora_config(resolved).target_modules == set(config.LORA_TARGETS)
+    assert lora.lora_config(resolved).target_modules == set(config.LORA_TARGETS)
     assert models.quantization_config(resolved).bnb_4bit_quant_type == "nf4"
 
 
@@ -114,7 +118,7 @@ def test_seeds_repeat_python_numpy_and_torch():
     import torch
 
     def draw():
-        environment.seed_everything(3)
+        hardware.seed_everything(3)
         return random.random(), numpy.random.rand(), torch.rand(1).item()
 
     assert draw() == draw()
@@ -130,7 +134,7 @@ def pretend(monkeypatch, held, installed):
 def test_a_session_that_holds_what_pip_replaced_is_stopped(monkeypatch):
     pretend(monkeypatch, "18.1.0", "26.0.1")
     with pytest.raises(SessionError, match=r"pyarrow 26\.0\.1 \(this session still holds 18\.1\.0\)\.\n.*Restart"):
-        environment.check_session()
+        session.check_session()
 
 
 def test_it_is_stopped_where_it_imports_the_package_before_anything_else_can_fail():
@@ -142,7 +146,7 @@ def test_it_is_stopped_where_it_imports_the_package_before_anything_else_can_fai
 @pytest.mark.parametrize(("held", "there"), [("2.11.0+cu128", "2.11.0"), ("1.0", "1.0.0"), ("dev", "1.0"), (None, "1")])
 def test_a_session_whose_packages_are_those_on_the_disk_goes_on(monkeypatch, held, there):
     pretend(monkeypatch, held, there)
-    environment.check_session()
+    session.check_session()
 
 
 @pytest.mark.parametrize(
@@ -156,14 +160,14 @@ def test_a_session_whose_packages_are_those_on_the_disk_goes_on(monkeypatch, hel
 )
 def test_a_cpu_computes_in_bfloat16_if_it_has_instructions_for_it(monkeypatch, flags, dtype, reason):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: flags)
-    chosen, why = environment.pick_dtype({"cuda": False, "cpu_bf16": environment.cpu_bf16()})
+    chosen, why = hardware.pick_dtype({"cuda": False, "cpu_bf16": hardware.cpu_bf16()})
     assert chosen == dtype and reason in why
 
 
 def test_the_compute_type_is_not_timed_so_load_on_the_machine_cannot_change_it(monkeypatch):
     for clock in ("perf_counter", "perf_counter_ns", "monotonic", "process_time", "time"):
         monkeypatch.setattr(time, clock, lambda: pytest.fail("the clock was read"))
-    assert environment.pick_dtype(HARDWARE())[0] in environment.DTYPES
+    assert hardware.pick_dtype(HARDWARE())[0] in hardware.DTYPES
 
 
 @pytest.mark.parametrize(
@@ -171,13 +175,13 @@ def test_the_compute_type_is_not_timed_so_load_on_the_machine_cannot_change_it(m
     [("cuda", "2.0 GiB allocated by torch on the GPU, since the"), ("cpu", "2.0 GiB of main memory")],
 )
 def test_a_peak_says_of_what_it_is_one(device, words, monkeypatch):
-    monkeypatch.setattr(environment, "device", lambda: device)
-    monkeypatch.setattr(environment, "peak_memory_gib", lambda: 2.0)
-    assert environment.peak_memory_in_words().startswith(words)
+    monkeypatch.setattr(hardware, "device", lambda: device)
+    monkeypatch.setattr(memory, "peak_memory_gib", lambda: 2.0)
+    assert memory.peak_memory_in_words().startswith(words)
 
 
 def test_the_peak_of_child_processes_sees_a_large_one():
-    before = environment.children_peak_memory_gib()
+    before = memory.children_peak_memory_gib()
     size = int((before + 0.2) * 2**30)
     subprocess.run([sys.executable, "-c", f"b'x' * {size}"], check=True)
-    assert environment.children_peak_memory_gib() >= before + 0.19
+    assert memory.children_peak_memory_gib() >= before + 0.19

@@ -18,8 +18,8 @@ from datasets import Dataset, DatasetDict
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from dpo_tutorial import data, house_style
 from dpo_tutorial.errors import DataError
+from dpo_tutorial.pairs import audit, encoding, house_style, prepare, sources
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -72,11 +72,13 @@ def prepared(cfg, tokenizer, tmp_path):
     """Prepare the given splits, with the given changes of the config."""
     made = itertools.count()
 
-    def prepare(changes=None, **splits):
+    def prepared_from(changes=None, **splits):
         folder = source(tmp_path / f"source-{next(made)}", **splits)
-        return data.prepare(dataclasses.replace(cfg, data=folder, **({"max_tokens": 512} | (changes or {}))), tokenizer)
+        return prepare.prepare(
+            dataclasses.replace(cfg, data=folder, **({"max_tokens": 512} | (changes or {}))), tokenizer
+        )
 
-    return prepare
+    return prepared_from
 
 
 def questions(split):
@@ -92,8 +94,8 @@ def without(row, *columns):
 GOOD = pair(*TEXTS[0])
 ROW_CASES = {
     "missing column": [
-        *(without(GOOD, column) for column in data.COLUMNS),
-        *(GOOD | {column: None} for column in data.COLUMNS),
+        *(without(GOOD, column) for column in audit.COLUMNS),
+        *(GOOD | {column: None} for column in audit.COLUMNS),
         {},
     ],
     "wrong type": [
@@ -161,7 +163,7 @@ SET_CASES = {
     [pytest.param(r, row, id=f"{r}-{i}") for r, rows in ROW_CASES.items() for i, row in enumerate(rows)],
 )
 def test_a_broken_row_gets_its_reason(reason, row):
-    assert data.row_problem(row) == reason
+    assert audit.row_problem(row) == reason
 
 
 @pytest.mark.parametrize("reason", SET_CASES)
@@ -185,7 +187,7 @@ def test_a_row_that_clashes_with_the_set_gets_its_reason(prepared, reason):
     ],
 )
 def test_a_sound_row_has_no_problem(row):
-    assert data.row_problem(row) is None
+    assert audit.row_problem(row) is None
 
 
 _role = st.sampled_from(["user", "assistant", "system", "tool"]) | st.none() | st.integers()
@@ -214,11 +216,11 @@ row_changes = st.fixed_dictionaries(
 def test_any_row_is_sound_or_has_a_known_reason(base, changes):
     row = base | changes
     before = copy.deepcopy(row)
-    problem = data.row_problem(row)
-    assert problem is None or problem in data.REASONS
+    problem = audit.row_problem(row)
+    assert problem is None or problem in audit.REASONS
     assert repr(row) == repr(before)  # repr: NaN is not equal to itself
     if problem is None:  # then the row can be trained on
-        parts = data.extract(row)
+        parts = audit.extract(row)
         assert parts["prompt"] and parts["chosen"] != parts["rejected"]
         assert isinstance(parts["prompt_id"], str)
 
@@ -226,7 +228,7 @@ def test_any_row_is_sound_or_has_a_known_reason(base, changes):
 def test_extract_puts_every_turn_before_the_last_answer_into_the_prompt():
     turns = [system("Be brief."), user("a"), assistant("b"), user("c")]
     row = conversation([turn | {"name": None} for turn in turns], "good", "bad")  # `datasets` adds such keys
-    assert data.extract(row) == {
+    assert audit.extract(row) == {
         "prompt_id": "x",
         "prompt": turns,
         "chosen": [assistant("good")],
@@ -235,10 +237,10 @@ def test_extract_puts_every_turn_before_the_last_answer_into_the_prompt():
 
 
 def test_prompt_key_ignores_case_and_space_and_nothing_else():
-    key = data.prompt_key([user("How  do\nI Boil an egg? ")])
-    assert key == data.prompt_key([user("how do i boil an egg?")])
-    assert key != data.prompt_key([user("how do i boil an egg")])
-    assert key != data.prompt_key([system("how do i boil an egg?")])
+    key = audit.prompt_key([user("How  do\nI Boil an egg? ")])
+    assert key == audit.prompt_key([user("how do i boil an egg?")])
+    assert key != audit.prompt_key([user("how do i boil an egg")])
+    assert key != audit.prompt_key([system("how do i boil an egg?")])
 
 
 # --- tokens -------------------------------------------------------------------------------------------------------
@@ -254,7 +256,7 @@ PROMPTS = {
 @pytest.mark.parametrize("prompt", PROMPTS.values(), ids=PROMPTS)
 def test_encode_cuts_the_templated_conversation_at_the_start_of_the_answer(tokenizer, prompt):
     answer = [assistant("Put it into water.")]
-    before, after = data.encode(tokenizer, prompt, answer)
+    before, after = encoding.encode(tokenizer, prompt, answer)
     whole = tokenizer.apply_chat_template(prompt + answer, tokenize=True, return_dict=False)
     assert before + after == whole
     assert tokenizer.decode(before).endswith("<|im_start|>assistant\n")
@@ -273,7 +275,7 @@ def splits_of(**sizes):
 )
 def test_splits_are_found_by_each_usual_name(names):
     raw = splits_of(**dict(zip(names, (5, 4, 3), strict=True)))
-    found, said = data.choose_splits(raw, seed=1)
+    found, said = sources.choose_splits(raw, seed=1)
     for ours, name in zip(("train", "val", "test"), names, strict=True):
         assert found[ours]["prompt"] == raw[name]["prompt"]
         assert f"{ours}: split '{name}', {len(raw[name])} rows" in said
@@ -281,13 +283,13 @@ def test_splits_are_found_by_each_usual_name(names):
 
 
 def test_a_preference_split_wins_over_a_split_of_the_plain_name():
-    found, _ = data.choose_splits(splits_of(train=3, train_prefs=4, test=5, test_prefs=6, validation=2), seed=1)
+    found, _ = sources.choose_splits(splits_of(train=3, train_prefs=4, test=5, test_prefs=6, validation=2), seed=1)
     assert {name: len(split) for name, split in found.items()} == {"train": 4, "val": 2, "test": 6}
 
 
 def test_missing_splits_are_cut_from_train_and_said():
     raw = splits_of(train=100)
-    found, said = data.choose_splits(raw, seed=7)
+    found, said = sources.choose_splits(raw, seed=7)
     assert {name: len(split) for name, split in found.items()} == {"train": 81, "val": 10, "test": 9}
     assert sorted(itertools.chain(*(split["prompt"] for split in found.values()))) == sorted(raw["train"]["prompt"])
     assert [s for s in said if "cut from train with seed 7" in s and "9 rows" in s and s.startswith("test")]
@@ -296,7 +298,7 @@ def test_missing_splits_are_cut_from_train_and_said():
 
 def test_the_cut_depends_on_the_seed_alone():
     raw = splits_of(train=100)
-    first, again, other = (data.choose_splits(raw, seed=seed)[0] for seed in (1, 1, 2))
+    first, again, other = (sources.choose_splits(raw, seed=seed)[0] for seed in (1, 1, 2))
     for name in ("train", "val", "test"):
         assert first[name]["prompt"] == again[name]["prompt"]
         assert set(first[name]["prompt"]) != set(other[name]["prompt"])
@@ -306,7 +308,7 @@ def test_the_cut_depends_on_the_seed_alone():
 
 
 def load(cfg, path):
-    return data.load_preferences(dataclasses.replace(cfg, data=str(path)))
+    return sources.load_preferences(dataclasses.replace(cfg, data=str(path)))
 
 
 @pytest.mark.parametrize("kind", ["json", "parquet"])
@@ -315,7 +317,7 @@ def test_a_file_is_read_and_split(cfg, tmp_path, kind):
     getattr(Dataset.from_list(rows), f"to_{kind}")(path)
     found, _ = load(cfg, path)
     assert sorted(row["prompt"] for split in found.values() for row in split) == sorted(r["prompt"] for r in rows)
-    assert all(data.row_problem(row) is None for split in found.values() for row in split)
+    assert all(audit.row_problem(row) is None for split in found.values() for row in split)
 
 
 @pytest.mark.parametrize("with_readme", [True, False], ids=["with the card", "without the card"])
@@ -347,7 +349,7 @@ def test_a_folder_without_data_is_an_error_that_names_it(cfg, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="empty") as caught:
         load(cfg, tmp_path / "empty")
-    assert "data files" in caught.value.cause and "embedded" in caught.value.mend
+    assert "data files" in caught.value.cause and "embedded" in caught.value.fix
 
 
 def test_another_schema_is_an_error_that_lists_the_columns_found_and_needed(cfg, tmp_path):
@@ -356,7 +358,7 @@ def test_another_schema_is_an_error_that_lists_the_columns_found_and_needed(cfg,
         load(cfg, write_jsonl(tmp_path / "other.jsonl", rows))
     assert "no column prompt, rejected, score_chosen, score_rejected" in caught.value.cause
     assert "it has question, chosen, response" in caught.value.cause
-    assert all(column in caught.value.mend for column in data.COLUMNS)
+    assert all(column in caught.value.fix for column in audit.COLUMNS)
 
 
 def test_a_held_out_split_without_a_needed_column_is_an_error_that_names_the_split(prepared):
@@ -379,23 +381,23 @@ def test_a_table_of_plain_cells_is_an_error_that_lists_the_columns_found_and_nee
     with pytest.raises(DataError) as caught:
         load(cfg, tmp_path / name)
     assert name in caught.value.cause and columns in caught.value.cause
-    assert ".jsonl" in caught.value.mend and all(column in caught.value.mend for column in data.COLUMNS)
+    assert ".jsonl" in caught.value.fix and all(column in caught.value.fix for column in audit.COLUMNS)
 
 
 def test_a_folder_of_csv_files_is_an_error_that_lists_the_columns_found_and_needed(cfg, tmp_path, tokenizer):
     """With a column missing at once; with all of them when no row is left."""
-    header, row = ",".join(data.COLUMNS[1:]), "b,c,2,1"
+    header, row = ",".join(audit.COLUMNS[1:]), "b,c,2,1"
     for columns, cells, cause in (
-        (header, row, "no column prompt; it has " + ", ".join(data.COLUMNS[1:])),
-        ("prompt," + header, "a," + row, "4 wrong type. It has the columns " + ", ".join(data.COLUMNS)),
+        (header, row, "no column prompt; it has " + ", ".join(audit.COLUMNS[1:])),
+        ("prompt," + header, "a," + row, "4 wrong type. It has the columns " + ", ".join(audit.COLUMNS)),
     ):
         folder = tmp_path / str(len(columns))
         folder.mkdir()
         for name in ("train", "validation", "test"):
             (folder / f"{name}.csv").write_text("\n".join([columns, *[cells] * 4]))
         with pytest.raises(DataError) as caught:
-            data.prepare(dataclasses.replace(cfg, data=str(folder)), tokenizer)
-        assert cause in caught.value.cause and all(column in caught.value.mend for column in data.COLUMNS)
+            prepare.prepare(dataclasses.replace(cfg, data=str(folder)), tokenizer)
+        assert cause in caught.value.cause and all(column in caught.value.fix for column in audit.COLUMNS)
 
 
 def test_a_row_that_is_not_utf8_is_dropped_as_invalid_text_and_spares_the_others(cfg, tokenizer, tmp_path):
@@ -404,7 +406,7 @@ def test_a_row_that_is_not_utf8_is_dropped_as_invalid_text_and_spares_the_others
     odd = json.dumps(pair("caf#?", "yes", "no")).encode().replace(b"#", b"\xe9")
     with (tmp_path / "latin" / "train.jsonl").open("ab") as stream:
         stream.write(odd + b"\n")
-    report = data.prepare(dataclasses.replace(cfg, data=folder), tokenizer).report["train"]
+    report = prepare.prepare(dataclasses.replace(cfg, data=folder), tokenizer).report["train"]
     assert report["dropped"] == {"invalid text": 1} and report["examples"] == {"invalid text": ["row 4"]}
     assert report["kept"] == 4
 
@@ -414,7 +416,7 @@ def test_an_unknown_hub_id_without_a_network_is_an_error_that_names_it(cfg, monk
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(DataError, match="DATA=nobody/no-such-preferences could not be read") as caught:
         load(cfg, "nobody/no-such-preferences")
-    assert "DATA=embedded" in caught.value.mend
+    assert "DATA=embedded" in caught.value.fix
 
 
 @pytest.mark.parametrize(
@@ -520,32 +522,32 @@ def test_no_usable_row_is_an_error_that_names_the_split_and_the_counts(prepared)
 def test_all_rows_too_long_is_an_error_that_tells_to_raise_max_tokens(prepared):
     with pytest.raises(DataError, match=r"\(test\): 3 too long") as caught:
         prepared(dict(max_tokens=32), test=[pair(f"long {i}?", "word " * 100, "no") for i in range(3)])
-    assert "MAX_TOKENS" in caught.value.mend
+    assert "MAX_TOKENS" in caught.value.fix
 
 
 @pytest.mark.parametrize("side", ["chosen", "rejected"])
 def test_a_pair_of_max_tokens_is_kept_whole_and_one_token_less_drops_it(prepared, tokenizer, side):
     answers = dict(chosen="Short.", rejected="Brief.") | {side: "A long answer. " * 8}
     row = pair("Long?", answers["chosen"], answers["rejected"])
-    parts = data.extract(row)
-    length = sum(map(len, data.encode(tokenizer, parts["prompt"], parts[side])))
+    parts = audit.extract(row)
+    length = sum(map(len, encoding.encode(tokenizer, parts["prompt"], parts[side])))
     rows = [*numbered("train", 3), row]
     kept = prepared(dict(max_tokens=length), train=rows)
     mine = next(r for r in kept.splits["train"] if r["prompt"] == parts["prompt"])
     assert (mine["chosen"], mine["rejected"]) == (parts["chosen"], parts["rejected"])
-    assert max(data.token_lengths(kept.splits["train"])) == length
+    assert max(encoding.token_lengths(kept.splits["train"])) == length
     dropped = prepared(dict(max_tokens=length - 1), train=rows)
     assert dropped.report["train"]["dropped"] == {"too long": 1}
     assert "Long?" not in questions(dropped.splits["train"])
 
 
 @given(rows=st.lists(st.builds(lambda b, c: b | c, st.sampled_from([GOOD, {}]), row_changes), min_size=1, max_size=6))
-def test_any_file_is_accounted_for_or_an_error_with_cause_and_mend(cfg, tokenizer, tmp_path, rows):
+def test_any_file_is_accounted_for_or_an_error_with_cause_and_fix(cfg, tokenizer, tmp_path, rows):
     folder = source(tmp_path / "any", train=rows)
     try:
-        made = data.prepare(dataclasses.replace(cfg, data=folder), tokenizer)
+        made = prepare.prepare(dataclasses.replace(cfg, data=folder), tokenizer)
     except DataError as error:
-        assert error.cause and error.mend
+        assert error.cause and error.fix
     else:
         train = made.report["train"]
         assert train["rows"] == len(rows) == train["kept"] + sum(train["dropped"].values())
@@ -567,30 +569,30 @@ def test_strict_turns_a_dropped_row_into_an_error_with_counts_and_ids(prepared):
     with pytest.raises(DataError) as caught:
         prepared(dict(strict=True), train=[*numbered("train", 4), *tied], val=[*numbered("val", 3), tied[0]])
     assert "train: 4 tied scores (tied 0?, tied 1?, tied 2?)" in caught.value.cause
-    assert "val: 1 tied scores (tied 0?)" in caught.value.cause and "STRICT" in caught.value.mend
+    assert "val: 1 tied scores (tied 0?)" in caught.value.cause and "STRICT" in caught.value.fix
     assert prepared(dict(strict=True)).report["train"]["kept"] == 4
 
 
 def test_an_empty_split_is_an_error_that_says_so(cfg, tokenizer, monkeypatch):
     splits = splits_of(train=3, val=3, test=3)
     splits["val"] = splits["val"].select([])
-    monkeypatch.setattr(data, "load_preferences", lambda config: (splits, []))
+    monkeypatch.setattr(sources, "load_preferences", lambda config: (splits, []))
     with pytest.raises(DataError, match=r"\(val\): it has no row"):
-        data.prepare(cfg, tokenizer)
+        prepare.prepare(cfg, tokenizer)
 
 
 def test_a_template_that_spoils_every_row_is_an_error_that_shows_one_decoded(cfg, tokenizer):
     other = copy.deepcopy(tokenizer)
     other.chat_template = tokenizer.chat_template.replace("<|im_end|>", "<|im_end|><|im_end|>")
     with pytest.raises(DataError, match="98 template eos") as caught:
-        data.prepare(dataclasses.replace(cfg, max_tokens=512), other)
-    assert "<|im_end|><|im_end|>" in caught.value.cause and "EOS" in caught.value.mend
+        prepare.prepare(dataclasses.replace(cfg, max_tokens=512), other)
+    assert "<|im_end|><|im_end|>" in caught.value.cause and "EOS" in caught.value.fix
 
 
 def test_the_account_has_a_row_per_reason_and_two_more_per_split(prepared):
     tied = [pair(f"tied {i}?", "a", "b", score_chosen=3.0) for i in range(2)]
     made = prepared(dict(max_train=3), train=[*numbered("train", 4), *tied])
-    rows = data.report_rows(made.report)
+    rows = prepare.report_rows(made.report)
     assert [(r["what"], r["rows"], r["examples"]) for r in rows if r["split"] == "train"] == [
         ("dropped: tied scores", 2, ["tied 0?", "tied 1?"]),
         ("kept", 4, []),
@@ -602,18 +604,18 @@ def test_the_account_has_a_row_per_reason_and_two_more_per_split(prepared):
 # --- the repository's own pairs -----------------------------------------------------------------------------------
 
 EMBEDDED = {
-    name: [json.loads(line) for line in data.embedded_file(name).open(encoding="utf-8")]
+    name: [json.loads(line) for line in sources.embedded_file(name).open(encoding="utf-8")]
     for name in ("train_prefs", "val_prefs", "test_prefs")
 }
 ALL = [row for rows in EMBEDDED.values() for row in rows]
 
 
 def named(row):
-    return data.prompt_key(data.extract(row)["prompt"])
+    return audit.prompt_key(audit.extract(row)["prompt"])
 
 
 def test_every_embedded_row_is_usable():
-    assert Counter(data.row_problem(row) for row in ALL) == {None: len(ALL)}
+    assert Counter(audit.row_problem(row) for row in ALL) == {None: len(ALL)}
 
 
 def test_embedded_prompts_and_ids_are_unique_within_and_across_splits():
@@ -633,22 +635,22 @@ def test_no_two_embedded_prompts_are_nearly_the_same():
 
 def test_every_chosen_answer_of_the_embedded_set_keeps_the_rules_a_program_can_check():
     for split in EMBEDDED:
-        for line in data.embedded_file(split).read_text(encoding="utf-8").splitlines():
+        for line in sources.embedded_file(split).read_text(encoding="utf-8").splitlines():
             text = json.loads(line)["chosen"][-1]["content"]
             answer = {"text": text, "tokens": 1, "finished": True}
             assert [name for name, check in house_style.RULES.items() if not check(answer)] == [], text
 
 
 def test_each_dirty_row_gets_the_reason_it_was_made_for():
-    rows = data.dirty_rows()
-    assert [data.row_problem(row) for row in rows] == [row["expected"] for row in rows]
-    alone = set(data.REASONS) - {"prompt in test", "duplicate prompt", "too long"}
-    alone -= {reason for reason in data.REASONS if reason.startswith("template")}
+    rows = sources.dirty_rows()
+    assert [audit.row_problem(row) for row in rows] == [row["expected"] for row in rows]
+    alone = set(audit.REASONS) - {"prompt in test", "duplicate prompt", "too long"}
+    alone -= {reason for reason in audit.REASONS if reason.startswith("template")}
     assert {row["expected"] for row in rows} == alone | {None}
 
 
 #: Rows and SHA-256 of each prepared split, in order, with the tiny tokenizer. Recorded results depend on these rows: if
-#: one changes on purpose, raise `data.VERSION` and measure again.
+#: one changes on purpose, raise `store.VERSION` and measure again.
 PREPARED = {
     "train": (206, "1f08b391e1d17a42289d0c774f97ebc1a2b0581713b8545ce215749b082e9e82"),
     "val": (37, "a7a95ead479ad1bd56bbbe7901d4958292ae38a35f35b3c9b4efc751c262b968"),
@@ -659,7 +661,7 @@ PREPARED = {
 def test_the_prepared_embedded_splits_are_the_rows_that_results_were_recorded_on(cfg, tokenizer):
     changed = dataclasses.replace(cfg, max_tokens=256, max_train=400, max_val=60, max_test=120)
     found = {}
-    for name, split in data.prepare(changed, tokenizer).splits.items():
+    for name, split in prepare.prepare(changed, tokenizer).splits.items():
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in split)
         found[name] = (len(split), hashlib.sha256(text.encode()).hexdigest())
     assert found == PREPARED
@@ -701,9 +703,9 @@ def test_the_running_example_is_the_first_usable_test_row_with_its_token_counts(
         lines = "".join(json.dumps(row) + "\n" for row in part)
         (folder / f"{split}.jsonl").write_text(lines)
     cfg = dataclasses.replace(cfg, data=str(folder), data_revision=None)
-    found = data.running_example(cfg, tokenizer)
+    found = prepare.running_example(cfg, tokenizer)
     assert found["prompt_id"] == "Question 16?"
-    test = data.prepare(cfg, tokenizer).splits["test"]
+    test = prepare.prepare(cfg, tokenizer).splits["test"]
     assert found in [dict(row) for row in test]
 
 
@@ -711,4 +713,6 @@ def test_without_a_usable_test_row_the_running_example_is_an_error(cfg, tokenize
     bad = [pair(f"Bad {n}?", "same", "same") for n in range(24)]
     (tmp_path / "bad.jsonl").write_text("".join(json.dumps(row) + "\n" for row in bad))
     with pytest.raises(DataError, match=r"No usable pair is left.*: [23] chosen equals rejected"):
-        data.running_example(dataclasses.replace(cfg, data=str(tmp_path / "bad.jsonl"), data_revision=None), tokenizer)
+        prepare.running_example(
+            dataclasses.replace(cfg, data=str(tmp_path / "bad.jsonl"), data_revision=None), tokenizer
+        )

@@ -17,9 +17,13 @@ import huggingface_hub
 import pytest
 import torch
 
-from dpo_tutorial import cli, doctor, embedded, environment
+from dpo_tutorial.cli import main as cli
+from dpo_tutorial import settings
 from dpo_tutorial import config as configs
+from dpo_tutorial.cli import doctor
 from dpo_tutorial.config import Config
+from dpo_tutorial.loading import embedded
+from dpo_tutorial.machine import hardware, memory, paths, session
 
 ROOT = Path(__file__).parents[1]
 
@@ -29,10 +33,10 @@ def of_profile(name, **changes):
 
 
 def found(check, config, status):
-    """What the doctor prints of one check, which must have this status, and a mend unless ok."""
+    """What the doctor prints of one check, which must have this status, and a fix unless ok."""
     (finding,) = doctor.examine(config, [check])
-    assert finding.status == status and bool(finding.mend) == (status != "ok"), finding
-    return f"{finding.found}. {finding.mend}"
+    assert finding.status == status and bool(finding.fix) == (status != "ok"), finding
+    return f"{finding.found}. {finding.fix}"
 
 
 def raises(error):
@@ -65,8 +69,8 @@ def nothing_here(tmp_path, monkeypatch):
     ],
 )
 def test_packages_outside_their_ranges_fail_by_name(monkeypatch, package, version, status, words):
-    real = environment.versions
-    monkeypatch.setattr(environment, "versions", lambda names: real(names) | {package: version})
+    real = session.versions
+    monkeypatch.setattr(session, "versions", lambda names: real(names) | {package: version})
     assert words in found(doctor.packages, None, status)
 
 
@@ -85,7 +89,7 @@ def test_a_package_that_is_only_on_the_path_has_no_ranges_and_says_so(monkeypatc
 )
 def test_gpu(monkeypatch, profile, cuda, status, words):
     card = {"cuda": cuda, "gpu": "Tesla T4", "gpu_memory_gib": 14.6, "capability": [7, 5]}
-    monkeypatch.setattr(environment, "hardware", lambda: card)
+    monkeypatch.setattr(hardware, "hardware", lambda: card)
     assert words in found(doctor.gpu, of_profile(profile), status)
 
 
@@ -112,8 +116,8 @@ def test_a_broken_bitsandbytes_fails_with_its_words_or_its_error(monkeypatch, la
     ],
 )
 def test_memory(monkeypatch, profile, device, free, status):
-    monkeypatch.setattr(environment, "free_memory_gib", lambda: free)
-    monkeypatch.setattr(environment, "device", lambda: device)
+    monkeypatch.setattr(memory, "free_memory_gib", lambda: free)
+    monkeypatch.setattr(hardware, "device", lambda: device)
     found(doctor.free_memory, of_profile(profile), status)
 
 
@@ -212,12 +216,12 @@ def test_a_check_that_breaks_is_a_finding_and_the_others_go_on():
 
     first, second = doctor.examine(Config(), [broken, lambda config: "fine"])
     assert (first.name, first.status, second.status) == ("broken", "fail", "ok")
-    assert "stopped: by zero" in first.found and first.mend
+    assert "stopped: by zero" in first.found and first.fix
 
 
 def test_plain_text_has_neither_home_nor_secret(monkeypatch):
     monkeypatch.setattr(Path, "home", lambda: Path("/srv/alice"))
-    monkeypatch.setattr(environment, "project_root", lambda: Path("/srv/alice/dpo"))
+    monkeypatch.setattr(paths, "project_root", lambda: Path("/srv/alice/dpo"))
     monkeypatch.setenv("SOME_API_KEY", "sk-0123456789")
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
     shown = doctor.plain(
@@ -236,14 +240,14 @@ def test_no_output_shows_a_token(monkeypatch, nothing_here, capsys):
     assert "Bearer" in shown.out and "Secret" not in shown.out + shown.err
 
 
-def test_each_mend_is_below_its_line_the_last_sums_up_and_the_exit_code_follows(monkeypatch, capsys):
+def test_each_fix_is_below_its_line_the_last_sums_up_and_the_exit_code_follows(monkeypatch, capsys):
     findings = [doctor.Finding("gpu", "ok", "what"), doctor.Finding("disk", "warn", "what", "do this")]
     monkeypatch.setattr(doctor, "examine", lambda config: findings)
     assert cli.main(["doctor", "-p", "PROFILE", "cpu"]) == 0
     assert capsys.readouterr().out.splitlines()[-4:] == [
         "ok    gpu       what",
         "warn  disk      what",
-        "                mend: do this",
+        "                fix: do this",
         "ready (1 ok, 1 warn, 0 fail)",
     ]
     findings.append(doctor.Finding("model", "fail", "what", "do this"))
@@ -251,7 +255,7 @@ def test_each_mend_is_below_its_line_the_last_sums_up_and_the_exit_code_follows(
 
 
 def test_where_torch_cannot_be_loaded_the_packages_are_still_checked(monkeypatch, capsys):
-    monkeypatch.setattr(configs, "resolve", raises(ImportError("libcudart.so: cannot open shared object file")))
+    monkeypatch.setattr(settings, "resolve", raises(ImportError("libcudart.so: cannot open shared object file")))
     assert cli.main(["doctor"]) == 1
     shown = capsys.readouterr().out
     assert "packages" in shown and "libcudart" in shown
@@ -262,7 +266,7 @@ def test_where_torch_cannot_be_loaded_the_packages_are_still_checked(monkeypatch
 
 def test_the_command_imports_what_a_word_needs_only_when_it_is_called():
     code = (
-        "import sys; import dpo_tutorial.cli, dpo_tutorial.doctor; print({'torch', 'transformers'} & set(sys.modules))"
+        "import sys; import dpo_tutorial.cli.main, dpo_tutorial.cli.doctor; print({'torch', 'transformers'} & set(sys.modules))"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "set()"
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from dpo_tutorial import dpo
+from dpo_tutorial.training import dpo
 
 
 def test_log_probs_are_summed_over_the_answer_only():

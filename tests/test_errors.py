@@ -1,4 +1,4 @@
-"""Every error a user can meet, set off once: each with a cause that names what was found and a mend to act on."""
+"""Every error a user can meet, set off once: each with a cause that names what was found and a fix to act on."""
 
 import dataclasses
 import json
@@ -13,7 +13,14 @@ from datasets import DatasetDict
 from nbclient.exceptions import DeadKernelError
 from peft import get_peft_model
 
-from dpo_tutorial import artifacts, cli, config, data, embedded, environment, errors, models, run, train
+from dpo_tutorial.cli import main as cli
+from dpo_tutorial import errors, run_folder, settings
+from dpo_tutorial.adapter import lora
+from dpo_tutorial.cli import run
+from dpo_tutorial.loading import embedded, models
+from dpo_tutorial.machine import session
+from dpo_tutorial.pairs import encoding, prepare, sources, store
+from dpo_tutorial.training import save, train
 
 # --- what a user sees: each is set off once, names what was found, and says what to do ----
 
@@ -48,7 +55,7 @@ class Case:
         return written(self.tmp, rows)
 
     def adapter(self):
-        policy = get_peft_model(models.load_base(self.cfg), models.lora_config(self.cfg))
+        policy = get_peft_model(models.load_base(self.cfg), lora.lora_config(self.cfg))
         policy.peft_config["default"].base_model_name_or_path = self.model.name
         policy.save_pretrained(self.tmp / "its-adapter", save_embedding_layers=False)  # else it asks the hub
         return self.tmp / "its-adapter"
@@ -61,7 +68,7 @@ def without_eos(case):
 
 def replaced_by_pip(case):
     case.patch.setitem(sys.modules, "pyarrow", SimpleNamespace(__version__="18.1.0"))
-    environment.check_session()
+    session.check_session()
 
 
 def too_large_for_the_gpu(case):
@@ -101,24 +108,24 @@ def damaged_tokenizer(case):
 def adapter_cut_short(case):
     path = case.adapter() / "adapter_model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
-    models.load_policy(case.cfg, path.parent)
+    lora.load_policy(case.cfg, path.parent)
 
 
 def adapter_of_another_rank(case):
     path = case.adapter() / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"r": 8}))
-    models.load_policy(case.cfg, path.parent)
+    lora.load_policy(case.cfg, path.parent)
 
 
 def adapter_with_a_damaged_config(case):
     path = case.adapter() / "adapter_config.json"
     path.write_text("{")
-    models.load_policy(case.cfg, path.parent)
+    lora.load_policy(case.cfg, path.parent)
 
 
 def adapter_on_an_adapter(case):
-    policy = get_peft_model(models.load_base(case.cfg), models.lora_config(case.cfg))
-    models.check_lora_targets(policy, case.cfg)
+    policy = get_peft_model(models.load_base(case.cfg), lora.lora_config(case.cfg))
+    lora.check_lora_targets(policy, case.cfg)
 
 
 def adapter_cell_run_twice(case):
@@ -128,7 +135,7 @@ def adapter_cell_run_twice(case):
 
 
 def prepared_pairs(case):
-    return data.prepare(case.changed(data=case.rows(*SOUND)), case.tokenizer).splits["train"]
+    return prepare.prepare(case.changed(data=case.rows(*SOUND)), case.tokenizer).splits["train"]
 
 
 def gguf_without_a_template(case):
@@ -140,15 +147,15 @@ def gguf_without_a_template(case):
 
 
 def prepared_data_cut_short(case):
-    there = artifacts.Run(case.changed(data=case.rows(*SOUND)))
-    there.ensure_data(case.tokenizer)
-    (there.data_dir() / "train.jsonl").write_text("{")
-    there.ensure_data(case.tokenizer)
+    there = run_folder.Run(case.changed(data=case.rows(*SOUND)))
+    store.ensure_data(there, case.tokenizer)
+    (store.data_dir(there) / "train.jsonl").write_text("{")
+    store.ensure_data(there, case.tokenizer)
 
 
 def a_folder_that_cannot_be_written(case):
     (case.tmp / "file").write_text("")
-    artifacts.Run(case.changed(artifacts=str(case.tmp / "file")))
+    run_folder.Run(case.changed(artifacts=str(case.tmp / "file")))
 
 
 def a_kernel_that_dies(case):
@@ -162,31 +169,31 @@ def a_kernel_that_dies(case):
 def a_template_that_refuses(case):
     case.tokenizer = models.AutoTokenizer.from_pretrained(str(case.model))
     case.tokenizer.chat_template = "{{ raise_exception('no system turn') }}"
-    data.encode(case.tokenizer, [{"role": "user", "content": "hi"}], [{"role": "assistant", "content": "ho"}])
+    encoding.encode(case.tokenizer, [{"role": "user", "content": "hi"}], [{"role": "assistant", "content": "ho"}])
 
 
 def another_cut(case):
-    there = artifacts.Run(case.cfg)
-    there.check_adapter({"config": there.config.identity() | {"data": "other"}}, [])
+    there = run_folder.Run(case.cfg)
+    save.check_adapter(there, {"config": there.config.identity() | {"data": "other"}}, [])
 
 
 def no_adapter_to_judge(case):
-    artifacts.read_training_record(case.tmp / "nowhere")
+    save.read_training_record(case.tmp / "nowhere")
 
 
 def a_training_record_of_something_else(case):
     folder = case.adapter()
     (folder / "training.json").write_text("{}")
-    artifacts.read_training_record(folder)
+    save.read_training_record(folder)
 
 
-#: (set off by, its class, what the cause names, what the mend names)
+#: (set off by, its class, what the cause names, what the fix names)
 SEEN = [
-    (lambda c: config.resolve(profile="tpu"), errors.ConfigError, "'tpu'", "smoke, cpu, t4"),
-    (lambda c: config.resolve(bta=1), errors.ConfigError, "BTA", "BETA"),
-    (lambda c: config.resolve(beta="high"), errors.ConfigError, "BETA='high'", "float"),
-    (lambda c: config.resolve(beta=0), errors.ConfigError, "BETA=0.0", "BETA"),
-    (lambda c: config.resolve(loss_type="kto"), errors.ConfigError, "LOSS_TYPE='kto'", "sigmoid, ipo"),
+    (lambda c: settings.resolve(profile="tpu"), errors.ConfigError, "'tpu'", "smoke, cpu, t4"),
+    (lambda c: settings.resolve(bta=1), errors.ConfigError, "BTA", "BETA"),
+    (lambda c: settings.resolve(beta="high"), errors.ConfigError, "BETA='high'", "float"),
+    (lambda c: settings.resolve(beta=0), errors.ConfigError, "BETA=0.0", "BETA"),
+    (lambda c: settings.resolve(loss_type="kto"), errors.ConfigError, "LOSS_TYPE='kto'", "sigmoid, ipo"),
     (replaced_by_pip, errors.SessionError, "this session still holds 18.1.0", "Restart"),
     (lambda c: models.source(c.changed(model=str(c.tmp))), errors.ModelFetchError, "config.json", "MODEL"),
     (
@@ -204,7 +211,7 @@ SEEN = [
     (of_other_shapes, errors.ModelUnsuitableError, "its-checkpoint could not be loaded", "whole checkpoint"),
     (adapter_on_an_adapter, errors.ModelUnsuitableError, "already carries an adapter", "models.load_base"),
     (adapter_cell_run_twice, errors.ModelUnsuitableError, "already carries an adapter", "policy.unload()"),
-    (lambda c: models.load_policy(c.cfg, c.tmp), errors.ArtifactError, "no adapter", "05_train_dpo"),
+    (lambda c: lora.load_policy(c.cfg, c.tmp), errors.ArtifactError, "no adapter", "05_train_dpo"),
     (adapter_cut_short, errors.ArtifactError, "its-adapter could not be read", "ADAPTER"),
     (adapter_of_another_rank, errors.ArtifactError, "its-adapter could not be read", "05_train_dpo"),
     (adapter_with_a_damaged_config, errors.ArtifactError, "its-adapter could not be read", "05_train_dpo"),
@@ -213,35 +220,35 @@ SEEN = [
     (another_cut, errors.ArtifactError, "another DATA", "training.json"),
     (prepared_data_cut_short, errors.ArtifactError, "train.jsonl", "Delete"),
     (a_folder_that_cannot_be_written, errors.ArtifactError, "file/cpu", "ARTIFACTS"),
-    (lambda c: artifacts.Run(c.cfg).read_json("votes.json"), errors.ArtifactError, "votes.json", "notebook"),
+    (lambda c: run_folder.Run(c.cfg).read_json("votes.json"), errors.ArtifactError, "votes.json", "notebook"),
     (gguf_without_a_template, errors.ModelCorruptError, "no chat template", embedded.REQUIREMENT),
-    (lambda c: data.load_preferences(c.changed(data="none.jsonl")), errors.DataError, "none.jsonl", "existing file"),
+    (lambda c: sources.load_preferences(c.changed(data="none.jsonl")), errors.DataError, "none.jsonl", "existing file"),
     (a_template_that_refuses, errors.DataError, "no system turn", "template"),
     (
-        lambda c: data.load_preferences(c.changed(data=c.rows({"question": 1}))),
+        lambda c: sources.load_preferences(c.changed(data=c.rows({"question": 1}))),
         errors.DataError, "it has question", "score_chosen",
     ),
     (
-        lambda c: data.load_preferences(c.changed(data=c.rows(*[pair(*t) for t in TEXTS]))),
+        lambda c: sources.load_preferences(c.changed(data=c.rows(*[pair(*t) for t in TEXTS]))),
         errors.DataError, "4 rows are too few", "12 rows",
     ),
-    (lambda c: data.choose_splits(DatasetDict(), 0), errors.DataError, "No training split", "train_prefs"),
+    (lambda c: sources.choose_splits(DatasetDict(), 0), errors.DataError, "No training split", "train_prefs"),
     (a_kernel_that_dies, errors.NotebookError, "05_train_dpo.ipynb", "MAX_TOKENS"),
     (lambda c: run.notebooks(c.tmp), errors.ArtifactError, "No numbered notebook", "checkout"),
-    (lambda c: config.named([("BTA", "1")]), errors.ConfigError, "BTA", "BETA"),
+    (lambda c: settings.named([("BTA", "1")]), errors.ConfigError, "BTA", "BETA"),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("act", "kind", "cause", "mend"), SEEN, ids=[f"{s[0].__name__}: {s[2]}" for s in SEEN])
-def test_the_cause_names_what_was_found_and_the_mend_what_to_do(
-    act, kind, cause, mend, cfg, tokenizer, tiny_folder, tmp_path, monkeypatch
+@pytest.mark.parametrize(("act", "kind", "cause", "fix"), SEEN, ids=[f"{s[0].__name__}: {s[2]}" for s in SEEN])
+def test_the_cause_names_what_was_found_and_the_fix_what_to_do(
+    act, kind, cause, fix, cfg, tokenizer, tiny_folder, tmp_path, monkeypatch
 ):
     with pytest.raises(kind) as caught:
         act(Case(cfg, tokenizer, tiny_folder, tmp_path, monkeypatch))
     error = caught.value
-    assert type(error) is kind and cause in error.cause and mend in error.mend
-    assert error.mend[0].isupper() and error.mend.rstrip().endswith((".", "?"))
-    assert str(error) == f"{error.cause}\n  Mend: {error.mend}"
+    assert type(error) is kind and cause in error.cause and fix in error.fix
+    assert error.fix[0].isupper() and error.fix.rstrip().endswith((".", "?"))
+    assert str(error) == f"{error.cause}\n  Fix: {error.fix}"
 
 
 # --- commands and notebooks ----
@@ -251,22 +258,22 @@ def test_a_notebook_shows_the_message_alone():
     code = "from dpo_tutorial.errors import ConfigError as E; raise E('This is wrong.', 'Do that.')"
     done = subprocess.run([sys.executable, "-m", "IPython", "-c", code], capture_output=True, text=True)
     said = done.stdout + done.stderr
-    assert "ConfigError: This is wrong.\n  Mend: Do that." in said and "Traceback" not in said
+    assert "ConfigError: This is wrong.\n  Fix: Do that." in said and "Traceback" not in said
     assert done.returncode == 1
 
 
 @pytest.mark.parametrize("word", ["train", "run"])
-def test_a_command_says_cause_and_mend_and_exits_with_1(word, capsys):
+def test_a_command_says_cause_and_fix_and_exits_with_1(word, capsys):
     assert cli.main([word, "-p", "BTA", "1"]) == 1
     said = capsys.readouterr().err
-    assert "ConfigError: Unknown parameter BTA." in said and "Mend: " in said and "Traceback" not in said
+    assert "ConfigError: Unknown parameter BTA." in said and "Fix: " in said and "Traceback" not in said
 
 
 def test_training_exits_with_0_when_the_adapter_is_there(cfg, tmp_path):
     rows = written(tmp_path, SOUND)
     given = {"PROFILE": "smoke", "MODEL": cfg.model, "DATA": rows, "ARTIFACTS": str(tmp_path), "MAX_TOKENS": "128"}
     assert cli.main(["train", *(word for item in given.items() for word in ("-p", *item))]) == 0
-    assert artifacts.read_training_record(tmp_path / "smoke" / "adapter")
+    assert save.read_training_record(tmp_path / "smoke" / "adapter")
 
 
 @pytest.mark.end_to_end

@@ -10,14 +10,20 @@ from conftest import TEXTS, pair, tiny_config
 from datasets import Dataset
 from peft import get_peft_model
 
-from dpo_tutorial import artifacts, cli, evaluate, house_style, models, statistics, train
+from dpo_tutorial.cli import main as cli
+from dpo_tutorial import run_folder
+from dpo_tutorial.adapter import lora
+from dpo_tutorial.comparing import compare, generation, stats
+from dpo_tutorial.loading import models
+from dpo_tutorial.pairs import house_style, store
+from dpo_tutorial.training import scoring, train
 
 
 @pytest.fixture(scope="module")
 def policy(tiny_folder, tmp_path_factory):
     cfg = tiny_config(tiny_folder, tmp_path_factory.mktemp("policy"))
     torch.manual_seed(1)
-    model = get_peft_model(models.load_base(cfg), models.lora_config(cfg))
+    model = get_peft_model(models.load_base(cfg), lora.lora_config(cfg))
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)
@@ -25,8 +31,8 @@ def policy(tiny_folder, tmp_path_factory):
 
 
 def test_scores_do_not_depend_on_the_batch(cfg, policy, tokenizer, pairs):
-    together = evaluate.score_pairs(cfg, policy, tokenizer, pairs)
-    alone = [evaluate.score_pairs(cfg, policy, tokenizer, pairs.select([i]))[0] for i in range(len(pairs))]
+    together = scoring.score_pairs(cfg, policy, tokenizer, pairs)
+    alone = [scoring.score_pairs(cfg, policy, tokenizer, pairs.select([i]))[0] for i in range(len(pairs))]
     for a, b in zip(together, alone, strict=True):
         assert a["prompt_id"] == b["prompt_id"]
         assert a["margin"] == pytest.approx(b["margin"], abs=1e-4)
@@ -34,7 +40,7 @@ def test_scores_do_not_depend_on_the_batch(cfg, policy, tokenizer, pairs):
 
 
 def test_collate_pads_right_and_masks_prompt_and_padding():
-    batch = evaluate.collate([([5, 6], [7]), ([5], [8, 9, 9])], pad_id=0)
+    batch = scoring.collate([([5, 6], [7]), ([5], [8, 9, 9])], pad_id=0)
     assert batch["input_ids"].tolist() == [[5, 6, 7, 0], [5, 8, 9, 9]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1, 0], [1, 1, 1, 1]]
     assert batch["completion_mask"].tolist() == [[0, 0, 1, 0], [0, 1, 1, 1]]
@@ -42,15 +48,15 @@ def test_collate_pads_right_and_masks_prompt_and_padding():
 
 def test_answers_come_back_in_order_whatever_the_batching(cfg, policy, tokenizer, pairs):
     prompts = pairs["prompt"]
-    together = evaluate.generate(cfg, policy, tokenizer, prompts)
-    alone = [evaluate.generate(cfg, policy, tokenizer, [p])[0] for p in prompts]
+    together = generation.generate(cfg, policy, tokenizer, prompts)
+    alone = [generation.generate(cfg, policy, tokenizer, [p])[0] for p in prompts]
     assert together == alone
     assert all(a["tokens"] <= cfg.max_new_tokens for a in together)
     assert tokenizer.padding_side == "right", "generate puts the padding side back"
 
 
 def test_an_answer_that_hits_the_limit_is_not_finished(cfg, policy, tokenizer, pairs):
-    answers = evaluate.generate(cfg, policy, tokenizer, pairs["prompt"], max_new_tokens=1)
+    answers = generation.generate(cfg, policy, tokenizer, pairs["prompt"], max_new_tokens=1)
     assert all(a["tokens"] == (0 if a["finished"] else 1) for a in answers)
 
 
@@ -65,17 +71,17 @@ def test_the_estimate_meets_the_exact_kl_of_one_token_answers(cfg, policy, token
         with policy.disable_adapter():
             q = policy(input_ids=ids).logits[0, -1].log_softmax(-1)
     exact = (p.exp() * (p - q)).sum().item()
-    found = evaluate.kl_from_reference(cfg, policy, tokenizer, [prompt] * 200, max_new_tokens=1)["per_answer"]
+    found = generation.kl_from_reference(cfg, policy, tokenizer, [prompt] * 200, max_new_tokens=1)["per_answer"]
     assert exact > 0.05 and found["n"] == 200
     assert abs(found["mean"] - exact) < 4 * found["standard_error"] < exact
 
 
 def test_kl_per_answer_and_per_token_are_the_means_worked_by_hand(cfg, policy, tokenizer, pairs, monkeypatch):
-    monkeypatch.setattr(evaluate, "_answer_ids", lambda *a, **k: [[5] * 10, [5] * 30])
+    monkeypatch.setattr(generation, "_answer_ids", lambda *a, **k: [[5] * 10, [5] * 30])
     policy_logps = [torch.full((10,), -0.8), torch.full((30,), -2 / 3)]  # sums -8 and -20
     base_logps = [torch.full((10,), -1.0), torch.full((30,), -28 / 30)]  # sums -10 and -28
-    monkeypatch.setattr(evaluate, "_log_probs", lambda *a: (policy_logps, base_logps))
-    kl = evaluate.kl_from_reference(cfg, policy, tokenizer, pairs["prompt"][:2])
+    monkeypatch.setattr(scoring, "_log_probs", lambda *a: (policy_logps, base_logps))
+    kl = generation.kl_from_reference(cfg, policy, tokenizer, pairs["prompt"][:2])
     # log-ratios 2 and 8: mean 5, standard error 3; 10 nats over 40 tokens; residuals (2 - 2.5)/20 and (8 - 7.5)/20
     assert (kl["per_answer"]["mean"], kl["per_answer"]["standard_error"]) == pytest.approx((5.0, 3.0), abs=1e-5)
     assert (kl["per_token"]["mean"], kl["per_token"]["standard_error"]) == pytest.approx((0.25, 0.025), abs=1e-5)
@@ -85,8 +91,8 @@ def test_kl_per_answer_and_per_token_are_the_means_worked_by_hand(cfg, policy, t
 def test_the_draw_for_the_kl_follows_the_seed_and_leaves_the_generator_alone(cfg, policy, tokenizer, pairs):
     torch.manual_seed(5)
     state = torch.get_rng_state()
-    first, second = (evaluate.kl_from_reference(cfg, policy, tokenizer, pairs["prompt"]) for _ in range(2))
-    other = evaluate.kl_from_reference(dataclasses.replace(cfg, seed=1), policy, tokenizer, pairs["prompt"])
+    first, second = (generation.kl_from_reference(cfg, policy, tokenizer, pairs["prompt"]) for _ in range(2))
+    other = generation.kl_from_reference(dataclasses.replace(cfg, seed=1), policy, tokenizer, pairs["prompt"])
     assert first == second != other
     assert torch.equal(state, torch.get_rng_state())
 
@@ -111,7 +117,7 @@ def test_house_style_rules_find_what_they_name(text, broken):
 
 
 def test_token_rewards_add_up_to_the_reward_of_the_answer(cfg, policy, tokenizer, pairs):
-    for record in evaluate.score_pairs(cfg, policy, tokenizer, pairs):
+    for record in scoring.score_pairs(cfg, policy, tokenizer, pairs):
         for side in ("chosen", "rejected"):
             tokens = record[f"{side}_token_rewards"]
             assert len(tokens) == record[f"{side}_tokens"]
@@ -124,8 +130,8 @@ def test_token_rewards_add_up_to_the_reward_of_the_answer(cfg, policy, tokenizer
 
 def test_the_tokens_of_a_heat_map_are_the_answer_and_its_rewards(cfg, policy, tokenizer, pairs):
     pair = pairs[0] | {"chosen": [{"role": "assistant", "content": "Put it in, 7 min. 🥚é"}]}
-    record = evaluate.score_pairs(cfg, policy, tokenizer, Dataset.from_list([pair]))[0]
-    shown = evaluate.token_rewards(tokenizer, pair, record)
+    record = scoring.score_pairs(cfg, policy, tokenizer, Dataset.from_list([pair]))[0]
+    shown = scoring.token_rewards(tokenizer, pair, record)
     text = "".join(text for text, _ in shown["chosen"])
     assert text.startswith("Put it in, 7 min. 🥚é<|im_end|>") and "\ufffd" not in text
     assert sum(reward for _, reward in shown["chosen"]) == pytest.approx(shown["reward_chosen"], abs=1e-4)
@@ -133,8 +139,8 @@ def test_the_tokens_of_a_heat_map_are_the_answer_and_its_rewards(cfg, policy, to
 
 
 def test_a_policy_equal_to_its_reference_has_zero_everywhere(cfg, tokenizer, pairs):
-    model = get_peft_model(models.load_base(cfg), models.lora_config(cfg))
-    records, comparison = evaluate.compare(cfg, model, tokenizer, {"train": pairs, "test": pairs}, 0.1)
+    model = get_peft_model(models.load_base(cfg), lora.lora_config(cfg))
+    records, comparison = compare.compare(cfg, model, tokenizer, {"train": pairs, "test": pairs}, 0.1)
     assert comparison["held_out"]["after"]["accuracy"]["rate"] == 0.5
     assert comparison["held_out"]["after"]["ties"] == len(pairs)
     kl = comparison["kl"]["inside"]
@@ -149,8 +155,8 @@ def test_a_policy_equal_to_its_reference_has_zero_everywhere(cfg, tokenizer, pai
 
 
 def test_in_fp32_padding_moves_a_margin_by_rounding_alone(cfg, policy, tokenizer, pairs):
-    records = evaluate.score_pairs(cfg, policy, tokenizer, pairs)
-    noise = evaluate.noise_floor(cfg, policy, tokenizer, pairs, records)
+    records = scoring.score_pairs(cfg, policy, tokenizer, pairs)
+    noise = scoring.noise_floor(cfg, policy, tokenizer, pairs, records)
     assert noise["spread"] < 1e-5 and noise["pairs"] == len(pairs) and noise["dtype"] == "fp32"
 
 
@@ -162,15 +168,15 @@ def test_the_noise_floor_is_the_spread_between_two_scorings(cfg, policy, tokeniz
         seen["padding"] = padding
         return [{"margin": r["margin"] + shift} for r, shift in zip(records, (0.3, -0.1, 0.1, -0.3), strict=True)]
 
-    monkeypatch.setattr(evaluate, "score_pairs", again)
-    noise = evaluate.noise_floor(cfg, policy, tokenizer, pairs, records)
+    monkeypatch.setattr(scoring, "score_pairs", again)
+    noise = scoring.noise_floor(cfg, policy, tokenizer, pairs, records)
     assert seen["padding"] > 0
     assert noise["spread"] == pytest.approx(0.05**0.5)  # sqrt of mean (0.09, 0.01, 0.01, 0.09)
     assert noise["floor"] == pytest.approx(1.96 * 0.05**0.5) and noise["within"] == 2
 
 
 def test_padding_adds_columns_that_are_masked_out():
-    batch = evaluate.collate([([5, 6], [7])], pad_id=0, padding=2)
+    batch = scoring.collate([([5, 6], [7])], pad_id=0, padding=2)
     assert batch["input_ids"].tolist() == [[5, 6, 7, 0, 0]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1, 0, 0]] and batch["completion_mask"].sum() == 1
 
@@ -186,8 +192,8 @@ def trained(tiny_folder, tokenizer, tmp_path_factory):
     path = folder / "rows.jsonl"
     path.write_text("\n".join(json.dumps(row) for row in rows))
     changed = dataclasses.replace(tiny_config(tiny_folder, folder), data=str(path), compare_prompts=2)
-    run = artifacts.Run(changed)
-    splits = run.ensure_data(tokenizer).splits
+    run = run_folder.Run(changed)
+    splits = store.ensure_data(run, tokenizer).splits
     train.train(changed, run, models.load_base(changed), tokenizer, splits["train"], splits["val"])
     return run
 
@@ -197,7 +203,7 @@ def test_the_command_writes_the_report_of_an_adapter_from_its_folder_alone(train
     assert cli.main(["compare", "--adapter", str(trained.adapter), "--out", str(out)]) == 0
     comparison = json.loads((out / "comparison.json").read_text())
     records = json.loads((out / "records.json").read_text())
-    assert comparison["held_out"]["after"] == statistics.summarise(records)
+    assert comparison["held_out"]["after"] == stats.summarise(records)
     assert comparison["held_out"]["after"]["accuracy"]["n"] == len(records) >= 2
     assert comparison["adapter"]["config"]["data"].endswith("rows.jsonl") and comparison["versions"]["trl"]
     assert "tells chosen" in capsys.readouterr().out or comparison["verdict"][0].startswith("No effect")
@@ -210,7 +216,7 @@ def test_of_the_settings_of_the_training_what_is_given_now_and_the_environment_c
     trained, tmp_path, monkeypatch
 ):
     seen = []
-    monkeypatch.setattr(evaluate.models, "load_tokenizer", lambda config: seen.append(config) or 1 / 0)
+    monkeypatch.setattr(compare.models, "load_tokenizer", lambda config: seen.append(config) or 1 / 0)
     monkeypatch.setenv("DPO_TUTORIAL_MAX_NEW_TOKENS", "5")
     monkeypatch.setenv("DPO_TUTORIAL_COMPARE_PROMPTS", "7")
     with pytest.raises(ZeroDivisionError):
@@ -242,8 +248,8 @@ def test_the_command_judges_an_adapter_on_other_data(trained, tmp_path, capsys):
         (["--adapter", "ADAPTER", "-p", "BTA", "0.2"], "Unknown parameter BTA"),
     ],
 )
-def test_the_command_names_cause_and_mend(options, words, trained, tmp_path, capsys):
+def test_the_command_names_cause_and_fix(options, words, trained, tmp_path, capsys):
     options = [str(trained.adapter) if o == "ADAPTER" else o for o in options]
     assert cli.main(["compare", *options, "--out", str(tmp_path / "out")]) == 1
     said = capsys.readouterr().err
-    assert words in said and "Mend:" in said
+    assert words in said and "Fix:" in said

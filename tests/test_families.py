@@ -12,7 +12,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, set_
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from trl import DPOConfig, DPOTrainer
 
-from dpo_tutorial import faster, prefix
+from dpo_tutorial.training import faster, prefix
 
 #: (changes to the family's tiny config, whether prefixes are shared)
 KNOWN = {

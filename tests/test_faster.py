@@ -15,7 +15,9 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig, DPOTrainer
 
-from dpo_tutorial import data, faster, models, train
+from dpo_tutorial.loading import models
+from dpo_tutorial.pairs import encoding
+from dpo_tutorial.training import faster, train
 
 
 def built(kind, folder: str, **kwargs):
@@ -88,7 +90,7 @@ def test_patches_last_as_long_as_the_call_and_are_undone_where_it_fails(tiny_fol
 
 def test_a_column_of_lengths_is_added_and_one_that_is_there_stays(tiny_folder, cfg, tokenizer, pairs, tmp_path):
     trainer = train.build_trainer(cfg, models.load_base(cfg), tokenizer, pairs, pairs, tmp_path)
-    assert trainer.train_dataset["length"] == trainer.eval_dataset["length"] == data.token_lengths(pairs)
+    assert trainer.train_dataset["length"] == trainer.eval_dataset["length"] == encoding.token_lengths(pairs)
     given = pairs.add_column("length", [1, 2, 3, 4])
     trainer = train.build_trainer(cfg, models.load_base(cfg), tokenizer, given, None, tmp_path)
     assert trainer.train_dataset["length"][:] == [1, 2, 3, 4]

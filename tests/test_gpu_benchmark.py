@@ -12,7 +12,7 @@ import pytest
 from conftest import pair
 from harness import Record
 
-from dpo_tutorial import models
+from dpo_tutorial.loading import models
 
 
 @pytest.fixture

@@ -9,8 +9,9 @@ from html.parser import HTMLParser
 import pytest
 from statsmodels.stats.proportion import proportion_confint
 
-from dpo_tutorial import judge, show
-from dpo_tutorial.judge import TIE
+from dpo_tutorial import show
+from dpo_tutorial.comparing import vote
+from dpo_tutorial.comparing.vote import TIE
 
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)>"
 
@@ -70,7 +71,7 @@ def everything(ballot, vote="No difference"):
 
 
 def test_the_order_of_prompts_and_answers_follows_the_seed_and_the_limit():
-    first, again, other = (everything(judge.BlindVote(MANY, BEFORE, AFTER, seed)) for seed in (1, 1, 2))
+    first, again, other = (everything(vote.BlindVote(MANY, BEFORE, AFTER, seed)) for seed in (1, 1, 2))
     assert first == again != other and len(first) == 10
     assert [p for p, _, _ in first] != [p for p, _, _ in other]
     assert {a.split()[0] for _, a, _ in first} == {"first", "other"}, "A is now the base, now the policy"
@@ -87,7 +88,7 @@ def test_votes_give_the_result_worked_by_hand():
         policy = "A" if a.startswith("other") else "B"
         return f"{policy if prompt != 'question 3' else 'AB'.replace(policy, '')} is better"
 
-    ballot = judge.BlindVote(MANY, BEFORE, AFTER, seed=3, limit=12)
+    ballot = vote.BlindVote(MANY, BEFORE, AFTER, seed=3, limit=12)
     assert ballot.result() is None
     seen = everything(ballot, choose)
     found = ballot.result()
@@ -105,13 +106,13 @@ def test_votes_give_the_result_worked_by_hand():
 
 
 def test_a_vote_without_a_decision_has_no_position_bias():
-    ballot = judge.BlindVote(MANY, BEFORE, AFTER, 0, limit=2)
+    ballot = vote.BlindVote(MANY, BEFORE, AFTER, 0, limit=2)
     everything(ballot)
     assert ballot.result()["position_bias"] is None and ballot.result()["win_rate"]["rate"] == 0.5
 
 
 def test_progress_is_counted_and_undo_takes_back_the_last_vote_only_while_it_is_blind():
-    ballot = judge.BlindVote(MANY, BEFORE, AFTER, seed=5, limit=3)
+    ballot = vote.BlindVote(MANY, BEFORE, AFTER, seed=5, limit=3)
     start = shown(ballot)
     press(ballot, "Undo")
     assert shown(ballot) == start and "1 of 3" in pages(ballot)[0] and ballot.result() is None
@@ -133,7 +134,7 @@ def test_nothing_on_the_page_tells_base_from_policy():
     """Swap the models and the page is the same, up to which of the two texts is A."""
 
     def state(before, after):
-        ballot = judge.BlindVote(MANY[:1], before, after, seed=0)
+        ballot = vote.BlindVote(MANY[:1], before, after, seed=0)
         values = [
             {k: v for k, v in w.get_state().items() if not isinstance(v, (list, tuple)) and "IPY_MODEL" not in str(v)}
             for w in tree(ballot.widget)
@@ -161,7 +162,7 @@ class Tags(HTMLParser):
 
 def test_hostile_html_is_text_in_every_view_of_the_vote():
     turns = [{"role": "user", "content": HOSTILE}, {"role": HOSTILE, "content": HOSTILE}]
-    ballot = judge.BlindVote([turns], [answer(HOSTILE)], [answer(HOSTILE + "2", finished=False)], seed=0)
+    ballot = vote.BlindVote([turns], [answer(HOSTILE)], [answer(HOSTILE + "2", finished=False)], seed=0)
     vote_pages = pages(ballot)
     press(ballot, "A is better")
     assert len(vote_pages) == 3 and len(pages(ballot)) == 1
@@ -174,30 +175,30 @@ def test_hostile_html_is_text_in_every_view_of_the_vote():
 
 
 def test_the_page_sets_no_solid_colour_and_keeps_line_breaks():
-    ballot = judge.BlindVote(MANY, [answer("a\n b")] * 12, AFTER, seed=0)
+    ballot = vote.BlindVote(MANY, [answer("a\n b")] * 12, AFTER, seed=0)
     for page in pages(ballot):
         assert "white-space: pre-wrap" in page and not re.search("color|background", page)
 
 
 def test_earlier_turns_are_shown_and_the_system_prompt_is_not():
     talk = [*ask("one?"), {"role": "assistant", "content": "1."}, {"role": "user", "content": "two?"}]
-    head = pages(judge.BlindVote([talk], [answer("a")], [answer("b")], seed=0))[0]
+    head = pages(vote.BlindVote([talk], [answer("a")], [answer("b")], seed=0))[0]
     assert "user: one?\n\nassistant: 1.\n\nuser: two?" in head and "hidden" not in head
-    head = pages(judge.BlindVote([ask("one?")], [answer("a")], [answer("b")], seed=0))[0]
+    head = pages(vote.BlindVote([ask("one?")], [answer("a")], [answer("b")], seed=0))[0]
     assert ">one?<" in head and "hidden" not in head
 
 
 def test_identical_pairs_are_skipped_and_a_vote_without_pairs_says_so():
-    ballot = judge.BlindVote(MANY, [*AFTER[:11], answer("differs")], AFTER, seed=0)
+    ballot = vote.BlindVote(MANY, [*AFTER[:11], answer("differs")], AFTER, seed=0)
     assert [p for p, _, _ in everything(ballot)] == ["question 11"]
-    empty = judge.BlindVote(MANY, AFTER, AFTER, seed=0)
+    empty = vote.BlindVote(MANY, AFTER, AFTER, seed=0)
     assert "Nothing to vote on" in pages(empty)[0] and empty.result() is None
 
 
 def test_headless_prints_one_line_and_needs_no_widgets(monkeypatch, capsys):
     monkeypatch.setenv("DPO_TUTORIAL_HEADLESS", "1")
     monkeypatch.setitem(sys.modules, "ipywidgets", None)
-    assert judge.vote(MANY, BEFORE, AFTER, seed=0) is None
+    assert vote.vote(MANY, BEFORE, AFTER, seed=0) is None
     assert capsys.readouterr().out == (
         "Blind vote skipped: nobody is here to vote. Open this notebook in Jupyter or Colab to take part.\n"
     )
@@ -206,6 +207,6 @@ def test_headless_prints_one_line_and_needs_no_widgets(monkeypatch, capsys):
 def test_with_a_reader_the_widget_is_displayed(monkeypatch):
     monkeypatch.setenv("DPO_TUTORIAL_HEADLESS", "")
     displayed = []
-    monkeypatch.setattr(judge, "display", displayed.append)
-    ballot = judge.vote(MANY, BEFORE, AFTER, seed=0, limit=4)
+    monkeypatch.setattr(vote, "display", displayed.append)
+    ballot = vote.vote(MANY, BEFORE, AFTER, seed=0, limit=4)
     assert displayed == [ballot.widget] and "1 of 4" in pages(ballot)[0]

@@ -13,7 +13,12 @@ from conftest import TEXTS, code_cells, pair
 from peft import PeftModel, get_peft_model
 from transformers import set_seed
 
-from dpo_tutorial import config, data, environment, evaluate, models, show
+from dpo_tutorial import config, show
+from dpo_tutorial.adapter import lora
+from dpo_tutorial.comparing import compare
+from dpo_tutorial.loading import models
+from dpo_tutorial.machine import hardware
+from dpo_tutorial.pairs import prepare, sources
 
 FOLDER = Path(__file__).parents[1] / "notebooks"
 
@@ -33,12 +38,12 @@ def test_01_seeds_as_the_package_does():
         seed(7)
         return random.random(), np.random.rand(), torch.rand(3).tolist()
 
-    assert draws(set_seed) == draws(environment.seed_everything)
+    assert draws(set_seed) == draws(hardware.seed_everything)
 
 
 @pytest.fixture
 def package(cfg):
-    return dict(cfg=cfg, models=models, environment=environment, data=data, evaluate=evaluate, show=show)
+    return dict(cfg=cfg, models=models, environment=hardware, data=prepare, evaluate=compare, show=show)
 
 
 def test_02_loads_the_tokenizer_that_the_package_loads(cfg, package):
@@ -66,11 +71,11 @@ def test_02_loads_the_base_that_the_package_loads(cfg, package, dtype):
 
 def test_03_attaches_the_adapter_that_the_package_attaches(cfg, package):
     ours = execute("03", "= LoraConfig(", base=models.load_base(cfg), **package)["policy"]
-    theirs = get_peft_model(models.load_base(cfg), models.lora_config(cfg))
+    theirs = get_peft_model(models.load_base(cfg), lora.lora_config(cfg))
     assert [(n, p.shape, p.requires_grad) for n, p in ours.named_parameters()] == [
         (n, p.shape, p.requires_grad) for n, p in theirs.named_parameters()
     ]
-    assert ours.get_nb_trainable_parameters() == models.trainable_share(ours)
+    assert ours.get_nb_trainable_parameters() == lora.trainable_share(ours)
 
 
 SOUND = [pair(f"{text} ({n})", chosen, rejected) for n in range(6) for text, chosen, rejected in TEXTS]
@@ -95,19 +100,19 @@ def test_04_loads_what_the_package_loads(cfg, package, rows):
     for source in (str(rows), str(rows.parent), config.EMBEDDED):
         package["cfg"] = here = dataclasses.replace(cfg, data=source)
         found = execute("04", "load_dataset(where, data_files=", **package)
-        splits, choices = data.load_preferences(here)
+        splits, choices = sources.load_preferences(here)
         assert found["choices"] == choices
         assert {k: v.to_list() for k, v in found["raw"].items()} == {k: v.to_list() for k, v in splits.items()}
 
 
 def test_a_hub_id_is_loaded_at_its_revision(cfg):
     here = dataclasses.replace(cfg, data="someone/pairs", data_revision="abc")
-    assert data.source(here) == ("someone/pairs", None, "abc")
+    assert prepare.source(here) == ("someone/pairs", None, "abc")
 
 
 def test_04_prepares_by_hand_what_the_package_prepares(cfg, package, rows, tokenizer):
     package["cfg"] = cfg = dataclasses.replace(cfg, data=str(rows), max_train=9)
-    raw, _ = data.load_preferences(cfg)
+    raw, _ = sources.load_preferences(cfg)
     calls = ("remove_columns=", ".shuffle(seed=cfg.seed)", "prepared = data.prepare(")  # the last one compares
     made = execute("04", *calls, raw=raw, tokenizer=tokenizer, **package)
     assert len(made["by_hand"]) == len(made["prepared"].splits["train"]) == 9
@@ -120,7 +125,7 @@ def compared(cfg, package, tokenizer, tmp_path):
     path = tmp_path / "pairs.jsonl"
     path.write_text("\n".join(map(json.dumps, SOUND)), encoding="utf-8")
     package["cfg"] = cfg = dataclasses.replace(cfg, data=str(path))
-    trained = get_peft_model(models.load_base(cfg), models.lora_config(cfg))
+    trained = get_peft_model(models.load_base(cfg), lora.lora_config(cfg))
     torch.manual_seed(1)
     for name, parameter in trained.named_parameters():
         if "lora_B" in name:
@@ -132,7 +137,7 @@ def compared(cfg, package, tokenizer, tmp_path):
 
 
 def test_06_loads_the_policy_that_the_package_loads(compared):
-    ours, theirs = compared["policy"], models.load_policy(compared["cfg"], compared["folder"])
+    ours, theirs = compared["policy"], lora.load_policy(compared["cfg"], compared["folder"])
     assert not ours.training and not theirs.training
     ids = torch.tensor([[5, 6, 7]])
     with torch.no_grad():

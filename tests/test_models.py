@@ -7,8 +7,11 @@ import pytest
 import torch
 from peft import get_peft_model
 
-from dpo_tutorial import config, embedded, models, train
+from dpo_tutorial import settings
+from dpo_tutorial.adapter import lora
 from dpo_tutorial.errors import ArtifactError, ConfigError, ModelFetchError, ModelUnsuitableError
+from dpo_tutorial.loading import embedded, models, sizes
+from dpo_tutorial.training import save
 
 IDS = torch.arange(3, 35).reshape(2, 16)
 
@@ -18,11 +21,11 @@ PINNED = {"someone/model@" + "7ae557604a" * 4: "commit " + "7ae557604a" * 4}
 
 @pytest.mark.parametrize(("model", "words"), (UNPINNED | PINNED).items())
 def test_a_hub_model_is_called_pinned_only_where_a_commit_was_given(model, words):
-    cfg = config.resolve(profile="cpu", model=model)
+    cfg = settings.resolve(profile="cpu", model=model)
     where = models.source(cfg)
     assert where.pin.startswith(words)
     record = {"base": {"name": where.name, "revision": where.revision, "pin": where.pin}, "history": {"train": []}}
-    card = train.model_card(cfg, record | {"hardware": {"cores": 2}, "versions": {}})
+    card = save.model_card(cfg, record | {"hardware": {"cores": 2}, "versions": {}})
     assert f"| Base revision | {where.pin} |" in card and "SHA-256" not in card
 
 
@@ -49,7 +52,7 @@ def evaluate_once(model) -> None:
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_gradients_survive_an_evaluation(cfg, dtype):
     """bitsandbytes repacks 4-bit weights in eval mode on some CPUs; the packed kernel has no backward pass."""
-    policy = get_peft_model(models.load_base(dataclasses.replace(cfg, dtype=dtype)), models.lora_config(cfg))
+    policy = get_peft_model(models.load_base(dataclasses.replace(cfg, dtype=dtype)), lora.lora_config(cfg))
     before = first_block_gradient(policy)
     evaluate_once(policy)
     assert before > 0
@@ -58,9 +61,9 @@ def test_gradients_survive_an_evaluation(cfg, dtype):
 
 @pytest.mark.skipif(not bnb.functional.has_avx512bf16(), reason="this CPU has no AVX512-BF16, so nothing is repacked")
 def test_without_our_guard_the_gradient_is_lost(cfg, monkeypatch):
-    """The reason for `keep_gradients`. When this fails, bitsandbytes has mended it, and the guard can go."""
+    """The reason for `keep_gradients`. When this fails, bitsandbytes has fixed it, and the guard can go."""
     monkeypatch.setattr(models, "keep_gradients", lambda model: None)
-    policy = get_peft_model(models.load_base(dataclasses.replace(cfg, dtype="bf16")), models.lora_config(cfg))
+    policy = get_peft_model(models.load_base(dataclasses.replace(cfg, dtype="bf16")), lora.lora_config(cfg))
     before = first_block_gradient(policy)
     evaluate_once(policy)
     assert first_block_gradient(policy) < 0.8 * before  # two layers lose part of it; more layers, more
@@ -76,22 +79,22 @@ def test_the_base_is_nf4_with_double_quantization_and_no_cache(cfg):
 
 def test_measured_bytes_match_the_arithmetic(cfg):
     full = models.load_base(cfg, quantize=False)
-    inside, outside = models.linear_weights(full)
-    assert sum(models.weight_bytes(full).values()) == 4 * (inside + outside)
-    parts = models.weight_bytes(models.load_base(cfg))
+    inside, outside = sizes.linear_weights(full)
+    assert sum(sizes.weight_bytes(full).values()) == 4 * (inside + outside)
+    parts = sizes.weight_bytes(models.load_base(cfg))
     assert parts["4-bit weights"] == inside / 2
     assert parts["other weights"] == 4 * outside
 
 
 def test_bits_per_weight_is_the_papers_figure():
-    assert models.nf4_bits_per_weight() == pytest.approx(4.127, abs=5e-4)
+    assert sizes.nf4_bits_per_weight() == pytest.approx(4.127, abs=5e-4)
 
 
 def test_adapter_off_equals_the_base_bit_for_bit(cfg):
     base = models.load_base(cfg)
     with torch.no_grad():
         before = base(IDS).logits
-        policy = get_peft_model(base, models.lora_config(cfg))
+        policy = get_peft_model(base, lora.lora_config(cfg))
         for name, parameter in policy.named_parameters():
             if "lora_B" in name:
                 torch.nn.init.normal_(parameter)
@@ -102,7 +105,7 @@ def test_adapter_off_equals_the_base_bit_for_bit(cfg):
 
 def test_merging_into_4_bits_is_not_the_same_model(cfg):
     """Why the adapter stays beside its base: the sum is rounded to 4 bits once more."""
-    policy = get_peft_model(models.load_base(cfg), models.lora_config(cfg))
+    policy = get_peft_model(models.load_base(cfg), lora.lora_config(cfg))
     for name, parameter in policy.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.01)
@@ -122,8 +125,8 @@ def test_trainable_share_counts_what_the_shapes_say(cfg):
         for n, m in base.named_modules()
         if n.rsplit(".", 1)[-1] in cfg.lora_targets
     )
-    total = sum(models.linear_weights(models.load_base(cfg, quantize=False)))
-    trainable, all_weights = models.trainable_share(get_peft_model(base, models.lora_config(cfg)))
+    total = sum(sizes.linear_weights(models.load_base(cfg, quantize=False)))
+    trainable, all_weights = lora.trainable_share(get_peft_model(base, lora.lora_config(cfg)))
     assert trainable == expected
     assert all_weights == total + expected
 
@@ -131,17 +134,17 @@ def test_trainable_share_counts_what_the_shapes_say(cfg):
 def test_missing_target_layers_are_named_with_the_ones_there(cfg):
     wrong = dataclasses.replace(cfg, lora_targets=("q_proj", "c_attn"))
     with pytest.raises(ConfigError, match="c_attn") as error:
-        models.check_lora_targets(models.load_base(cfg), wrong)
-    assert "gate_proj" in error.value.mend
+        lora.check_lora_targets(models.load_base(cfg), wrong)
+    assert "gate_proj" in error.value.fix
 
 
-def test_an_unreachable_hub_gives_one_sentence_with_a_mend(cfg, monkeypatch):
+def test_an_unreachable_hub_gives_one_sentence_with_a_fix(cfg, monkeypatch):
     import huggingface_hub.constants
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(ModelFetchError, match="someone/model") as error:
         models.load_tokenizer(dataclasses.replace(cfg, model="someone/model"))
-    assert "PROFILE=cpu" in error.value.mend
+    assert "PROFILE=cpu" in error.value.fix
 
 
 def test_a_tokenizer_without_template_is_refused(cfg, tiny_folder, tmp_path):
@@ -155,10 +158,10 @@ def test_a_tokenizer_without_template_is_refused(cfg, tiny_folder, tmp_path):
 
 
 def test_an_adapter_of_another_base_is_refused(cfg, tmp_path):
-    policy = get_peft_model(models.load_base(cfg), models.lora_config(cfg))
+    policy = get_peft_model(models.load_base(cfg), lora.lora_config(cfg))
     policy.peft_config["default"].base_model_name_or_path = "another/base"
     policy.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)  # else it asks the hub
     with pytest.raises(ArtifactError, match="another/base"):
-        models.load_policy(cfg, tmp_path / "adapter")
+        lora.load_policy(cfg, tmp_path / "adapter")
     with pytest.raises(ArtifactError, match="no adapter"):
-        models.load_policy(cfg, tmp_path / "nowhere")
+        lora.load_policy(cfg, tmp_path / "nowhere")

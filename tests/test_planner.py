@@ -9,14 +9,17 @@ import pytest
 import torch
 from transformers import GPT2Config, Qwen2Config, Qwen2ForCausalLM
 
-from dpo_tutorial import config, embedded, environment, footprint, models, planner, prefix, train
+from dpo_tutorial import config
 from dpo_tutorial.errors import ModelFetchError, ModelUnsuitableError
+from dpo_tutorial.loading import embedded, models, sizes
+from dpo_tutorial.machine import memory, paths
+from dpo_tutorial.training import footprint, memory_plan, prefix, train
 
 GIB = 2**30
 
 
 def of(cfg, device="cpu", **changes):
-    return planner.plan(dataclasses.replace(cfg, **changes), process=0, device=device)
+    return memory_plan.plan(dataclasses.replace(cfg, **changes), process=0, device=device)
 
 
 def bytes_of(tensors) -> int:
@@ -40,13 +43,13 @@ def qwen(cfg, tmp_path):
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_weights_are_the_bytes_of_the_loaded_model(cfg, dtype):
     cfg = dataclasses.replace(cfg, dtype=dtype)
-    assert of(cfg).phases["load"]["weights"] == sum(models.weight_bytes(models.load_base(cfg)).values())
+    assert of(cfg).phases["load"]["weights"] == sum(sizes.weight_bytes(models.load_base(cfg)).values())
 
 
 def test_biases_and_an_untied_head_count_and_stay_unquantized(qwen):
     loaded = models.load_base(qwen)
     assert any(name.endswith("q_proj.bias") for name, _ in loaded.named_parameters())
-    assert of(qwen).phases["load"]["weights"] == sum(models.weight_bytes(loaded).values())
+    assert of(qwen).phases["load"]["weights"] == sum(sizes.weight_bytes(loaded).values())
 
 
 def test_tied_embeddings_are_counted_once(qwen, tmp_path):
@@ -101,13 +104,13 @@ def test_activations_are_the_bytes_that_autograd_keeps(cfg, tokenizer, pairs, tm
     assert sequences == 2 * cfg.batch_size and not seen["attention_mask"].all(), "a padded batch"
     answer, packed = answers // sequences, prefix.pack(seen["input_ids"], seen["attention_mask"])
     length = packed.input_ids.shape[1] - answer  # of a sequence, had all answers one length
-    planned = planner.plan(cfg, length=length, answer=answer).phases["backward, head"]["activations"]
+    planned = memory_plan.plan(cfg, length=length, answer=answer).phases["backward, head"]["activations"]
     # the plan leaves out what there is once and not per block: rotary angles and places in the packed rows
     assert sum(kept.values()) == pytest.approx(planned, rel=0.02)
 
 
 def test_the_embedded_model_is_planned_as_it_loads():
-    if not any(environment.cache_dir().glob(f"{embedded.NAME}-*")):
+    if not any(paths.cache_dir().glob(f"{embedded.NAME}-*")):
         pytest.skip("the embedded model is not in the cache")
     cfg = config.Config()
     shape = footprint.read_shape(cfg)
@@ -119,14 +122,14 @@ def test_the_recorded_predictions_are_those_of_the_formulae_and_no_measured_peak
     lines = harness.Record(pytestconfig.rootpath / "benchmarks" / "memory_plan.jsonl").lines()
     results = {name: found for name, (found,) in harness.latest(lines, "settings")[1].items()}
     assert sum(name.startswith("held out") for name in results) >= 2
-    cached = any(environment.cache_dir().glob(f"{embedded.NAME}-*"))
+    cached = any(paths.cache_dir().glob(f"{embedded.NAME}-*"))
     for name, found in results.items():
         assert found["measured"] <= found["predicted"] <= 1.5 * found["measured"], name
         knobs = dict(found["settings"])
         answer, evaluates = knobs.pop("answer_tokens"), knobs.pop("evaluates")
         if cached and "model" not in knobs:
             cfg = config.Config(**config.PROFILES["cpu"] | knobs)
-            planned = planner.plan(
+            planned = memory_plan.plan(
                 cfg, answer=answer, evaluates=evaluates, process=found["phases"]["load"]["process"], device="cpu"
             )
             assert planned.phases == found["phases"], name
@@ -137,7 +140,7 @@ def test_no_peak_recorded_on_a_gpu_is_above_the_plan(pytestconfig):
     found = [row for row in lines if row["name"].startswith("memory: ")]
     assert len(found) >= 6
     for row in found:
-        planned = sum((row["terms"] | {"workspace": planner.WORKSPACE}).values()) / GIB
+        planned = sum((row["terms"] | {"workspace": memory_plan.WORKSPACE}).values()) / GIB
         assert row["measured_gib"] <= planned <= 1.25 * row["measured_gib"], row["name"]
 
 
@@ -172,19 +175,19 @@ def test_a_gpu_counts_no_process_and_no_heap(cfg):
     planned = of(cfg, "cuda")
     assert not {"process", "heap"} & {term for phase in planned.phases.values() for term in phase}
     assert planned.needed == planned.total
-    assert "evaluation" in planned.phases and "evaluation" not in planner.plan(cfg, evaluates=False).phases
+    assert "evaluation" in planned.phases and "evaluation" not in memory_plan.plan(cfg, evaluates=False).phases
 
 
 def test_the_process_is_measured_on_a_cpu_and_not_counted_against_free_memory(cfg):
-    planned = planner.plan(cfg, device="cpu")
+    planned = memory_plan.plan(cfg, device="cpu")
     assert planned.terms["process"] > 2**27, "torch alone is more"
     assert planned.total - planned.needed == planned.terms["process"]
 
 
 def test_rows_add_up_and_name_the_peak(cfg):
-    planned = planner.plan(cfg, process=GIB, device="cpu")
+    planned = memory_plan.plan(cfg, process=GIB, device="cpu")
     *rows, total = planned.rows()
-    assert [r["term"] for r in rows] == [t for t in planner.TERMS if any(t in p for p in planned.phases.values())]
+    assert [r["term"] for r in rows] == [t for t in memory_plan.TERMS if any(t in p for p in planned.phases.values())]
     assert planned.peak in total[""] and total[planned.peak] == f"{planned.total / 2**20:,.0f}"
     assert planned.total == max(sum(phase.values()) for phase in planned.phases.values())
 
@@ -198,51 +201,51 @@ def large(cfg):
 
 
 def test_what_fits_is_left_alone(large):
-    assert planner.fitting(large, large.needed) == large.config
-    assert planner.advice(large, large.needed).startswith("It fits")
+    assert memory_plan.fitting(large, large.needed) == large.config
+    assert memory_plan.advice(large, large.needed).startswith("It fits")
 
 
 def test_the_first_knob_is_the_batch_and_the_effective_batch_stays(large):
-    found = planner.fitting(large, large.needed - 1)
+    found = memory_plan.fitting(large, large.needed - 1)
     assert (found.batch_size, found.grad_accum) == (2, 4)
     assert dataclasses.replace(found, batch_size=4, grad_accum=2) == large.config
-    said = planner.advice(large, large.needed - 1)
+    said = memory_plan.advice(large, large.needed - 1)
     assert "BATCH_SIZE=2, GRAD_ACCUM=4:" in said and "GRADIENT_CHECKPOINTING" not in said
 
 
 @pytest.mark.parametrize("share", [0.9, 0.6, 0.4, 0.25, 0.2, 0.15, 0.1, 0.08])
 def test_the_advised_config_fits_and_the_step_before_it_does_not(large, share):
     available = share * large.needed
-    found = planner.fitting(large, available)
-    steps = [large.config, *planner._changes(large.config)]
+    found = memory_plan.fitting(large, available)
+    steps = [large.config, *memory_plan._changes(large.config)]
     if found is None:
-        assert all(planner.again(large, step).needed > available for step in steps)
+        assert all(memory_plan.again(large, step).needed > available for step in steps)
         return
-    assert planner.again(large, found).needed <= available
+    assert memory_plan.again(large, found).needed <= available
     before = steps[: steps.index(found)]
-    assert before and all(planner.again(large, step).needed > available for step in before)
+    assert before and all(memory_plan.again(large, step).needed > available for step in before)
 
 
 def test_every_knob_is_turned_before_giving_up_and_named_with_its_value(large):
-    last = list(planner._changes(large.config))[-1]
+    last = list(memory_plan._changes(large.config))[-1]
     assert (last.batch_size, last.grad_accum, last.gradient_checkpointing) == (1, 8, True)
     assert (last.max_tokens, last.lora_r, last.lora_alpha) == (128, 4, 2), "alpha / r stays"
-    least = planner.again(large, last).needed
-    said = planner.advice(large, least)
+    least = memory_plan.again(large, last).needed
+    said = memory_plan.advice(large, least)
     for knob in ("BATCH_SIZE=1", "GRAD_ACCUM=8", "GRADIENT_CHECKPOINTING=True", "MAX_TOKENS=128", "LORA_R=4"):
         assert knob in said
-    assert "smaller MODEL" in planner.advice(large, least - 1) and planner.fitting(large, least - 1) is None
+    assert "smaller MODEL" in memory_plan.advice(large, least - 1) and memory_plan.fitting(large, least - 1) is None
 
 
 # --- what cannot be planned ----
 
 
-def test_a_model_whose_config_is_not_at_hand_is_an_error_with_a_mend(cfg, monkeypatch):
+def test_a_model_whose_config_is_not_at_hand_is_an_error_with_a_fix(cfg, monkeypatch):
     monkeypatch.setattr(
         models.AutoConfig, "from_pretrained", lambda *a, **k: (_ for _ in ()).throw(OSError("the network is off"))
     )
     with pytest.raises(
-        ModelFetchError, match=r"MODEL=nobody/nothing could not be loaded: the network is off[\s\S]*Mend"
+        ModelFetchError, match=r"MODEL=nobody/nothing could not be loaded: the network is off[\s\S]*Fix"
     ):
         of(cfg, model="nobody/nothing")
 
@@ -258,7 +261,7 @@ def test_blocks_of_another_kind_are_refused(cfg, tmp_path):
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the settings are glibc's")
 def test_activations_stay_in_the_heap_until_released_and_logits_go_back_at_once():
-    assert environment.tune_allocator()
+    assert memory.tune_allocator()
 
     def resident() -> float:
         return psutil.Process().memory_info().rss / 2**20
@@ -266,7 +269,7 @@ def test_activations_stay_in_the_heap_until_released_and_logits_go_back_at_once(
     def take(pieces: int, mib: int) -> list[torch.Tensor]:
         return [torch.ones(mib * 2**18) for _ in range(pieces)]
 
-    environment.release_free_memory()
+    memory.release_free_memory()
     start = resident()
     held = take(2, 128)
     assert resident() > start + 200
@@ -275,7 +278,7 @@ def test_activations_stay_in_the_heap_until_released_and_logits_go_back_at_once(
     held = take(32, 8)
     del held
     assert resident() > start + 200, "smaller ones are kept for the next step"
-    environment.release_free_memory()
+    memory.release_free_memory()
     assert resident() < start + 50
 
 
@@ -284,20 +287,20 @@ def test_activations_stay_in_the_heap_until_released_and_logits_go_back_at_once(
 
 def test_checkpointing_goes_where_memory_has_room_and_stays_where_not(cfg):
     on = dataclasses.replace(cfg, gradient_checkpointing=True)
-    needed = planner.plan(dataclasses.replace(cfg, gradient_checkpointing=False)).needed
-    chosen, why = planner.choose_checkpointing(on, 1.6 * needed)
+    needed = memory_plan.plan(dataclasses.replace(cfg, gradient_checkpointing=False)).needed
+    chosen, why = memory_plan.choose_checkpointing(on, 1.6 * needed)
     assert chosen == dataclasses.replace(on, gradient_checkpointing=False) and "is off" in why and "GiB" in why
-    chosen, why = planner.choose_checkpointing(on, 1.4 * needed)
+    chosen, why = memory_plan.choose_checkpointing(on, 1.4 * needed)
     assert chosen == on and "is on" in why
 
 
 def test_checkpointing_switched_off_stays_off(cfg):
     off = dataclasses.replace(cfg, gradient_checkpointing=False)
-    assert planner.choose_checkpointing(off, 1) == (off, "Gradient checkpointing is off: asked for.")
+    assert memory_plan.choose_checkpointing(off, 1) == (off, "Gradient checkpointing is off: asked for.")
 
 
 def test_checkpointing_stays_on_for_a_model_that_cannot_be_planned(cfg, tmp_path):
     GPT2Config(n_layer=1, n_embd=32, n_head=2, vocab_size=64).save_pretrained(tmp_path / "gpt2")
     cfg = dataclasses.replace(cfg, model=str(tmp_path / "gpt2"), gradient_checkpointing=True)
-    chosen, why = planner.choose_checkpointing(cfg, 2**50)
+    chosen, why = memory_plan.choose_checkpointing(cfg, 2**50)
     assert chosen == cfg and "cannot be planned" in why

@@ -19,8 +19,14 @@ from conftest import TEXTS, pair
 from datasets import Dataset
 from safetensors.torch import load_file
 
-from dpo_tutorial import artifacts, environment, models, run, train
+from dpo_tutorial import run_folder
+from dpo_tutorial.adapter import lora
+from dpo_tutorial.cli import run
 from dpo_tutorial.errors import ModelFetchError
+from dpo_tutorial.loading import models
+from dpo_tutorial.machine import hardware, memory, paths
+from dpo_tutorial.pairs import store
+from dpo_tutorial.training import save, train
 
 GIB = 2**30
 
@@ -32,7 +38,7 @@ GIB = 2**30
 def test_the_kernels_peak_is_in_kib_on_linux_and_in_bytes_on_macos(monkeypatch, system, unit):
     monkeypatch.setattr(sys, "platform", system)
     monkeypatch.setattr(resource, "getrusage", lambda whose: SimpleNamespace(ru_maxrss=3 * GIB // unit))
-    assert environment.peak_memory_gib() == environment.children_peak_memory_gib() == 3.0
+    assert memory.peak_memory_gib() == memory.children_peak_memory_gib() == 3.0
 
 
 def windows(monkeypatch):
@@ -44,16 +50,16 @@ def windows(monkeypatch):
 
 def test_a_finished_training_is_saved_on_windows(cfg, pairs, tokenizer, tmp_path, monkeypatch):
     """The record beside the adapter has the peak of memory, and nothing was saved where it could not be asked."""
-    workplace = artifacts.Run(cfg)
+    workplace = run_folder.Run(cfg)
     trainer = train.build_trainer(cfg, models.load_base(cfg), tokenizer, pairs, None, tmp_path / "trainer")
     windows(monkeypatch)
-    train.save_adapter(cfg, workplace, trainer, tokenizer, 1.0)
-    assert workplace.require_adapter()["peak_memory_gib"] == 3.0
+    save.save_adapter(cfg, workplace, trainer, tokenizer, 1.0)
+    assert save.require_adapter(workplace)["peak_memory_gib"] == 3.0
 
 
 def test_a_run_on_windows_ends_with_its_summary_and_without_the_line_about_memory(cfg, monkeypatch, capsys):
     windows(monkeypatch)
-    summary = run._summary(artifacts.Run(cfg), {"05_train_dpo": 1.0})
+    summary = run._summary(run_folder.Run(cfg), {"05_train_dpo": 1.0})
     said = capsys.readouterr().out
     assert summary["peak_memory_gib"] is None and "minutes" in said and "memory " not in said
 
@@ -68,8 +74,8 @@ def test_another_c_library_than_glibc_is_left_alone(monkeypatch, missing):
         return object()
 
     monkeypatch.setattr(ctypes, "CDLL", load)
-    assert environment.tune_allocator() is False
-    environment.release_free_memory()
+    assert memory.tune_allocator() is False
+    memory.release_free_memory()
 
 
 # --- paths --------------------------------------------------------------------------------------------------------
@@ -79,9 +85,9 @@ def test_another_c_library_than_glibc_is_left_alone(monkeypatch, missing):
 def windows_folders(monkeypatch):
     """Project, cache and home as Windows has them."""
     home = PureWindowsPath(r"C:\Users\Jörg Müller")
-    monkeypatch.setattr(environment, "project_root", lambda: home / "dpo-tutorial")
-    monkeypatch.setattr(environment, "cache_dir", lambda: home / "AppData" / "Local" / "dpo-tutorial" / "Cache")
-    monkeypatch.setattr(environment, "Path", SimpleNamespace(home=lambda: home))
+    monkeypatch.setattr(paths, "project_root", lambda: home / "dpo-tutorial")
+    monkeypatch.setattr(paths, "cache_dir", lambda: home / "AppData" / "Local" / "dpo-tutorial" / "Cache")
+    monkeypatch.setattr(hardware, "Path", SimpleNamespace(home=lambda: home))
 
 
 @pytest.mark.parametrize(
@@ -96,7 +102,7 @@ def windows_folders(monkeypatch):
     ],
 )
 def test_paths_of_windows_are_taken_out_of_what_is_shown(windows_folders, text, shown):
-    assert environment.without_paths(text) == shown
+    assert paths.without_paths(text) == shown
 
 
 @pytest.mark.parametrize("where", [r"C:\models\llama", r"C:models", r"models\llama", r".\llama", r"\\server\models"])
@@ -115,15 +121,15 @@ def test_a_run_in_a_folder_with_spaces_and_letters_of_all_kinds(cfg, tiny_folder
     Dataset.from_list(many).to_json(rows, force_ascii=False)
     monkeypatch.chdir(place)
     cfg = dataclasses.replace(cfg, model=str(model), data=str(rows), artifacts="Ergebnisse – é")
-    workplace, tokenizer = artifacts.Run(cfg), models.load_tokenizer(cfg)
-    splits = workplace.ensure_data(tokenizer).splits
+    workplace, tokenizer = run_folder.Run(cfg), models.load_tokenizer(cfg)
+    splits = store.ensure_data(workplace, tokenizer).splits
     trainer = train.train(cfg, workplace, models.load_base(cfg), tokenizer, splits["train"], splits["val"])
     assert trainer.state.global_step == 2
-    policy = models.load_policy(cfg, workplace.adapter)
+    policy = lora.load_policy(cfg, workplace.adapter)
     saved = load_file(workplace.adapter / "adapter_model.safetensors")
     name = next(iter(saved))
     assert torch.equal(policy.state_dict()[name.replace(".weight", ".default.weight")], saved[name])
-    assert workplace.ensure_data(tokenizer).splits["train"].num_rows == splits["train"].num_rows  # read back
+    assert store.ensure_data(workplace, tokenizer).splits["train"].num_rows == splits["train"].num_rows  # read back
 
 
 def test_a_redirected_output_on_windows_cannot_stop_a_command():
@@ -163,9 +169,9 @@ def other_accelerator(request):
 
 def test_an_accelerator_that_is_not_cuda_is_left_alone(cfg, pairs, tokenizer, other_accelerator):
     """Loaded, trained and loaded again on one device; libraries that chose one themselves would choose another."""
-    assert environment.processes().device.type == "cpu"
-    workplace = artifacts.Run(cfg)
+    assert hardware.processes().device.type == "cpu"
+    workplace = run_folder.Run(cfg)
     trainer = train.train(cfg, workplace, models.load_base(cfg), tokenizer, pairs, pairs.select(range(2)))
-    policy = models.load_policy(cfg, workplace.adapter)
+    policy = lora.load_policy(cfg, workplace.adapter)
     where = {p.device.type for model in (trainer.model, policy) for p in model.parameters()}
     assert where == {trainer.args.device.type} == {"cpu"}

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
-from dpo_tutorial import models, prefix, train
+from dpo_tutorial.loading import models
+from dpo_tutorial.training import prefix, train
 
 
 def collated(sequences: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -23,7 +23,11 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-from dpo_tutorial import config, data, dpo, embedded, environment
+from dpo_tutorial import config
+from dpo_tutorial.loading import embedded
+from dpo_tutorial.machine import hardware
+from dpo_tutorial.pairs import encoding, sources
+from dpo_tutorial.training import dpo
 
 ROOT = Path(__file__).parents[1]
 badges = script("scripts/badges.py")
@@ -213,7 +217,7 @@ def test_a_finished_training_is_not_repeated(undisturbed, instrumented, tiny_fol
 
 @pytest.mark.end_to_end
 def test_the_adapter_gives_the_same_margins_with_peft_alone(undisturbed, tiny_folder):
-    dtype = environment.torch_dtype(undisturbed["kind"])
+    dtype = hardware.torch_dtype(undisturbed["kind"])
     nf4 = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
     )
@@ -223,7 +227,7 @@ def test_the_adapter_gives_the_same_margins_with_peft_alone(undisturbed, tiny_fo
 
     @torch.no_grad()
     def log_prob(row, side):
-        prompt, answer = data.encode(tokenizer, row["prompt"], row[side])
+        prompt, answer = encoding.encode(tokenizer, row["prompt"], row[side])
         ids = torch.tensor([prompt + answer], device=policy.device)
         mask = torch.tensor([[0] * len(prompt) + [1] * len(answer)], device=policy.device)
         return dpo.sequence_log_prob(policy(ids).logits.float(), ids, mask).item()
@@ -241,9 +245,9 @@ def test_the_adapter_gives_the_same_margins_with_peft_alone(undisturbed, tiny_fo
 
 def test_the_hub_is_asked_where_there_is_a_gpu_and_embedded_is_used_where_there_is_none(monkeypatch):
     monkeypatch.setattr(embedded, "ensure_embedded_model", lambda: Path("/cache/model"))
-    ours = str(data.embedded_file("train_prefs").parent)
-    monkeypatch.setattr(environment, "device", lambda: "cpu")
-    assert embedded.or_hub() == (("/cache/model", None), (ours, None))
-    monkeypatch.setattr(environment, "device", lambda: "cuda")
-    assert embedded.or_hub() == (config.QWEN_SMALL, config.ULTRAFEEDBACK)
-    assert embedded.or_hub("embedded", "my/pairs") == (("/cache/model", None), ("my/pairs", None))
+    ours = str(sources.embedded_file("train_prefs").parent)
+    monkeypatch.setattr(hardware, "device", lambda: "cpu")
+    assert sources.or_hub() == (("/cache/model", None), (ours, None))
+    monkeypatch.setattr(hardware, "device", lambda: "cuda")
+    assert sources.or_hub() == (config.QWEN_SMALL, config.ULTRAFEEDBACK)
+    assert sources.or_hub("embedded", "my/pairs") == (("/cache/model", None), ("my/pairs", None))

@@ -10,7 +10,8 @@ from importlib.metadata import version
 import pytest
 from test_show import HOSTILE, Page
 
-from dpo_tutorial import artifacts, evaluate, judge, report, show, statistics
+from dpo_tutorial import run_folder, show
+from dpo_tutorial.comparing import compare, report, stats, vote
 
 RUNS = "<script>document.title='ran'</script><img src=x onerror=\"document.title='ran'\">"
 TRAP = RUNS + HOSTILE
@@ -54,12 +55,12 @@ def comparison():
     """A comparison in which every text that a model or a dataset could have written is a trap."""
     answer, prompt = {"text": TRAP, "tokens": 5, "finished": True}, [{"role": "user", "content": TRAP}]
     two = [answer, answer | {"finished": False}]
-    kl = {"per_answer": statistics.mean([1.0, 2.0]), "per_token": statistics.mean([0.1, 0.2]), "tokens": 30}
+    kl = {"per_answer": stats.mean([1.0, 2.0]), "per_token": stats.mean([0.1, 0.2]), "tokens": 30}
     shown = {
         "prompt": prompt, "reward_chosen": 0.5, "reward_rejected": -0.5,
         "chosen": [(TRAP, 0.4), ("fine\n", 0.1)], "rejected": [(TRAP, -0.5)],
     }  # fmt: skip
-    return evaluate.derive(
+    return compare.derive(
         RECORDS, [prompt] * 2, two, two, noise={"spread": 0.1, "floor": 0.2, "within": 1, "pairs": 4, "dtype": "bf16"},
         kl=kl, words=[1.0, 0.0, 1.0, 1.0], shown=[shown],
         outside={"prompts": [prompt], "before": [answer], "after": [answer],
@@ -77,7 +78,7 @@ def training(cfg):
 
 @pytest.mark.end_to_end
 def test_in_a_browser_a_hostile_report_is_only_text(cfg, comparison, training, tmp_path):
-    report.save(artifacts.Run(cfg, tmp_path / "out"), training, RECORDS, comparison)
+    report.save(run_folder.Run(cfg, tmp_path / "out"), training, RECORDS, comparison)
     dom = rendered(tmp_path / "out" / "report.html", tmp_path)
     assert "<title>Before and after DPO: " in dom, "the title is still ours: nothing ran"
     assert not re.search(
@@ -97,14 +98,14 @@ def test_the_browser_check_can_fail(tmp_path):
 @pytest.mark.end_to_end
 def test_in_a_browser_every_view_shows_a_hostile_answer_as_text(comparison, tokenizer, tmp_path):
     prompt, answer = [{"role": "user", "content": TRAP}], {"text": TRAP, "tokens": 3, "finished": True}
-    vote = judge.BlindVote([prompt], [answer], [answer | {"text": "b"}], 1).widget
+    ballot = vote.BlindVote([prompt], [answer], [answer | {"text": "b"}], 1).widget
     views = [
         show.table([{TRAP: TRAP}], TRAP).data,
         show.conversation(prompt).data,
         show.answers([prompt], [answer], [answer]).data,
         show.heat_map(comparison["token_rewards"][0]).data,
         show.tokens(tokenizer, [5], tokenizer(TRAP, add_special_tokens=False)["input_ids"]).data,
-        "".join(shown.value for shown in widgets_of(vote)),
+        "".join(shown.value for shown in widgets_of(ballot)),
     ]
     assert all("&lt;" in view for view in views)
     page = tmp_path / "views.html"
@@ -122,7 +123,7 @@ def widgets_of(box):
 
 def test_files_and_page_hold_the_numbers_of_the_comparison_and_how_they_were_made(cfg, comparison, training, tmp_path):
     training["base"]["name"] = "base-of-test"
-    paths = report.save(artifacts.Run(cfg, tmp_path / "out"), training, RECORDS, comparison)
+    paths = report.save(run_folder.Run(cfg, tmp_path / "out"), training, RECORDS, comparison)
     assert [p.name for p in paths] == ["records.json", "comparison.json", "report.html"]
     saved = json.loads((tmp_path / "out" / "comparison.json").read_text())
     assert saved["adapter"]["config"]["beta"] == cfg.beta and saved["versions"]["torch"] == version("torch")

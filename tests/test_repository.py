@@ -23,8 +23,8 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
-from dpo_tutorial import train
 from dpo_tutorial.errors import ConfigError
+from dpo_tutorial.training import train
 
 ROOT = Path(__file__).parents[1]
 badges = script("scripts/badges.py")
@@ -262,7 +262,7 @@ def test_a_slug_that_is_not_owner_and_name_is_refused_before_anything_is_written
 
 
 def test_the_three_splits_of_the_preference_set_are_in_the_package():
-    there = {f.name: f for f in (resources.files("dpo_tutorial") / "resources").iterdir()}
+    there = {f.name: f for f in (resources.files("dpo_tutorial.pairs") / "resources").iterdir()}
     assert set(there) >= SPLITS
     assert all(there[name].read_text(encoding="utf-8").strip() for name in SPLITS)
 

@@ -17,9 +17,12 @@ from conftest import pair
 from datasets import Dataset
 from transformers import LlamaForCausalLM, TrainerCallback
 
-from dpo_tutorial import artifacts, checkpoints, config, data, models, train
-from dpo_tutorial import run as run_module
+from dpo_tutorial import run_folder, settings
+from dpo_tutorial.cli import run
 from dpo_tutorial.errors import ArtifactError
+from dpo_tutorial.loading import models
+from dpo_tutorial.pairs import audit, encoding
+from dpo_tutorial.training import checkpoints, resume, save, train
 
 pytestmark = pytest.mark.end_to_end
 
@@ -29,8 +32,8 @@ def many(tokenizer) -> Dataset:
     """11 prepared pairs of different lengths: an odd last batch."""
     rows = []
     for i in range(11):
-        row = data.extract(pair(f"Question {i}?", f"It is {i}." * (1 + i % 5), f"Great question! It is {i}!"))
-        ids = {side: data.encode(tokenizer, row["prompt"], row[side]) for side in ("chosen", "rejected")}
+        row = audit.extract(pair(f"Question {i}?", f"It is {i}." * (1 + i % 5), f"Great question! It is {i}!"))
+        ids = {side: encoding.encode(tokenizer, row["prompt"], row[side]) for side in ("chosen", "rejected")}
         counts = {f"{side}_tokens": len(answer) for side, (_, answer) in ids.items()}
         rows.append(row | counts | {"prompt_tokens": len(ids["chosen"][0])})
     return Dataset.from_list(rows)
@@ -64,19 +67,19 @@ def build(cfg, run, tokenizer, pairs):
     return train.build_trainer(cfg, models.load_base(cfg), tokenizer, pairs, few, folder, save_strategy="steps")
 
 
-def stopped(cfg, tokenizer, pairs, step=4, action=interrupt, error=KeyboardInterrupt) -> artifacts.Run:
+def stopped(cfg, tokenizer, pairs, step=4, action=interrupt, error=KeyboardInterrupt) -> run_folder.Run:
     """A run that is stopped inside a step, before its checkpoint."""
-    run = artifacts.Run(cfg)
+    run = run_folder.Run(cfg)
     trainer = build(cfg, run, tokenizer, pairs)
     trainer.add_callback(train.Progress(run.dir / "progress.jsonl"))
     trainer.add_callback(At(step, action))
     with pytest.raises(error):
-        train.resume_or_start(trainer, cfg, run)
+        resume.resume_or_start(trainer, cfg, run)
     return run
 
 
 def again(cfg, tokenizer, pairs):
-    return train.train(cfg, artifacts.Run(cfg), models.load_base(cfg), tokenizer, pairs, pairs.select(range(2)))
+    return train.train(cfg, run_folder.Run(cfg), models.load_base(cfg), tokenizer, pairs, pairs.select(range(2)))
 
 
 def weights(run):
@@ -94,7 +97,7 @@ _undisturbed = []
 def undisturbed(cfg, tokenizer, many, tmp_path):
     """The adapter's bytes after an undisturbed training; the same for every test, so trained once."""
     if not _undisturbed:
-        run = artifacts.Run(dataclasses.replace(cfg, artifacts=str(tmp_path / "undisturbed")))
+        run = run_folder.Run(dataclasses.replace(cfg, artifacts=str(tmp_path / "undisturbed")))
         again(run.config, tokenizer, many)
         _undisturbed.append(weights(run))
     return _undisturbed[0]
@@ -104,13 +107,13 @@ def undisturbed(cfg, tokenizer, many, tmp_path):
 
 
 def test_checkpoints_change_nothing_about_the_training(cfg, tokenizer, many, undisturbed, tmp_path):
-    run = artifacts.Run(cfg)
+    run = run_folder.Run(cfg)
     trainer = build(cfg, run, tokenizer, many)
     trainer.args.save_strategy = "no"
     train.environment.seed_everything(cfg.seed)
     trainer.train()
     assert names(run) == []
-    train.save_adapter(cfg, run, trainer, tokenizer, 1.0)
+    save.save_adapter(cfg, run, trainer, tokenizer, 1.0)
     assert weights(run) == undisturbed
 
 
@@ -128,42 +131,42 @@ def test_a_stopped_training_resumes_by_itself_and_says_so_in_one_line(cfg, token
 
 
 def test_a_trainer_that_was_interrupted_goes_on_when_its_cell_is_run_again(cfg, tokenizer, many, undisturbed):
-    run = artifacts.Run(cfg)
+    run = run_folder.Run(cfg)
     trainer = build(cfg, run, tokenizer, many)
     stop = At(4, interrupt)
     trainer.add_callback(stop)
     with pytest.raises(KeyboardInterrupt):
-        train.resume_or_start(trainer, cfg, run)
+        resume.resume_or_start(trainer, cfg, run)
     trainer.remove_callback(stop)
-    train.save_adapter(cfg, run, trainer, tokenizer, train.resume_or_start(trainer, cfg, run))
+    save.save_adapter(cfg, run, trainer, tokenizer, resume.resume_or_start(trainer, cfg, run))
     assert weights(run) == undisturbed
 
 
 def test_a_trainer_that_has_trained_without_a_checkpoint_does_not_pass_for_a_fresh_one(cfg, tokenizer, many):
     rarely = dataclasses.replace(cfg, save_steps=100)
-    run = artifacts.Run(rarely)
+    run = run_folder.Run(rarely)
     trainer = build(rarely, run, tokenizer, many)
     trainer.add_callback(At(2, interrupt))
     with pytest.raises(KeyboardInterrupt):
-        train.resume_or_start(trainer, rarely, run)
+        resume.resume_or_start(trainer, rarely, run)
     with pytest.raises(ArtifactError, match="already trained 2 steps") as caught:
-        train.resume_or_start(trainer, rarely, run)
-    assert "Restart" in caught.value.mend
+        resume.resume_or_start(trainer, rarely, run)
+    assert "Restart" in caught.value.fix
 
 
 def test_a_stop_between_the_last_step_and_saving_costs_no_step(cfg, tokenizer, many, undisturbed):
-    run = artifacts.Run(cfg)
-    seconds = train.resume_or_start(build(cfg, run, tokenizer, many), cfg, run)
+    run = run_folder.Run(cfg)
+    seconds = resume.resume_or_start(build(cfg, run, tokenizer, many), cfg, run)
     run.unlock()  # as when the process ends
     trainer = build(cfg, run, tokenizer, many)
-    assert train.resume_or_start(trainer, cfg, run) == pytest.approx(seconds, abs=0.5)
+    assert resume.resume_or_start(trainer, cfg, run) == pytest.approx(seconds, abs=0.5)
     assert trainer.state.global_step == 6 and train.history(trainer)["eval"]
-    train.save_adapter(cfg, run, trainer, tokenizer, seconds)
+    save.save_adapter(cfg, run, trainer, tokenizer, seconds)
     assert weights(run) == undisturbed
 
 
 def test_after_a_finished_training_the_next_one_starts_anew(cfg, tokenizer, many, capsys):
-    run = artifacts.Run(cfg)
+    run = run_folder.Run(cfg)
     for _ in range(2):
         trainer = again(cfg, tokenizer, many)
         assert names(run) == []
@@ -177,7 +180,7 @@ def test_seconds_count_those_before_the_stop(cfg, tokenizer, many):
     seal = checkpoints.read_seal(first)
     run.write_json(first.relative_to(run.dir) / checkpoints.SEAL, seal | {"seconds": 1000.0})
     again(cfg, tokenizer, many)
-    assert 1000 < run.require_adapter()["seconds"] < 1100
+    assert 1000 < save.require_adapter(run)["seconds"] < 1100
 
 
 def unsealed(checkpoint):
@@ -245,9 +248,7 @@ def test_a_changed_config_refuses_to_resume_and_names_what_changed(cfg, tokenize
     before = names(run)
     with pytest.raises(ArtifactError, match=named) as caught:
         again(dataclasses.replace(cfg, **change), tokenizer, many)
-    assert (
-        "FRESH=True" in caught.value.mend and "set these back" in caught.value.mend and "ARTIFACTS" in caught.value.mend
-    )
+    assert "FRESH=True" in caught.value.fix and "set these back" in caught.value.fix and "ARTIFACTS" in caught.value.fix
     assert names(run) == before, "the refused run leaves the checkpoints"
     assert not run.adapter.exists()
     again(cfg, tokenizer, many)
@@ -293,7 +294,7 @@ def test_a_resumed_training_keeps_to_the_new_save_steps(cfg, tokenizer, many):
     trainer = build(changed, run, tokenizer, many)
     trainer.add_callback(At(6, interrupt))
     with pytest.raises(KeyboardInterrupt):
-        train.resume_or_start(trainer, changed, run)
+        resume.resume_or_start(trainer, changed, run)
     assert names(run) == ["checkpoint-4", "checkpoint-3"]
 
 
@@ -344,35 +345,35 @@ def test_a_second_training_in_the_folder_is_refused_and_changes_nothing(cfg, tok
         assert taken
         with pytest.raises(ArtifactError, match="Another process is using .* for training") as caught:
             again(cfg, tokenizer, many)
-        assert "ARTIFACTS" in caught.value.mend
+        assert "ARTIFACTS" in caught.value.fix
         with pytest.raises(ArtifactError, match="Another process"):
-            train.save_adapter(cfg, run, None, tokenizer, 1.0)
+            save.save_adapter(cfg, run, None, tokenizer, 1.0)
     assert files_of(run.dir) == before
     again(cfg, tokenizer, many)  # the lock went with its process
 
 
 def test_a_second_run_of_the_notebooks_in_the_folder_is_refused_and_changes_nothing(cfg, monkeypatch, tmp_path):
-    monkeypatch.setattr(run_module.models, "load_tokenizer", lambda _: None)
-    monkeypatch.setattr(run_module.data, "load_preferences", lambda _: None)
-    first = artifacts.Run(config.resolve(profile="smoke", artifacts=str(tmp_path / "both")))
+    monkeypatch.setattr(run.models, "load_tokenizer", lambda _: None)
+    monkeypatch.setattr(run.data, "load_preferences", lambda _: None)
+    first = run_folder.Run(settings.resolve(profile="smoke", artifacts=str(tmp_path / "both")))
     first.write_json("executed/01_setup.ipynb", {})
     before = files_of(first.dir)
     with held(first, "notebooks") as taken:
         assert taken
         with pytest.raises(ArtifactError, match="Another process is using .* for notebooks"):
-            run_module.run_all({"PROFILE": "smoke", "ARTIFACTS": str(tmp_path / "both")})
+            run.run_all({"PROFILE": "smoke", "ARTIFACTS": str(tmp_path / "both")})
     assert files_of(first.dir) == before
 
 
 def test_the_lock_holds_from_training_to_saving(cfg, tokenizer, many):
-    run = artifacts.Run(cfg)
+    run = run_folder.Run(cfg)
     trainer = build(cfg, run, tokenizer, many)
     during = []
     trainer.add_callback(At(2, lambda: during.append(free(run))))
-    seconds = train.resume_or_start(trainer, cfg, run)
+    seconds = resume.resume_or_start(trainer, cfg, run)
     assert during == [False] and not free(run)
-    artifacts.Run(cfg).lock()  # this process has it already
-    train.save_adapter(cfg, run, trainer, tokenizer, seconds)
+    run_folder.Run(cfg).lock()  # this process has it already
+    save.save_adapter(cfg, run, trainer, tokenizer, seconds)
     assert free(run)
 
 
@@ -384,19 +385,19 @@ def test_where_there_are_no_locks_training_goes_on_and_says_so(cfg, monkeypatch,
     def unsupported(*_):
         raise OSError(errno.ENOTSUP, "Operation not supported")
 
-    monkeypatch.setattr(artifacts.FileLock, "acquire", unsupported)
-    run = artifacts.Run(cfg)
+    monkeypatch.setattr(run_folder.FileLock, "acquire", unsupported)
+    run = run_folder.Run(cfg)
     run.lock()
     run.unlock()
     assert "cannot be locked ([Errno 95] Operation not supported)" in capsys.readouterr().out
 
 
 def test_an_adapter_moved_away_by_a_kill_comes_back(cfg):
-    run = artifacts.Run(cfg)
+    run = run_folder.Run(cfg)
     for name in (".adapter-abc", ".adapter-abc-old"):
         (run.dir / name).mkdir()
         (run.dir / name / "which.txt").write_text(name)
-    run.mend_adapter()
+    run.fix_adapter()
     assert (run.adapter / "which.txt").read_text() == ".adapter-abc-old"
     assert list(run.dir.glob(".adapter-*")) == []
 
@@ -405,14 +406,14 @@ def test_an_adapter_moved_away_by_a_kill_comes_back(cfg):
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES], ids=errno.errorcode.get)
-def test_a_disk_that_refuses_a_checkpoint_is_an_error_with_a_mend(
+def test_a_disk_that_refuses_a_checkpoint_is_an_error_with_a_fix(
     cfg, tokenizer, many, monkeypatch, number, undisturbed
 ):
     def refuse(*_, **__):
         raise OSError(number, os.strerror(number))
 
     again(cfg, tokenizer, many)
-    earlier = weights(artifacts.Run(cfg))
+    earlier = weights(run_folder.Run(cfg))
     with monkeypatch.context() as patch:
         run = stopped(cfg, tokenizer, many, action=lambda: patch.setattr(torch, "save", refuse), error=ArtifactError)
     assert names(run) == ["checkpoint-3", "checkpoint-2"], "both whole; what was torn is gone"
@@ -423,18 +424,18 @@ def test_a_disk_that_refuses_a_checkpoint_is_an_error_with_a_mend(
 
 
 @pytest.mark.parametrize("size", [1_000, 20_000, 60_000])
-def test_a_file_that_the_system_cuts_off_is_an_error_with_a_mend(cfg, tokenizer, many, size):
+def test_a_file_that_the_system_cuts_off_is_an_error_with_a_fix(cfg, tokenizer, many, size):
     """A real refusal by the kernel, in the middle of whichever file comes to that size first."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    run = artifacts.Run(cfg)
+    run = run_folder.Run(cfg)
     trainer = build(cfg, run, tokenizer, many)
     trainer.add_callback(At(4, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))))
     try:
         with pytest.raises(ArtifactError, match="could not be written") as caught:
-            train.resume_or_start(trainer, cfg, run)
+            resume.resume_or_start(trainer, cfg, run)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert "Free space" in caught.value.mend
+    assert "Free space" in caught.value.fix
     assert names(run) == ["checkpoint-3", "checkpoint-2"]
     assert all(checkpoints.read_seal(path) for path in checkpoints.saved(run))
 

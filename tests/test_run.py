@@ -16,8 +16,11 @@ import pytest
 from conftest import script
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from dpo_tutorial import cli, config, environment, run
+from dpo_tutorial.cli import main as cli
+from dpo_tutorial import config
+from dpo_tutorial.cli import run
 from dpo_tutorial.errors import ArtifactError, ConfigError, NotebookError
+from dpo_tutorial.machine import paths
 
 ROOT = Path(__file__).parents[1]
 refresh = script("scripts/refresh_notebooks.py")
@@ -211,7 +214,7 @@ PNG = base64.b64encode(b"\x89PNG\r\n\x1a\n" + bytes(range(256))).decode()
 def machine(tmp_path, monkeypatch):
     """A made-up project root, home and cache folder."""
     places = SimpleNamespace(root=tmp_path / "prj" / "checkout", home=tmp_path / "me", cache=tmp_path / "me" / "kept")
-    monkeypatch.setattr(environment, "project_root", lambda: places.root)
+    monkeypatch.setattr(paths, "project_root", lambda: places.root)
     monkeypatch.setattr(Path, "home", lambda: places.home)
     monkeypatch.setenv("DPO_TUTORIAL_CACHE", str(places.cache))
     return places

@@ -9,7 +9,8 @@ from conftest import TEXTS, pair
 from datasets import Dataset
 from sklearn.metrics import brier_score_loss, log_loss
 
-from dpo_tutorial import data, statistics
+from dpo_tutorial.comparing import stats, verdict
+from dpo_tutorial.pairs import audit
 
 
 def record(margin, gap=0, **more):
@@ -25,14 +26,14 @@ def record(margin, gap=0, **more):
 
 def test_wilson_interval_is_the_textbook_one():
     # 8 of 10: (p + z²/2n ± z √(p(1-p)/n + z²/4n²)) / (1 + z²/n) with z = 1.96
-    found = statistics.rate(8, 10)
+    found = stats.rate(8, 10)
     assert (found["rate"], found["n"]) == (0.8, 10)
     assert found["low"] == pytest.approx(0.4902, abs=1e-3) and found["high"] == pytest.approx(0.9433, abs=1e-3)
 
 
 def test_a_mean_has_the_standard_error_and_t_interval_of_scipy():
     values = [1.0, 2.0, 4.0, 9.0]
-    found = statistics.mean(values)
+    found = stats.mean(values)
     low, high = scipy.stats.t.interval(0.95, 3, loc=4.0, scale=scipy.stats.sem(values))
     assert found["mean"] == 4.0 and found["n"] == 4
     assert found["standard_error"] == pytest.approx(scipy.stats.sem(values))
@@ -40,33 +41,33 @@ def test_a_mean_has_the_standard_error_and_t_interval_of_scipy():
 
 
 def test_one_value_has_a_mean_and_no_error():
-    found = statistics.mean([3.0])
+    found = stats.mean([3.0])
     assert found["mean"] == 3.0 and math.isnan(found["standard_error"]) and math.isnan(found["low"])
-    assert math.isnan(statistics.paired_difference([1.0], [2.0])["low"])
+    assert math.isnan(stats.paired_difference([1.0], [2.0])["low"])
 
 
 def test_a_ratio_is_of_the_sums_and_its_error_that_of_the_delta_method():
     # log-ratios 2 and 8 over 10 and 30 tokens: 10/40; residuals (2 - 2.5)/20 and (8 - 7.5)/20
-    found = statistics.ratio([2.0, 8.0], [10, 30])
+    found = stats.ratio([2.0, 8.0], [10, 30])
     assert found["mean"] == 0.25 and found["standard_error"] == pytest.approx(0.025)
     assert found["high"] - found["mean"] == pytest.approx(0.025 * scipy.stats.t.ppf(0.975, 1))
 
 
 def test_a_paired_difference_has_the_interval_of_scipys_paired_bootstrap():
     before, after = [0.0, 1.0, 2.0, 3.0, 2.0, 1.0], [1.0, 1.0, 4.0, 3.0, 3.0, 0.0]
-    found = statistics.paired_difference(before, after)
+    found = stats.paired_difference(before, after)
     theirs = scipy.stats.bootstrap(
         (np.array(after), np.array(before)), lambda a, b, axis: np.mean(a - b, axis=axis), paired=True,
         vectorized=True, method="percentile", rng=np.random.default_rng(0),
     ).confidence_interval  # fmt: skip
     assert found["difference"] == pytest.approx(0.5) and found["n"] == 6
     assert (found["low"], found["high"]) == pytest.approx((theirs.low, theirs.high), abs=0.02)
-    assert found == statistics.paired_difference(before, after), "the same records give the same interval"
+    assert found == stats.paired_difference(before, after), "the same records give the same interval"
 
 
 def test_the_sign_test_is_the_binomial_one_over_the_items_that_changed():
     before, after = [0, 0, 0, 0, 0, 1, 1, 0], [1, 1, 1, 1, 1, 1, 0, 0]
-    assert statistics.sign_test(before, after) == pytest.approx(scipy.stats.binomtest(1, 6).pvalue)
+    assert stats.sign_test(before, after) == pytest.approx(scipy.stats.binomtest(1, 6).pvalue)
 
 
 @pytest.mark.parametrize(
@@ -74,33 +75,33 @@ def test_the_sign_test_is_the_binomial_one_over_the_items_that_changed():
     [(0.1, 0.4, 0.01, True), (-0.4, -0.1, 0.01, True), (-0.1, 0.4, 0.01, False), (0.1, 0.4, 0.25, False)],
 )
 def test_moved_needs_an_interval_on_one_side_of_0_and_a_small_p(low, high, p, expected):
-    assert statistics.moved({"low": low, "high": high, "p": p}) is expected
+    assert stats.moved({"low": low, "high": high, "p": p}) is expected
 
 
 # --- held-out pairs ----
 
 
 def test_a_tie_counts_half():
-    summary = statistics.summarise([record(1.0), record(0.0), record(-1.0), record(0.0)])
+    summary = stats.summarise([record(1.0), record(0.0), record(-1.0), record(0.0)])
     assert summary["accuracy"]["rate"] == 0.5 and summary["ties"] == 2
     assert summary["pick_the_longer"]["rate"] == 0.5
-    assert statistics.right([2.0, 0.0, -3.0]).tolist() == [1.0, 0.5, 0.0]
+    assert stats.right([2.0, 0.0, -3.0]).tolist() == [1.0, 0.5, 0.0]
 
 
 def test_length_rules_count_the_longer_and_the_shorter_chosen_answer():
-    summary = statistics.summarise([record(1.0, gap) for gap in (5, 3, -2, 0)])
+    summary = stats.summarise([record(1.0, gap) for gap in (5, 3, -2, 0)])
     assert summary["pick_the_longer"]["rate"] == 2.5 / 4 and summary["pick_the_shorter"]["rate"] == 1.5 / 4
 
 
 def test_an_untrained_policy_ties_on_every_pair():
-    summary = statistics.summarise(statistics.untrained([record(1.0), record(-2.0), record(3.0)]))
+    summary = stats.summarise(stats.untrained([record(1.0), record(-2.0), record(3.0)]))
     assert summary["accuracy"]["rate"] == 0.5 and summary["ties"] == 3 and summary["margin"]["mean"] == 0
     assert summary["calibration"]["log_loss"] == pytest.approx(math.log(2))
 
 
 def test_thirds_by_length_gap_show_a_policy_that_goes_by_length():
     records = [record(float(gap), gap) for gap in (-9, -7, -5, -1, 0, 1, 5, 7, 9)]  # rewards the longer answer
-    parts = statistics.by_length_gap(records)
+    parts = stats.by_length_gap(records)
     assert [(p["shortest"], p["longest"]) for p in parts] == [(-9, -5), (-1, 1), (5, 9)]
     assert [p["accuracy"]["rate"] for p in parts] == [0.0, 0.5, 1.0]
     assert [p["accuracy"]["n"] for p in parts] == [3, 3, 3]
@@ -108,7 +109,7 @@ def test_thirds_by_length_gap_show_a_policy_that_goes_by_length():
 
 def test_calibration_worked_by_hand():
     # σ(0) = 0.5 twice (ties, half right); σ(ln 3) = 0.75 twice, one right and one wrong
-    found = statistics.calibration([0.0, 0.0, math.log(3), -math.log(3)])
+    found = stats.calibration([0.0, 0.0, math.log(3), -math.log(3)])
     confidence = [b["confidence"] for b in found["bins"]]
     assert confidence == pytest.approx([0.5, 0.5, 0.75, 0.75])
     assert [b["accuracy"]["rate"] for b in found["bins"]] == [0.5, 0.5, 1.0, 0.0]
@@ -119,7 +120,7 @@ def test_brier_and_log_loss_are_those_of_scikit_learn_with_either_answer_first()
     margins = np.array([2.0, -1.0, 0.3, 4.0, -0.2])
     p = 1 / (1 + np.exp(-margins))
     labels, said = [1] * 5 + [0] * 5, [*p, *(1 - p)]
-    found = statistics.calibration(margins)
+    found = stats.calibration(margins)
     assert found["brier"] == pytest.approx(brier_score_loss(labels, said))
     assert found["log_loss"] == pytest.approx(log_loss(labels, said))
 
@@ -129,21 +130,23 @@ def test_rewards_by_position_add_up_to_the_reward_and_lie_where_they_were_earned
         {"chosen_token_rewards": [1.0] + [0.0] * 19, "rejected_token_rewards": [0.0] * 9 + [-2.0]},
         {"chosen_token_rewards": [3.0, 0.0, 0.0, 0.0], "rejected_token_rewards": [-1.0]},
     ]
-    found = statistics.reward_by_position(rows)
+    found = stats.reward_by_position(rows)
     chosen, rejected = ([part["mean"] for part in found[side]] for side in ("chosen", "rejected"))
     assert chosen[0] == 0.5 and chosen[1] == 1.5 and sum(chosen) == pytest.approx(2.0)
     assert rejected[9] == -1.0 and rejected[5] == -0.5 and sum(rejected) == pytest.approx(-1.5)
 
 
 def test_bag_of_words_finds_a_surface_preference_and_nothing_where_there_is_none():
-    good = [data.extract(pair(f"Question {i}?", f"Plain answer {i}.", f"Great question! Item {i}.")) for i in range(30)]
+    good = [
+        audit.extract(pair(f"Question {i}?", f"Plain answer {i}.", f"Great question! Item {i}.")) for i in range(30)
+    ]
     noise = [
-        data.extract(pair(*(t[:2] if i % 2 else (t[0], t[2])), t[2] if i % 2 else t[1]))
+        audit.extract(pair(*(t[:2] if i % 2 else (t[0], t[2])), t[2] if i % 2 else t[1]))
         for i in range(6)
         for t in TEXTS
     ]
-    assert statistics.bag_of_words(Dataset.from_list(good[:20]), Dataset.from_list(good[20:])) == [1.0] * 10
-    assert np.mean(statistics.bag_of_words(Dataset.from_list(noise), Dataset.from_list(noise))) == pytest.approx(
+    assert stats.bag_of_words(Dataset.from_list(good[:20]), Dataset.from_list(good[20:])) == [1.0] * 10
+    assert np.mean(stats.bag_of_words(Dataset.from_list(noise), Dataset.from_list(noise))) == pytest.approx(
         0.5, abs=0.1
     )
 
@@ -152,8 +155,8 @@ def test_bag_of_words_finds_a_surface_preference_and_nothing_where_there_is_none
 
 
 def test_distinct_falls_with_repetition():
-    assert statistics.distinct("one two three four") == 1.0
-    assert statistics.distinct("ha ha ha ha ha") == 0.25
+    assert stats.distinct("one two three four") == 1.0
+    assert stats.distinct("ha ha ha ha ha") == 0.25
 
 
 @pytest.mark.parametrize(
@@ -168,7 +171,7 @@ def test_distinct_falls_with_repetition():
     ],
 )
 def test_the_longest_repeat_is_the_longest_run_that_comes_twice(text, words):
-    assert statistics.longest_repeat(text) == words
+    assert stats.longest_repeat(text) == words
 
 
 def answer(text, tokens=5, finished=True):
@@ -178,28 +181,28 @@ def answer(text, tokens=5, finished=True):
 def test_form_compares_the_same_prompts_before_and_after():
     before = [answer("a b a b", 10, False), answer("c d e", 20, False), answer("f", 30, True)]
     after = [answer("a b", 8), answer("c d", 16), answer("f", 30)]
-    found = statistics.form(before, after)
+    found = stats.form(before, after)
     assert found["before"]["tokens"]["mean"] == 20 and found["after"]["tokens"]["mean"] == 18
     assert found["change"]["tokens"]["difference"] == pytest.approx(-2)
-    assert found["before"]["finished"] == statistics.rate(1, 3) and found["after"]["finished"] == statistics.rate(3, 3)
+    assert found["before"]["finished"] == stats.rate(1, 3) and found["after"]["finished"] == stats.rate(3, 3)
     assert found["before"]["longest repeat (words)"]["mean"] == pytest.approx(2 / 3)
     assert found["change"]["finished"]["p"] == pytest.approx(scipy.stats.binomtest(0, 2).pvalue)
 
 
 def test_equal_length_cuts_both_answers_to_the_words_of_the_shorter_and_keeps_their_line_breaks():
     before, after = [answer("a\n\nb c  d"), answer("x"), answer("gone")], [answer("e f g"), answer("x y"), answer("")]
-    cut = statistics.equal_length(before, after)
+    cut = stats.equal_length(before, after)
     assert [[a["text"] for a in side] for side in cut] == [["a\n\nb c", "x", ""], ["e f g", "x", ""]]
     assert before[0]["text"] == "a\n\nb c  d" and cut[0][0]["tokens"] == before[0]["tokens"]
 
 
 def test_rules_hold_the_rates_and_the_paired_change():
     checks = {"short": lambda a: a["tokens"] < 10}
-    found = statistics.rules([answer("x", 20)] * 8, [answer("x", 5)] * 7 + [answer("x", 20)], checks)
+    found = stats.rules([answer("x", 20)] * 8, [answer("x", 5)] * 7 + [answer("x", 20)], checks)
     assert found["before"]["short"]["rate"] == 0 and found["after"]["short"]["rate"] == 7 / 8
     change = found["change"]["short"]
     assert change["difference"] == 7 / 8 and change["p"] == pytest.approx(scipy.stats.binomtest(0, 7).pvalue)
-    assert statistics.moved(change)
+    assert stats.moved(change)
 
 
 # --- in words ----
@@ -210,19 +213,19 @@ def test_rules_hold_the_rates_and_the_paired_change():
 )
 def test_the_verdict_follows_the_numbers(hits, words):
     held_out = {
-        "accuracy": statistics.rate(hits, 60), "reward_chosen": {"mean": -0.5}, "reward_rejected": {"mean": -1.0},
+        "accuracy": stats.rate(hits, 60), "reward_chosen": {"mean": -0.5}, "reward_rejected": {"mean": -1.0},
     }  # fmt: skip
     rules = {
-        "before": {"no opener": statistics.rate(2, 24), "plain words": statistics.rate(12, 24)},
-        "after": {"no opener": statistics.rate(23, 24), "plain words": statistics.rate(13, 24)},
+        "before": {"no opener": stats.rate(2, 24), "plain words": stats.rate(12, 24)},
+        "after": {"no opener": stats.rate(23, 24), "plain words": stats.rate(13, 24)},
         "change": {
             "no opener": {"low": 0.7, "high": 1.0, "p": 1e-6}, "plain words": {"low": -0.1, "high": 0.2, "p": 1.0},
         },
     }  # fmt: skip
-    said = statistics.verdict(held_out, rules, {"spread": 0.0255, "floor": 0.05, "within": 3})
+    said = verdict.verdict(held_out, rules, {"spread": 0.0255, "floor": 0.05, "within": 3})
     assert words in said[0] and "3 of 60 margins" in said[1] and "Both sides became less likely" in said[2]
     assert "no opener 8% → 96%" in said[3] and "plain words" not in said[3] and "plain words" in said[4]
-    assert len(statistics.verdict(held_out, rules)) == 4, "nothing is said of noise that was not measured"
+    assert len(verdict.verdict(held_out, rules)) == 4, "nothing is said of noise that was not measured"
 
 
 @pytest.mark.parametrize(
@@ -233,16 +236,16 @@ def test_the_verdict_names_the_opponent_the_distance_and_what_is_left_at_equal_l
     base, trained = [answer("one\n\ntwo", 80)] * 8, [answer("one", 40)] * 7 + [answer("one", 42)]
     checks = {"one paragraph": lambda a: "\n" not in a["text"], "says one": lambda a: "one" in a["text"]}
     held_out = {
-        "accuracy": statistics.rate(58, 60), "reward_chosen": {"mean": 1.0}, "reward_rejected": {"mean": -1.0},
+        "accuracy": stats.rate(58, 60), "reward_chosen": {"mean": 1.0}, "reward_rejected": {"mean": -1.0},
     }  # fmt: skip
     against = {
-        "words": statistics.rate(50, 60), "difference": {"difference": (low + high) / 2, "low": low, "high": high}
+        "words": stats.rate(50, 60), "difference": {"difference": (low + high) / 2, "low": low, "high": high}
     }  # fmt: skip
-    said = statistics.verdict(
-        held_out, statistics.rules(base, trained, checks), words=against,
+    said = verdict.verdict(
+        held_out, stats.rules(base, trained, checks), words=against,
         kl={"per_answer": {"mean": 9.0, "low": 6.0, "high": 12.0}, "per_token": {"mean": 0.1}},
-        form=statistics.form(base, trained),
-        same_length=statistics.rules(*statistics.equal_length(base, trained), checks),
+        form=stats.form(base, trained),
+        same_length=stats.rules(*stats.equal_length(base, trained), checks),
     )  # fmt: skip
     assert "Word counting scores 0.83" in said[1] and words in said[1]
     assert "9.0 nats from the base (6.0 to 12.0), 0.10 a token" in said[3]
@@ -254,11 +257,11 @@ def test_more_repetition_at_equal_length_is_said():
     base = [answer("a b c d e f g h i j")] * 8
     trained = [answer("a b c a b c a b c a")] * 7 + [answer("a b a b a b a b a b")]
     held_out = {
-        "accuracy": statistics.rate(58, 60), "reward_chosen": {"mean": 1.0}, "reward_rejected": {"mean": -1.0},
+        "accuracy": stats.rate(58, 60), "reward_chosen": {"mean": 1.0}, "reward_rejected": {"mean": -1.0},
     }  # fmt: skip
     checks = {"says a": lambda a: "a" in a["text"]}
-    cut = statistics.equal_length(base, trained)
-    said = statistics.verdict(held_out, statistics.rules(base, trained, checks), same_form=statistics.form(*cut))
+    cut = stats.equal_length(base, trained)
+    said = verdict.verdict(held_out, stats.rules(base, trained, checks), same_form=stats.form(*cut))
     assert any(s.startswith("At equal length the policy repeats itself more: its longest repeat is +") for s in said)
-    again = statistics.verdict(held_out, statistics.rules(base, base, checks), same_form=statistics.form(base, base))
+    again = verdict.verdict(held_out, stats.rules(base, base, checks), same_form=stats.form(base, base))
     assert not any("repeats itself" in s for s in again)

@@ -4,7 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from dpo_tutorial import models, timing, train
+from dpo_tutorial.loading import models
+from dpo_tutorial.training import timing, train
 
 
 @pytest.fixture

@@ -14,19 +14,13 @@ from conftest import TEXTS, pair
 from datasets import Dataset, concatenate_datasets
 from trl import DPOTrainer
 
-from dpo_tutorial import (
-    artifacts,
-    config,
-    data,
-    dpo,
-    environment,
-    evaluate,
-    faster,
-    footprint,
-    models,
-    statistics,
-    train,
-)
+from dpo_tutorial import run_folder, settings
+from dpo_tutorial.adapter import lora
+from dpo_tutorial.comparing import stats, verdict
+from dpo_tutorial.loading import models
+from dpo_tutorial.machine import hardware
+from dpo_tutorial.pairs import audit, encoding, store
+from dpo_tutorial.training import dpo, faster, footprint, save, scoring, train
 
 
 def trainer_for(cfg, tokenizer, pairs, tmp_path, **changes):
@@ -83,7 +77,7 @@ def test_answers_only_and_narrow_tiles_leave_loss_and_gradient_as_they_were(
 def test_batches_hold_pairs_of_similar_length_and_every_pair_once(cfg, tokenizer, pairs, tmp_path):
     many = concatenate_datasets([pairs] * 16)
     trainer = trainer_for(dataclasses.replace(cfg, batch_size=4, max_steps=-1), tokenizer, many, tmp_path)
-    lengths = data.token_lengths(many)
+    lengths = encoding.token_lengths(many)
     order = list(trainer._get_train_sampler(trainer.train_dataset))
     assert sorted(order) == list(range(len(many)))
 
@@ -105,7 +99,7 @@ def test_the_order_of_the_batches_follows_the_seed_alone(cfg, tokenizer, pairs, 
 
         monkeypatch.setattr(train, "build_trainer", build)
         seeded, many = dataclasses.replace(cfg, seed=seed), concatenate_datasets([pairs] * 4)
-        trainer = train.train(seeded, artifacts.Run(cfg), models.load_base(cfg), tokenizer, many, pairs)
+        trainer = train.train(seeded, run_folder.Run(cfg), models.load_base(cfg), tokenizer, many, pairs)
         return [row["logps/chosen"] for row in train.history(trainer)["train"]]
 
     stock = train.build_trainer
@@ -150,7 +144,7 @@ def test_trls_precomputed_reference_gives_the_same_training(cfg, tokenizer, pair
             cfg, max_steps=4, prefix_sharing=prefix_sharing, precompute_reference=once, ld_alpha=ld_alpha,
             artifacts=str(tmp_path / f"{once}{ld_alpha}"),
         )  # fmt: skip
-        run = artifacts.Run(changed)
+        run = run_folder.Run(changed)
         trainer = train.train(changed, run, models.load_base(cfg), tokenizer, pairs, pairs.select(range(3)))
         assert train.check_first_loss(trainer) == pytest.approx(math.log(2), abs=1e-4)
         log = trainer.state.log_history
@@ -162,8 +156,8 @@ def test_trls_precomputed_reference_gives_the_same_training(cfg, tokenizer, pair
 @pytest.fixture
 def t4(monkeypatch):
     """`resolve()` sees a card of compute capability 7.5, as on a T4; everything else still runs on the CPU."""
-    card = environment.hardware() | {"cuda": True, "capability": [7, 5], "gpu": "Tesla T4", "gpu_memory_gib": 15.0}
-    monkeypatch.setattr(environment, "hardware", lambda: card)
+    card = hardware.hardware() | {"cuda": True, "capability": [7, 5], "gpu": "Tesla T4", "gpu_memory_gib": 15.0}
+    monkeypatch.setattr(hardware, "hardware", lambda: card)
 
 
 def trainable_types(trainer):
@@ -172,7 +166,7 @@ def trainable_types(trainer):
 
 def test_a_t4_trains_in_fp16_with_trainable_weights_in_fp32(t4, cfg, tokenizer, pairs, tmp_path, capsys):
     """trl#4901: TRL casts the adapter of a 4-bit model to bfloat16, which an fp16 GradScaler rejects."""
-    found = config.resolve(model=cfg.model, lora_r=4, max_steps=2)
+    found = settings.resolve(model=cfg.model, lora_r=4, max_steps=2)
     assert (found.profile, found.dtype) == ("t4", "fp16")
     assert "fp16: compute capability 7.5 has no native bfloat16" in capsys.readouterr().out
     trainer = trainer_for(found, tokenizer, pairs, tmp_path)
@@ -181,9 +175,9 @@ def test_a_t4_trains_in_fp16_with_trainable_weights_in_fp32(t4, cfg, tokenizer, 
 
 
 def test_without_our_cast_trl_would_leave_bf16(t4, cfg, tokenizer, pairs, tmp_path, monkeypatch):
-    """Once this fails, TRL has mended trl#4901 and `cast_trainable_to_fp32` can go."""
+    """Once this fails, TRL has fixed trl#4901 and `cast_trainable_to_fp32` can go."""
     monkeypatch.setattr(faster, "cast_trainable_to_fp32", lambda model: None)
-    found = config.resolve(model=cfg.model, lora_r=4, max_steps=2)
+    found = settings.resolve(model=cfg.model, lora_r=4, max_steps=2)
     assert trainable_types(trainer_for(found, tokenizer, pairs, tmp_path)) == {torch.bfloat16}
 
 
@@ -194,19 +188,19 @@ def test_trainable_weights_are_fp32_in_the_other_types_too(cfg, tokenizer, pairs
 
 
 def test_the_adapter_is_saved_with_its_base_and_scores_the_same_after_reloading(cfg, tokenizer, pairs):
-    run = artifacts.Run(cfg)
+    run = run_folder.Run(cfg)
     trainer = train.train(cfg, run, models.load_base(cfg), tokenizer, pairs, pairs)
     saved = {p.name for p in run.adapter.iterdir()}
     assert {"adapter_model.safetensors", "adapter_config.json", "training.json", "README.md", "tokenizer.json"} <= saved
     assert not any(name.endswith((".bin", ".pt", ".pkl")) for name in saved)
-    record = run.require_adapter()
+    record = save.require_adapter(run)
     assert record["base"]["name"] == "tiny-llama" and record["history"]["train"] and record["versions"]["trl"]
     card = (run.adapter / "README.md").read_text()
     assert "tiny-llama" in card and "beta 0.1" in card and "| Base revision | not pinned |" in card
     assert str(run.dir) not in card + json.dumps(json.loads((run.adapter / "adapter_config.json").read_text()))
 
-    before = evaluate.score_pairs(cfg, trainer.model, tokenizer, pairs)
-    after = evaluate.score_pairs(cfg, models.load_policy(cfg, run.adapter), tokenizer, pairs)
+    before = scoring.score_pairs(cfg, trainer.model, tokenizer, pairs)
+    after = scoring.score_pairs(cfg, lora.load_policy(cfg, run.adapter), tokenizer, pairs)
     assert [r["margin"] for r in after] == pytest.approx([r["margin"] for r in before], abs=1e-4)
     assert any(r["margin"] != 0 for r in after)
 
@@ -217,8 +211,8 @@ def test_a_policy_taught_swapped_labels_fails_on_pairs_it_has_not_seen(cfg, toke
     def rows(start, stop):
         made = []
         for i in range(start, stop):
-            row = data.extract(pair(f"Question {i}?", f"The answer is {i}.", f"Great question! It is {i}!"))
-            ids = {side: data.encode(tokenizer, row["prompt"], row[side]) for side in ("chosen", "rejected")}
+            row = audit.extract(pair(f"Question {i}?", f"The answer is {i}.", f"Great question! It is {i}!"))
+            ids = {side: encoding.encode(tokenizer, row["prompt"], row[side]) for side in ("chosen", "rejected")}
             counts = {f"{side}_tokens": len(answer) for side, (_, answer) in ids.items()}
             made.append(row | counts | {"prompt_tokens": len(ids["chosen"][0])})
         return Dataset.from_list(made)
@@ -228,10 +222,10 @@ def test_a_policy_taught_swapped_labels_fails_on_pairs_it_has_not_seen(cfg, toke
     swapped = swapped.rename_columns({"chosen_tokens": "rejected_tokens", "rejected_tokens": "chosen_tokens"})
     trainer = train.build_trainer(longer, models.load_base(longer), tokenizer, swapped)
     trainer.train()
-    found = statistics.summarise(evaluate.score_pairs(longer, trainer.model, tokenizer, test))
+    found = stats.summarise(scoring.score_pairs(longer, trainer.model, tokenizer, test))
     assert found["accuracy"]["high"] < 0.3
-    nothing = {when: {"rule": statistics.rate(1, 2)} for when in ("before", "after")}
-    said = statistics.verdict(found, nothing | {"change": {"rule": {"low": -1, "high": 1}}})
+    nothing = {when: {"rule": stats.rate(1, 2)} for when in ("before", "after")}
+    said = verdict.verdict(found, nothing | {"change": {"rule": {"low": -1, "high": 1}}})
     assert "swapped labels" in said[0]
 
 
@@ -243,8 +237,8 @@ def test_training_on_swapped_labels_turns_the_margin_round(cfg, tokenizer, pairs
     for name, rows in (("right", pairs), ("swapped", swapped)):
         trainer = trainer_for(longer, tokenizer, rows, tmp_path)
         trainer.train()
-        records = evaluate.score_pairs(longer, trainer.model, tokenizer, pairs)
-        accuracy[name] = statistics.summarise(records)["accuracy"]["rate"]
+        records = scoring.score_pairs(longer, trainer.model, tokenizer, pairs)
+        accuracy[name] = stats.summarise(records)["accuracy"]["rate"]
     assert accuracy == {"right": 1.0, "swapped": 0.0}
 
 
@@ -265,7 +259,7 @@ def test_every_variant_of_the_loss_starts_from_a_zero_margin_and_raises_it(cfg, 
     trainer.train()
     losses = [row["loss"] for row in train.history(trainer)["train"]]
     assert losses[0] == pytest.approx(first, abs=1e-3) and losses[-1] < losses[0]
-    records = evaluate.score_pairs(changed, trainer.model, tokenizer, pairs, beta=1.0)
+    records = scoring.score_pairs(changed, trainer.model, tokenizer, pairs, beta=1.0)
     assert sum(r["margin"] for r in records) / len(records) > 1
 
 
@@ -278,11 +272,11 @@ def test_the_knobs_of_the_loss_reach_trl(cfg, tmp_path):
 
 def test_a_saved_adapter_given_to_an_fp32_trainer_scores_as_it_did(cfg, tokenizer, pairs, tmp_path):
     """The loss lab of notebook 05: the adapter just trained, in a fresh trainer, against TRL for several betas."""
-    run = artifacts.Run(cfg)
+    run = run_folder.Run(cfg)
     done = train.train(cfg, run, models.load_base(cfg), tokenizer, pairs, pairs)
     lab = trainer_for(cfg, tokenizer, pairs, tmp_path)
-    models.give_adapter(lab.model, run.adapter)
-    margins = [[r["margin"] for r in evaluate.score_pairs(cfg, t.model, tokenizer, pairs)] for t in (done, lab)]
+    lora.give_adapter(lab.model, run.adapter)
+    margins = [[r["margin"] for r in scoring.score_pairs(cfg, t.model, tokenizer, pairs)] for t in (done, lab)]
     assert margins[1] == pytest.approx(margins[0], abs=1e-5) and any(margins[0])
     batch = next(iter(lab.get_train_dataloader()))
     for lab.beta in (0.03, 0.3, 1.0):
@@ -291,14 +285,14 @@ def test_a_saved_adapter_given_to_an_fp32_trainer_scores_as_it_did(cfg, tokenize
 
 
 def test_progress_is_written_line_by_line(cfg, tokenizer, pairs):
-    run = artifacts.Run(cfg)
+    run = run_folder.Run(cfg)
     train.train(cfg, run, models.load_base(cfg), tokenizer, pairs, pairs)
     lines = [json.loads(line) for line in (run.dir / "progress.jsonl").read_text().splitlines()]
     assert [r["step"] for r in lines if "loss" in r] == [1, 2]
 
 
 def test_the_dtype_is_the_torch_dtype():
-    assert environment.torch_dtype("bf16") is torch.bfloat16
+    assert hardware.torch_dtype("bf16") is torch.bfloat16
 
 
 def on_cuda(cfg, dtype):
@@ -311,7 +305,7 @@ def on_cuda(cfg, dtype):
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
 def test_five_steps_on_cuda(cfg, tokenizer, pairs, dtype):
     on = on_cuda(cfg, dtype)
-    trainer = train.train(on, artifacts.Run(on), models.load_base(on), tokenizer, pairs, pairs)
+    trainer = train.train(on, run_folder.Run(on), models.load_base(on), tokenizer, pairs, pairs)
     assert train.check_first_loss(trainer) == pytest.approx(math.log(2), abs=1e-3)
     assert trainer.state.global_step == 5
     up = [p for name, p in trainer.model.named_parameters() if "lora_B" in name]  # zero before the first update
@@ -359,21 +353,21 @@ def test_what_lies_in_an_input_folder_is_read_and_never_written_as_on_kaggle(tin
     rows = [pair(f"{ask} {n}", chosen, rejected) for n in range(6) for ask, chosen, rejected in TEXTS]
     (given / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
     first = dataclasses.replace(cfg, model=str(given / "model"), data=str(given / "pairs.jsonl"))
-    splits = artifacts.Run(first).ensure_data(tokenizer).splits
+    splits = store.ensure_data(run_folder.Run(first), tokenizer).splits
     base = models.load_base(first)
-    train.train(first, artifacts.Run(first), base, tokenizer, splits["train"], splits["val"])
-    shutil.copytree(artifacts.Run(first).adapter, given / "adapter")
+    train.train(first, run_folder.Run(first), base, tokenizer, splits["train"], splits["val"])
+    shutil.copytree(run_folder.Run(first).adapter, given / "adapter")
     for path in [*given.rglob("*"), given]:
         path.chmod(0o555 if path.is_dir() else 0o444)
     before = {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in [given, *given.rglob("*")]}
 
     here = dataclasses.replace(first, artifacts=str(working))
-    prepared = artifacts.Run(here).ensure_data(tokenizer)
-    assert artifacts.read_training_record(given / "adapter")["base"]["name"] == "model"
-    assert models.load_policy(here, given / "adapter").peft_config
+    prepared = store.ensure_data(run_folder.Run(here), tokenizer)
+    assert save.read_training_record(given / "adapter")["base"]["name"] == "model"
+    assert lora.load_policy(here, given / "adapter").peft_config
     train.train(
-        here, artifacts.Run(here), models.load_base(here), tokenizer, *map(prepared.splits.get, ("train", "val"))
+        here, run_folder.Run(here), models.load_base(here), tokenizer, *map(prepared.splits.get, ("train", "val"))
     )
     after = {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in [given, *given.rglob("*")]}
     assert after == before, "as root nothing is read-only, so the folder itself is compared"
-    assert artifacts.Run(here).require_adapter()
+    assert save.require_adapter(run_folder.Run(here))

@@ -7,7 +7,11 @@ import torch
 from datasets import concatenate_datasets
 from trl import DPOTrainer
 
-from dpo_tutorial import data, environment, faster, models, train
+from dpo_tutorial.adapter import lora
+from dpo_tutorial.loading import models
+from dpo_tutorial.machine import hardware
+from dpo_tutorial.pairs import encoding
+from dpo_tutorial.training import faster, train
 
 STEPS = 8
 
@@ -17,8 +21,8 @@ def stock_trainer(cfg, tokenizer, pairs, tmp_path, **changes) -> DPOTrainer:
     changes |= {"gradient_checkpointing": True, "eval_strategy": "no", "save_strategy": "no"}
     trainer = DPOTrainer(
         model=models.load_base(cfg), args=train.dpo_config(cfg, tmp_path / "stock", **changes),
-        train_dataset=pairs.add_column("length", data.token_lengths(pairs)), processing_class=tokenizer,
-        peft_config=models.lora_config(cfg),
+        train_dataset=pairs.add_column("length", encoding.token_lengths(pairs)), processing_class=tokenizer,
+        peft_config=lora.lora_config(cfg),
     )  # fmt: skip
     faster.cast_trainable_to_fp32(trainer.model)  # rounded to bf16 by TRL, updates would be lost, nothing comparable
     return trainer
@@ -26,7 +30,7 @@ def stock_trainer(cfg, tokenizer, pairs, tmp_path, **changes) -> DPOTrainer:
 
 def trajectory(trainer, cfg) -> torch.Tensor:
     """Losses of all steps, then the reward of the chosen answers at each: what moves, not only its difference."""
-    environment.seed_everything(cfg.seed)
+    hardware.seed_everything(cfg.seed)
     trainer.train()
     rows = train.history(trainer)["train"]
     return torch.tensor([[row["loss"], row["rewards/chosen"]] for row in rows])
@@ -43,7 +47,7 @@ def longer(cfg, pairs):
 
 
 def built(build, cfg, *args, **kwargs):
-    environment.seed_everything(cfg.seed)  # the adapter's A is drawn when it is attached
+    hardware.seed_everything(cfg.seed)  # the adapter's A is drawn when it is attached
     return build(cfg, *args, **kwargs)
 
 
@@ -74,7 +78,7 @@ def test_in_bf16_it_is_stock_trls_trajectory_within_rounding(longer, tokenizer, 
 
 def test_a_wrong_mask_would_be_seen(longer, tokenizer, tmp_path, monkeypatch):
     """The comparison can fail: let the rejected answer see the chosen one."""
-    from dpo_tutorial import prefix
+    from dpo_tutorial.training import prefix
 
     cfg, pairs = longer
     theirs = trajectory(built(stock_trainer, cfg, tokenizer, pairs, tmp_path), cfg)

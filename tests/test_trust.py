@@ -21,8 +21,11 @@ from safetensors.torch import load_file, save_file
 from test_notebooks import each, outputs
 from test_repository import planned
 
-from dpo_tutorial import config, data, models
+from dpo_tutorial import config
+from dpo_tutorial.adapter import lora
 from dpo_tutorial.errors import ArtifactError, DataError, ModelCorruptError, ModelUnsuitableError
+from dpo_tutorial.loading import models
+from dpo_tutorial.pairs import sources
 
 ROOT = Path(__file__).parents[1]
 
@@ -71,7 +74,7 @@ def test_weights_in_a_pickle_are_refused_and_not_read(checkpoint, honest):
     (folder / "model.safetensors").unlink()
     with pytest.raises(ModelUnsuitableError, match="no weights in safetensors format") as error:
         models.load_base(cfg)
-    assert "pickle" in error.value.mend and not sprung.exists()
+    assert "pickle" in error.value.fix and not sprung.exists()
 
 
 def test_a_config_that_points_at_a_pickle_is_refused(checkpoint):
@@ -92,7 +95,7 @@ def test_code_that_comes_with_a_checkpoint_is_refused_and_not_run(checkpoint, lo
     edit(folder / "tokenizer_config.json", tokenizer_class="Theirs", auto_map=names)
     with pytest.raises(ModelUnsuitableError, match="custom code") as error:
         load(cfg)
-    assert "never run" in error.value.mend and "trust_remote_code" not in str(error.value)
+    assert "never run" in error.value.fix and "trust_remote_code" not in str(error.value)
     assert not sprung.exists()
 
 
@@ -106,11 +109,11 @@ def test_missing_weights_are_refused_not_filled_with_random_numbers(checkpoint):
 
 
 def test_an_adapter_in_a_pickle_is_refused(cfg, tmp_path):
-    get_peft_model(models.load_base(cfg), models.lora_config(cfg)).save_pretrained(tmp_path)
+    get_peft_model(models.load_base(cfg), lora.lora_config(cfg)).save_pretrained(tmp_path)
     torch.save(Trap(tmp_path / "sprung"), tmp_path / "adapter_model.bin")
     (tmp_path / "adapter_model.safetensors").unlink()
     with pytest.raises(ArtifactError, match="no adapter"):
-        models.load_policy(cfg, tmp_path)
+        lora.load_policy(cfg, tmp_path)
     assert not (tmp_path / "sprung").exists()
 
 
@@ -119,7 +122,7 @@ def test_a_script_in_a_dataset_folder_is_not_run(cfg, tmp_path):
     folder.mkdir()
     (folder / "pairs.py").write_text(f"open({str(tmp_path / 'sprung')!r}, 'w')")
     with pytest.raises(DataError, match="could not be read"):
-        data.load_preferences(dataclasses.replace(cfg, data=str(folder)))
+        sources.load_preferences(dataclasses.replace(cfg, data=str(folder)))
     assert not (tmp_path / "sprung").exists()
 
 
@@ -163,7 +166,7 @@ PIPELINE = """
 import os, sys
 from pathlib import Path
 import huggingface_hub
-from dpo_tutorial import cli, run
+from dpo_tutorial.cli import main as cli, run
 
 sys.path.insert(0, "scripts")
 from refresh_notebooks import clean_notebook

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from dpo_tutorial import data
+from dpo_tutorial.pairs import prepare, sources
 
 ROOT = Path(__file__).parents[1]
 SAMPLE = Path(
@@ -29,7 +29,7 @@ def sample() -> Path:
 
 
 def test_the_preference_splits_are_chosen_and_the_sft_split_is_left_alone(cfg, sample):
-    splits, said = data.load_preferences(dataclasses.replace(cfg, data=str(sample)))
+    splits, said = sources.load_preferences(dataclasses.replace(cfg, data=str(sample)))
     assert any("train_prefs" in s for s in said) and any("left alone" in s and "train_sft" in s for s in said)
     assert len(splits["train"]) + len(splits["val"]) == 900 and len(splits["test"]) == 100
 
@@ -37,7 +37,7 @@ def test_the_preference_splits_are_chosen_and_the_sft_split_is_left_alone(cfg, s
 def test_the_audit_finds_the_real_dirt_and_loses_no_row(cfg, sample, tokenizer):
     """Exact, because the sample is fixed; val is cut from the 900 training rows with seed 42."""
     wide = dataclasses.replace(cfg, data=str(sample), max_tokens=100_000, max_train=10_000, max_val=1000, max_test=1000)
-    report = data.prepare(wide, tokenizer).report
+    report = prepare.prepare(wide, tokenizer).report
     assert {name: (r["rows"], r["kept"], r["dropped"]) for name, r in report.items()} == {
         "train": (
             810,

@@ -3,7 +3,7 @@
 import logging
 import warnings
 
-from .environment import check_session
+from .machine.session import check_session
 
 check_session()  # in Colab, pip may just have replaced what this notebook had imported before
 

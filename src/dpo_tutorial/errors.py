@@ -1,4 +1,4 @@
-"""What can be wrong: each error names the cause and the mend."""
+"""What can be wrong: each error names the cause and the fix."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ class TutorialError(Exception):
 
     Args:
         cause: what is wrong, in one sentence that names the value found.
-        mend: what to do about it.
+        fix: what to do about it.
     """
 
-    def __init__(self, cause: str, mend: str) -> None:
+    def __init__(self, cause: str, fix: str) -> None:
         self.cause = cause
-        self.mend = mend
-        super().__init__(f"{cause}\n  Mend: {mend}")
+        self.fix = fix
+        super().__init__(f"{cause}\n  Fix: {fix}")
 
     def _render_traceback_(self) -> list[str]:
         """What a notebook shows: the message alone. IPython asks for it; plain Python prints its traceback."""

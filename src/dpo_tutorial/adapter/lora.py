@@ -1,0 +1,90 @@
+"""LoRA adapters: their configuration, the layers they sit on, and loading a trained one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import bitsandbytes as bnb
+import torch
+from peft import LoraConfig, PeftModel, set_peft_model_state_dict
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from transformers import PreTrainedModel
+
+from ..config import Config
+from ..errors import ArtifactError, ConfigError, ModelUnsuitableError, first_line
+from ..loading import models
+from ..machine import hardware
+
+
+def lora_config(config: Config) -> LoraConfig:
+    """LoRA (Hu et al. 2021) on `config.lora_targets`; the default is every linear layer of a Llama's blocks."""
+    return LoraConfig(
+        r=config.lora_r,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        target_modules=list(config.lora_targets),
+        task_type="CAUSAL_LM",
+    )
+
+
+def check_lora_targets(model: PreTrainedModel | PeftModel, config: Config) -> None:
+    """Fail early, and with names, where `lora_targets` do not exist, or carry an adapter already.
+
+    Raises:
+        ModelUnsuitableError: an adapter is there, as when the cell that attaches one is run twice.
+        ConfigError: no such layers in this architecture.
+    """
+    if any("lora_" in name for name, _ in model.named_parameters()):
+        raise ModelUnsuitableError(
+            "This model already carries an adapter, and a second one would be stacked on it.",
+            "Give it the plain base: models.load_base(cfg) again, or policy.unload().",
+        )
+    linear = {n.rsplit(".", 1)[-1] for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+    missing = sorted(set(config.lora_targets) - linear)
+    if missing:
+        raise ConfigError(
+            f"LORA_TARGETS names layers that {config.model} does not have: {', '.join(missing)}.",
+            f"Its linear layers are: {', '.join(sorted(linear))}.",
+        )
+
+
+def load_policy(config: Config, adapter: str | Path):
+    """Reload the base from scratch and attach a trained adapter to it, for inference.
+
+    Raises:
+        ArtifactError: as `check_adapter`, or an adapter of other shapes.
+    """
+    models.check_adapter(config, adapter)
+    base = models.load_base(config)
+    with _adapter_errors(Path(adapter)):
+        return PeftModel.from_pretrained(base, str(adapter), torch_device=hardware.device()).eval()
+
+
+@contextmanager
+def _adapter_errors(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, TypeError, RuntimeError, SafetensorError) as error:
+        raise ArtifactError(
+            f"The adapter in {folder} could not be read: {first_line(error)}",
+            "Run 05_train_dpo again, or set ADAPTER to another folder.",
+        ) from error
+
+
+def give_adapter(model: PreTrainedModel | PeftModel, adapter: str | Path) -> None:
+    """Put the weights of a saved adapter into the adapter that `model` already carries, of the same shape."""
+    given = set_peft_model_state_dict(model, load_file(Path(adapter) / "adapter_model.safetensors"))
+    assert not given.unexpected_keys, given.unexpected_keys
+
+
+def trainable_share(model: PreTrainedModel | PeftModel) -> tuple[int, int]:
+    """(trainable parameters, all parameters); a 4-bit weight is one parameter although it fills half a byte."""
+    trainable = total = 0
+    for parameter in model.parameters():
+        n = parameter.numel() * 2 if isinstance(parameter, bnb.nn.Params4bit) else parameter.numel()
+        total += n
+        trainable += n if parameter.requires_grad else 0
+    return trainable, total

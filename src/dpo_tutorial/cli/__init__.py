@@ -1,0 +1,1 @@
+"""The command `dpo-tutorial`: run, train, compare, doctor."""

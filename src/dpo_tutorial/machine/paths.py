@@ -1,0 +1,34 @@
+"""Where things lie on this machine, and how to print a text without naming its folders."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+
+def project_root() -> Path:
+    """The checkout this process works in, or the current folder (papermill and nbval start in different ones)."""
+    here = Path.cwd().resolve()
+    for folder in (here, *here.parents):
+        if (folder / "notebooks" / "01_setup.ipynb").exists() and (folder / "pyproject.toml").exists():
+            return folder
+    return here
+
+
+def cache_dir() -> Path:
+    """Folder for converted weights: `DPO_TUTORIAL_CACHE`, else the platform's user cache."""
+    from platformdirs import user_cache_dir
+
+    return Path(os.environ.get("DPO_TUTORIAL_CACHE") or user_cache_dir("dpo-tutorial")).expanduser()
+
+
+def without_paths(text: str) -> str:
+    """The text with the folders of project, cache and home as `.`, `<cache>` and `~`: what is shown to others."""
+    for folder, name in ((project_root(), "."), (cache_dir(), "<cache>"), (Path.home(), "~")):
+        if folder.is_absolute() and len(folder.parts) > 1:  # the root of the file system is nobody's home
+            # between two parts of a Windows path stands one backslash, in a repr or in JSON two, in a URL a slash
+            written = r"(?:\\\\?|/)".join(re.escape(part.rstrip("\\/")) for part in folder.parts)
+            same = re.IGNORECASE if "\\" in str(folder) else 0  # Windows knows one file by its name in any case
+            text = re.sub(rf"(?<![\w.-]){written}(?![\w-]|\.\w)", name, text, flags=same)
+    return text

@@ -1,0 +1,63 @@
+"""Versions of the packages, and whether this session still holds what pip has replaced."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import sys
+from collections.abc import Iterable
+
+from packaging.version import InvalidVersion, Version
+
+from ..errors import SessionError
+
+PACKAGES = (
+    "torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate", "papermill", "numpy",
+)  # fmt: skip
+
+#: Module → distribution, of packages that cannot run half old and half new.
+_WHOLE = {
+    name: name
+    for name in (
+        "torch", "numpy", "pandas", "pyarrow", "scipy", "matplotlib", "statsmodels", "transformers", "tokenizers",
+        "safetensors", "huggingface_hub", "datasets", "accelerate", "peft", "trl", "bitsandbytes",
+    )
+} | {"PIL": "pillow", "sklearn": "scikit-learn"}  # fmt: skip
+
+
+def versions(packages: Iterable[str] = PACKAGES) -> dict[str, str]:
+    """Python and package versions, "missing" where there is none: the record kept beside every result."""
+    found = {"python": platform.python_version()}
+    for name in packages:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "missing"
+    return found
+
+
+def check_session() -> None:
+    """Stop before a notebook runs on packages that are half old, in memory, and half new, on disk.
+
+    The package calls it when it is imported, which every notebook does before it needs anything else.
+
+    Raises:
+        SessionError: pip replaced a package that this process had already imported.
+    """
+    replaced = []
+    for module, distribution in _WHOLE.items():
+        held = getattr(sys.modules.get(module), "__version__", None)
+        if held is None:  # not imported yet: nothing to look up
+            continue
+        try:  # base versions, because the local part (+cu128) may be missing on one side
+            there = importlib.metadata.version(distribution)
+            if Version(Version(held).base_version) != Version(Version(there).base_version):
+                replaced.append(f"{distribution} {there} (this session still holds {held})")
+        except (importlib.metadata.PackageNotFoundError, InvalidVersion):
+            continue
+    if replaced:
+        raise SessionError(
+            f"pip installed {', '.join(replaced)}.",
+            "Restart, then run from the top (Colab: Runtime > Restart session; Kaggle: Run > Restart & clear cell "
+            "outputs; Jupyter: Kernel > Restart).",
+        )

@@ -1,0 +1,1 @@
+"""Notebook 04: preference pairs, read, checked, encoded and stored."""

@@ -1,0 +1,188 @@
+"""Preference data: load a source, choose splits, audit every row (`audit`), shuffle, subsample, account for it all."""
+
+from __future__ import annotations
+
+import csv
+import glob
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from datasets import Dataset, DatasetDict
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from .. import config as configs
+from ..config import Config
+from ..errors import DataError
+from . import sources
+from .audit import REASONS, Audit, audit_split, prepared_row
+
+
+def source(config: Config) -> tuple[str, dict | None, str | None]:
+    """What `load_dataset` is called with for `config.data`: hub id, folder or kind of file; files; revision.
+
+    Raises:
+        DataError: no such file, or a table of plain cells.
+    """
+    spec = config.data
+    path = Path(spec).expanduser()
+    if spec == configs.EMBEDDED:
+        return "json", {s: str(sources.embedded_file(s)) for s in sources.EMBEDDED_SPLITS}, None
+    if path.is_dir():
+        return str(path), None, None
+    if path.suffix in (".parquet", ".jsonl", ".json"):
+        if not path.is_file():
+            raise DataError(
+                f"DATA={spec} does not exist (looked in {Path.cwd()}).", "Give the path of an existing file."
+            )
+        kind = "parquet" if path.suffix == ".parquet" else "json"
+        return kind, {"train": glob.escape(str(path))}, None  # `[1]` in a name is no pattern
+    if path.suffix in (".csv", ".tsv") and path.is_file():
+        with path.open(encoding="utf-8-sig", errors="replace", newline="") as stream:
+            found = next(csv.reader(stream, delimiter="," if path.suffix == ".csv" else "\t"), [])
+        raise DataError(
+            f"DATA={spec} is a table of plain cells, which hold no conversation; it has {sources._listed(found)}.",
+            f"Write it as .jsonl or .parquet. {sources._SCHEMA}",
+        )
+    return spec, None, config.data_revision
+
+
+# --- the whole set ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Training-ready splits (prompt_id, prompt, chosen, rejected, token counts) and the account of what was dropped."""
+
+    splits: DatasetDict
+    report: dict
+    choices: list[str]
+
+
+def prepare(config: Config, tokenizer: PreTrainedTokenizerBase) -> Prepared:
+    """Load, audit, shuffle and subsample: notebook 04 in one call.
+
+    The report has for each split: `rows`, `dropped` by reason, `examples` (ids), `decoded` (excerpts), `kept`, `used`.
+
+    Raises:
+        DataError: as `load_preferences`; no row of a split is usable; or `config.strict` and a row was dropped.
+    """
+    raw, choices = sources.load_preferences(config)
+    splits, report, held_out = {}, {}, set()
+    limits = {"train": config.max_train, "val": config.max_val, "test": config.max_test}
+    for name in ("test", "val", "train"):  # held-out splits first: a shared prompt is dropped from the other side
+        rows = tqdm(_rows(raw[name]), desc=f"checking {name}", total=len(raw[name]), unit="row", leave=False)
+        found = audit_split(rows, tokenizer, config.max_tokens, held_out)
+        if not found.kept:
+            raise _nothing_left(f"{config.data} ({name})", found, raw[name].column_names)
+        held_out |= found.prompts
+        shuffled = raw[name].select(found.kept).shuffle(seed=config.seed)
+        used = shuffled.select(range(min(limits[name], len(shuffled))))
+        splits[name] = Dataset.from_list([prepared_row(tokenizer, row) for row in used])
+        report[name] = {
+            "rows": found.rows,
+            "dropped": found.dropped,
+            "examples": found.examples,
+            "decoded": found.decoded,
+            "kept": len(found.kept),
+            "used": len(splits[name]),
+        }
+    order = ("train", "val", "test")
+    report = {k: report[k] for k in order}
+    if config.strict:
+        refuse_dropped(report)
+    return Prepared(DatasetDict({k: splits[k] for k in order}), report, choices)
+
+
+def running_example(config: Config, tokenizer: PreTrainedTokenizerBase) -> dict:
+    """The pair that all six notebooks follow: the first usable row of the test split, as `prepare` makes rows.
+
+    Of the test split, so that the adapter has not been trained on it.
+
+    Raises:
+        DataError: as `prepare`.
+    """
+    split = sources.load_preferences(config)[0]["test"]
+    for row in _rows(split):
+        if row is not None and audit_split([row], tokenizer, config.max_tokens).kept:
+            return prepared_row(tokenizer, row)
+    found = audit_split(_rows(split), tokenizer, config.max_tokens)
+    raise _nothing_left(f"{config.data} (test)", found, split.column_names)
+
+
+def _rows(split: Dataset) -> Iterator[dict | None]:
+    """Every row by its number, None where its bytes are not UTF-8: iterating a `Dataset` would stop there."""
+    for index in range(len(split)):
+        try:
+            yield split[index]
+        except UnicodeDecodeError:
+            yield None
+
+
+def _nothing_left(where: str, found: Audit, columns: list[str]) -> DataError:
+    dropped = ", ".join(f"{n} {reason}" for reason, n in Counter(found.dropped).most_common())
+    shown = [f"{reason}, for example {texts[0]!r}" for reason, texts in found.decoded.items()]
+    fix = (
+        "Take a model whose chat template ends an answer with the tokenizer's EOS and takes these turns. "
+        if shown
+        else "Fix the rows, or raise MAX_TOKENS if most are too long. "
+    )
+    return DataError(
+        f"No usable pair is left in {where}: {dropped or 'it has no row'}. "
+        f"It has the columns {sources._listed(columns)}."
+        + "".join(f" {text}." for text in shown),
+        fix + sources._SCHEMA,
+    )
+
+
+# --- the account --------------------------------------------------------------------------------------------------
+
+
+def report_rows(report: dict[str, dict]) -> list[dict]:
+    """`Prepared.report` as rows for `show.table`: what was dropped (with example ids), kept and used in each split."""
+    rows = []
+    for split, found in report.items():
+        what = {f"dropped: {reason}": (n, found["examples"][reason]) for reason, n in found["dropped"].items()}
+        what |= {"kept": (found["kept"], []), "used, after shuffle and limit": (found["used"], [])}
+        rows += [{"split": split, "what": w, "rows": n, "examples": ids} for w, (n, ids) in what.items()]
+    return rows
+
+
+def data_report(config: Config, prepared: Prepared) -> dict:
+    """The audit as one record, for `data_report.json`: source, limit, totals, and the report of each split."""
+    splits = prepared.report.values()
+    dropped = sum((Counter(s["dropped"]) for s in splits), Counter())
+    total, kept = sum(s["rows"] for s in splits), sum(s["kept"] for s in splits)
+    assert total == kept + dropped.total(), "every row is kept or dropped by one reason"
+    return {
+        "source": config.data,
+        "revision": config.data_revision,
+        "max_tokens": config.max_tokens,
+        "strict": config.strict,
+        "choices": prepared.choices,
+        "rows": total,
+        "kept": kept,
+        "dropped": {reason: dropped[reason] for reason in REASONS if dropped[reason]},
+        "meaning": {reason: REASONS[reason] for reason in REASONS if dropped[reason]},
+        "splits": prepared.report,
+    }
+
+
+def refuse_dropped(report: dict[str, dict]) -> None:
+    """What STRICT asks for.
+
+    Raises:
+        DataError: a row was dropped (counts by reason, with example ids).
+    """
+    found = [
+        f"{split}: {n} {reason} ({', '.join(part['examples'][reason])})"
+        for split, part in report.items()
+        for reason, n in part["dropped"].items()
+    ]
+    if found:
+        raise DataError(
+            f"STRICT is on, and rows were dropped. {'; '.join(found)}.",
+            "Fix these rows in the source, or leave STRICT off to go on without them.",
+        )

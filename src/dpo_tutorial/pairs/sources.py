@@ -1,0 +1,150 @@
+"""Read preference pairs from a hub id, a folder, a file or the package, and choose the splits."""
+
+from __future__ import annotations
+
+import json
+from importlib import resources
+from pathlib import Path
+
+from datasets import Dataset, DatasetDict, load_dataset
+
+from .. import config as configs
+from ..config import Config
+from ..errors import DataError, first_line
+from ..loading import embedded
+from ..machine import hardware
+from . import prepare
+from .audit import COLUMNS
+
+#: Where each split is looked for, first hit wins. What is missing is cut from the training split, by seed.
+SPLIT_NAMES = {
+    "train": ("train_prefs", "train"),
+    "val": ("val_prefs", "validation", "val"),
+    "test": ("test_prefs", "test"),
+}
+
+EMBEDDED_SPLITS = ("train_prefs", "val_prefs", "test_prefs")
+
+
+# --- load ---------------------------------------------------------------------------------------------------------
+
+
+def load_preferences(config: Config) -> tuple[DatasetDict, list[str]]:
+    """Read `config.data` and choose its train, val and test splits.
+
+    Accepts `embedded`, a hub id, a folder laid out as the hub serves it, a `.parquet` or a `.jsonl` file. Not CSV: a
+    cell of it holds no list of messages.
+
+    Returns:
+        (`DatasetDict` with exactly `train`, `val`, `test`; the choices made, one sentence each).
+
+    Raises:
+        DataError: no such file or dataset, unreadable, or not the UltraFeedback-binarized schema.
+    """
+    raw = _read(config)
+    for name, split in raw.items():
+        if name in {n for names in SPLIT_NAMES.values() for n in names}:
+            _check_columns(split, f"{config.data} ({name})")
+    return choose_splits(raw, config.seed)
+
+
+def embedded_file(split: str) -> Path:
+    """Path of one split of the repository's own preference set (`train_prefs`, `val_prefs`, `test_prefs`)."""
+    return Path(str(resources.files("dpo_tutorial.pairs") / "resources" / f"{split}.jsonl"))
+
+
+def dirty_rows() -> list[dict]:
+    """Rows made bad on purpose, for the audit lesson of notebook 04; no split reads them.
+
+    Each has `expected`: the reason of `REASONS` that `row_problem` must find, None for the one sound row.
+    """
+    return [json.loads(line) for line in embedded_file("dirty_rows").read_text(encoding="utf-8").splitlines()]
+
+
+def _read(config: Config) -> DatasetDict:
+    try:
+        where, files, revision = prepare.source(config)
+        return load_dataset(where, data_files=files, revision=revision)
+    except DataError:
+        raise
+    except Exception as error:  # datasets raises a dozen unrelated types for "cannot read this"
+        raise DataError(
+            f"DATA={config.data} could not be read: {_cause(error)}",
+            "Give a hub id (with @revision), a folder as the hub serves it, a .parquet or a .jsonl file. "
+            "Without a hub, DATA=embedded uses the repository's own pairs.",
+        ) from error
+
+
+def _cause(error: BaseException) -> str:
+    """The innermost reason, in one line: `datasets` wraps it in exceptions that say only that something failed."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    if isinstance(error, StopIteration):
+        return "the file holds no row"
+    return first_line(error)
+
+
+_SCHEMA = (
+    "Preference data needs prompt (text), chosen and rejected (lists of {role, content}), "
+    "score_chosen and score_rejected (numbers), as HuggingFaceH4/ultrafeedback_binarized has them."
+)
+
+
+def _listed(columns: list[str]) -> str:
+    return ", ".join(columns) or "no column"
+
+
+def _check_columns(split: Dataset, where: str) -> None:
+    missing = [c for c in COLUMNS if c not in split.column_names]
+    if missing:
+        raise DataError(f"{where} has no column {', '.join(missing)}; it has {_listed(split.column_names)}.", _SCHEMA)
+
+
+def choose_splits(raw: DatasetDict, seed: int) -> tuple[DatasetDict, list[str]]:
+    """Find train, val and test by their usual names; cut a missing one from train, by seed, and say so.
+
+    What is cut follows the order of the source: another order of its rows is another cut.
+    """
+    found, said = {}, []
+    for ours, names in SPLIT_NAMES.items():
+        name = next((n for n in names if n in raw), None)
+        if name:
+            found[ours] = raw[name]
+            said.append(f"{ours}: split '{name}', {len(raw[name]):,} rows")
+    others = sorted(set(raw) - {n for names in SPLIT_NAMES.values() for n in names})
+    if others:
+        said.append(f"left alone: {', '.join(others)}")
+    if "train" not in found:
+        raise DataError(f"No training split among {', '.join(raw)}.", f"Name it {' or '.join(SPLIT_NAMES['train'])}.")
+    for ours in ("val", "test"):
+        if ours not in found:
+            if len(found["train"]) < 10:
+                raise DataError(
+                    f"{len(found['train'])} rows are too few to cut a {ours} split from.", "Give at least 12 rows."
+                )
+            cut = found["train"].train_test_split(test_size=0.1, seed=seed)
+            found["train"], found[ours] = cut["train"], cut["test"]
+            said.append(f"{ours}: no such split, so {len(cut['test']):,} rows cut from train with seed {seed}")
+    return DatasetDict({k: found[k] for k in ("train", "val", "test")}), said
+
+
+def or_hub(model: str = "", data: str = "") -> tuple[tuple[str, str | None], tuple[str, str | None]]:
+    """Where the quickstart reads model and pairs from: as (hub id or folder, commit), the commit of a pinned id.
+
+    Args:
+        model: a hub id, a folder, or "embedded"; empty takes Qwen2.5-0.5B-Instruct where there is a GPU, else the
+            embedded model.
+        data: likewise; empty takes UltraFeedback where there is a GPU, else the repository's own pairs.
+
+    Raises:
+        As `ensure_embedded_model`.
+    """
+    gpu = hardware.device() == "cuda"
+    model = model or (configs.QWEN_SMALL[0] if gpu else configs.EMBEDDED)
+    data = data or (configs.ULTRAFEEDBACK[0] if gpu else configs.EMBEDDED)
+    commits = dict([configs.QWEN_SMALL, configs.ULTRAFEEDBACK])
+    if model == configs.EMBEDDED:
+        model = str(embedded.ensure_embedded_model())
+    if data == configs.EMBEDDED:
+        data = str(resources.files("dpo_tutorial.pairs") / "resources")
+    return (model, commits.get(model)), (data, commits.get(data))

@@ -1,0 +1,190 @@
+"""One folder per run, one manifest, and the handoff between notebooks. Files appear whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from .config import Config
+from .errors import ArtifactError, disk_error, first_line
+from .machine import hardware, session
+
+_locks: dict[Path, FileLock] = {}  # what this process has claimed
+
+
+def unwritable(path: Path, error: Exception | str) -> ArtifactError:
+    return ArtifactError(
+        f"{path} could not be written ({getattr(error, 'strerror', None) or error}).",
+        "Free space there, or set ARTIFACTS to a folder you may write to.",
+    )
+
+
+def _read_json(path: Path) -> dict | list:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ArtifactError(f"{path} is missing.", "Run the notebook that makes it.") from None
+    except ValueError as error:
+        raise ArtifactError(f"{path} is not valid JSON: {error}.", "Delete it and run again.") from error
+
+
+class Run:
+    """The artifacts of one profile: `<artifacts>/<profile>/` with `manifest.json`, data, adapter, figures, results.
+
+    Args:
+        folder: another place for them.
+
+    Raises:
+        ArtifactError: the folder cannot be made or written.
+    """
+
+    def __init__(self, config: Config, folder: Path | None = None) -> None:
+        self.config = config
+        self.dir = folder or config.run_dir
+        try:
+            self.figures.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.dir):
+                pass
+        except OSError as error:
+            raise unwritable(self.dir, error) from error
+
+    @property
+    def figures(self) -> Path:
+        return self.dir / "figures"
+
+    @property
+    def adapter(self) -> Path:
+        return self.dir / "adapter"
+
+    # --- small files ---
+
+    def write_text(self, name: str | Path, text: str) -> Path:
+        """Write a file beside its final place and rename it: a reader sees the old text or the new, never half."""
+        path, temporary = self.dir / name, None
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            handle, temporary = tempfile.mkstemp(prefix=".writing-", dir=path.parent)
+            with os.fdopen(handle, "w", encoding="utf-8") as stream:
+                stream.write(text)
+                stream.flush()
+                os.fsync(stream.fileno())
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, path)
+        except OSError as error:
+            raise unwritable(path, error) from error
+        finally:
+            if temporary:
+                Path(temporary).unlink(missing_ok=True)
+        return path
+
+    def write_json(self, name: str | Path, value: object) -> Path:
+        return self.write_text(name, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+    def read_json(self, name: str) -> Any:
+        """Read one of the run's JSON files.
+
+        Raises:
+            ArtifactError: missing or damaged.
+        """
+        return _read_json(self.dir / name)
+
+    def save_figure(self, figure, name: str) -> Path:
+        """Save a matplotlib figure under `figures/` as PNG (the executed notebook keeps its own copy)."""
+        path = self.figures / name
+        figure.savefig(path)
+        return path
+
+    # --- manifest ---
+
+    def manifest(self) -> dict:
+        path = self.dir / "manifest.json"
+        return self.read_json("manifest.json") if path.exists() else {"steps": {}}
+
+    def record(self, step: str, **values) -> None:
+        """Note in the manifest what a notebook made, with config, versions and hardware beside it."""
+        manifest = self.manifest()
+        manifest["steps"][step] = {
+            "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "config": self.config.identity(),
+            "versions": session.versions(),
+            "hardware": hardware.hardware(),
+            **values,
+        }
+        self.write_json("manifest.json", manifest)
+
+    # --- folders ---
+
+    @contextmanager
+    def replacing(self, folder: Path) -> Iterator[Path]:
+        """Yield an empty folder to fill; on success it takes the place of `folder`, on failure nothing changes."""
+        try:
+            work = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=self.dir))
+        except OSError as error:
+            raise unwritable(folder, error) from error
+        old = work.with_name(work.name + "-old")
+        try:
+            yield work
+            os.chmod(work, 0o755)
+            if folder.exists():
+                os.replace(folder, old)
+            os.replace(work, folder)
+        except Exception as error:
+            if isinstance(error, OSError) or disk_error(error):
+                raise unwritable(folder, error) from error
+            raise
+        finally:
+            if old.exists() and not folder.exists():  # also after a Ctrl-C between the two renames
+                os.replace(old, folder)
+            shutil.rmtree(work, ignore_errors=True)
+            shutil.rmtree(old, ignore_errors=True)
+
+    # --- one at a time ---
+
+    def lock(self, work: str = "training") -> None:
+        """Claim the folder for one kind of work until `unlock`, or until this process ends, however it ends.
+
+        Where the file system has no locks, filelock keeps a marker file instead, or we go on without, and say so.
+
+        Raises:
+            ArtifactError: another process is at the same work there.
+        """
+        path = (self.dir / f".{work}.lock").resolve()
+        if path in _locks:
+            return
+        lock = FileLock(path, timeout=0, thread_local=False)
+        try:
+            lock.acquire()
+        except Timeout:
+            raise ArtifactError(
+                f"Another process is using {self.dir} for {work}.",
+                "Wait until it is done, or stop it, or set ARTIFACTS to another folder.",
+            ) from None
+        except (OSError, NotImplementedError) as error:  # a file system without locks, as some network drives are
+            print(f"{self.dir} cannot be locked ({first_line(error)}): do not start a second run in it.")
+            return
+        _locks[path] = lock
+
+    def unlock(self, work: str = "training") -> None:
+        lock = _locks.pop((self.dir / f".{work}.lock").resolve(), None)
+        if lock:
+            lock.release()
+
+    def fix_adapter(self) -> None:
+        """Undo what a kill inside `replacing` left: the old adapter moved away, or folders half filled.
+
+        Call it under the lock: another process may be saving.
+        """
+        for old in self.dir.glob(f".{self.adapter.name}-*-old"):
+            if not self.adapter.exists():
+                os.replace(old, self.adapter)
+        for left in self.dir.glob(f".{self.adapter.name}-*"):
+            shutil.rmtree(left, ignore_errors=True)

@@ -1,0 +1,41 @@
+"""Tables, coloured tokens and figures for every notebook: `show.table(rows)`, `show.picture(figure)`."""
+
+from .curves import (  # noqa: F401
+    by_length_gap,
+    by_position,
+    calibration,
+    distance_by_beta,
+    loss_curve,
+    margins,
+    rates,
+    training_curves,
+)
+from .figures import (  # noqa: F401
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    PIPELINE,
+    alt_text,
+    bars,
+    dropped_rows,
+    lengths,
+    lora_shapes,
+    memory_plan,
+    nf4_levels,
+    picture,
+    pipeline,
+)
+from .highlight import heat_map, heat_map_figure, tokens  # noqa: F401
+from .tables import (  # noqa: F401
+    answers,
+    average,
+    change,
+    change_table,
+    config_table,
+    conversation,
+    held_out_table,
+    share,
+    source,
+    table,
+)

@@ -1,0 +1,181 @@
+"""Figures of training and of held-out pairs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+
+from ..training import dpo
+from . import figures
+
+
+def training_curves(history: dict[str, list[dict]]) -> Figure:
+    """Loss, accuracy, and rewards of chosen and rejected, by optimizer step; validation as dots."""
+    train, evaluated = history["train"], history["eval"]
+    last = train[-1]
+    alt = (
+        f"Training curves over {len(train)} steps: loss from {train[0]['loss']:.3f} to {last['loss']:.3f}, "
+        f"margin to {last['rewards/margins']:.2f}"
+    )
+    figure, axes = figures._figure(width=11, columns=3, alt=alt)
+    steps = [r["step"] for r in train]
+    dots = [r["step"] for r in evaluated]
+
+    def draw(axis, key, color, label):
+        axis.plot(steps, [r[key] for r in train], color=color, alpha=0.85, label=f"{label} (train)")
+        if evaluated:
+            axis.plot(
+                dots, [r[f"eval_{key}"] for r in evaluated], "o--", color=color, mec="white", label=f"{label} (val)"
+            )
+
+    draw(axes[0], "loss", figures.BLUE, "loss")
+    axes[0].axhline(math.log(2), color=figures.GREY, linestyle=":", label="ln 2: no preference")
+    draw(axes[1], "rewards/accuracies", figures.BLUE, "accuracy")
+    axes[1].axhline(0.5, color=figures.GREY, linestyle=":")
+    draw(axes[2], "rewards/chosen", figures.GREEN, "chosen")
+    draw(axes[2], "rewards/rejected", figures.ORANGE, "rejected")
+    for axis, title in zip(axes, ("Loss (nats)", "Accuracy (ties count as wrong)", "Implicit reward"), strict=True):
+        axis.set(xlabel="optimizer step", title=title)
+        axis.legend(fontsize=8)
+    return figure
+
+
+def margins(records: Sequence[dict]) -> Figure:
+    """Histogram of held-out margins; before training every margin is 0."""
+    values = [r["margin"] for r in records]
+    right = sum(v > 0 for v in values)
+    figure, (axis,) = figures._figure(
+        alt=f"Margins of {len(values)} held-out pairs after training; {right} above 0, mean {np.mean(values):.2f}"
+    )
+    width = (max(values) - min(values)) / 24 or 1.0
+    first = np.floor(min(values) / width)
+    edges = width * np.arange(first, max(np.ceil(max(values) / width), first + 1) + 1)  # 0 is one of them
+    axis.hist(values, bins=edges, color=figures.BLUE)
+    axis.axvline(0, color=figures.ORANGE, linewidth=2, label="before training: all 0")
+    axis.set(xlabel="margin = reward(chosen) − reward(rejected)", ylabel="pairs", title="Held-out margins")
+    axis.legend()
+    return figure
+
+
+def rates(
+    before: dict[str, dict], after: dict[str, dict], title: str = "Share of answers that keep each rule"
+) -> Figure:
+    """Rates with 95% intervals, before (grey) and after (blue)."""
+    names = list(before)
+    said = "; ".join(f"{n} {before[n]['rate']:.2f} to {after[n]['rate']:.2f}" for n in names)
+    figure, (axis,) = figures._figure(height=1.0 + 0.45 * len(names), alt=f"{title}: {said}")
+    for shift, color, label, values in (
+        (-0.13, figures.GREY, "base", before),
+        (0.13, figures.BLUE, "after DPO", after),
+    ):
+        middle = np.array([values[n]["rate"] for n in names])
+        error = np.array([[values[n]["rate"] - values[n]["low"], values[n]["high"] - values[n]["rate"]] for n in names])
+        axis.errorbar(
+            middle,
+            np.arange(len(names)) + shift,
+            xerr=np.maximum(error.T, 0),
+            fmt="o",
+            color=color,
+            label=label,
+            capsize=3,
+        )
+    axis.set_yticks(range(len(names)), names)
+    axis.invert_yaxis()
+    axis.set(xlim=(-0.02, 1.02), xlabel="share, 95% interval", title=title)
+    axis.legend()
+    return figure
+
+
+def loss_curve(beta: float, margins: Sequence[float] = ()) -> Figure:
+    """The DPO loss and its gradient weight σ(−margin) over the margin; dots for the margins of real pairs."""
+    x = torch.linspace(min([-6, *margins]), max([6, *margins]), 200, dtype=torch.float64)
+    dots = f" Dots: {len(margins)} pairs, margins {min(margins):.2f} to {max(margins):.2f}." if len(margins) else ""
+    figure, (axis,) = figures._figure(
+        alt="The loss falls from 6 to 0 as the margin grows; it is ln 2 at 0. The gradient weight falls from 1 to 0."
+        + dots
+    )
+    axis.plot(x, -torch.nn.functional.logsigmoid(x), color=figures.BLUE, label="loss = −log σ(margin)")
+    axis.plot(x, dpo.gradient_weight(x), color=figures.ORANGE, label="gradient weight = σ(−margin)")
+    axis.plot([0], [math.log(2)], "o", color=figures.BLUE)
+    axis.annotate(
+        "step 0: ln 2", (0, math.log(2)), xytext=(0.6, 1.6), arrowprops={"arrowstyle": "->", "color": figures.GREY}
+    )
+    if len(margins):
+        weights = dpo.gradient_weight(torch.as_tensor(margins, dtype=torch.float64))
+        axis.plot(margins, weights, "o", color=figures.ORANGE, mec="black", label="pairs of this batch")
+    axis.set(xlabel=f"margin (rewards, β = {beta:g})", title="What one pair contributes")
+    axis.legend()
+    return figure
+
+
+def distance_by_beta(
+    line: Sequence[float], exact: Sequence[float], betas: Sequence[float], trained: Sequence[float]
+) -> Figure:
+    """KL from the reference over beta: of the objective's known optimum (line) and of what the loss reached (dots)."""
+    pairs = "; ".join(f"beta {b:g}: {t:.3f} nats" for b, t in zip(betas, trained, strict=True))
+    figure, (axis,) = figures._figure(alt=f"KL from the reference over beta, trained with the DPO loss: {pairs}")
+    axis.plot(line, exact, color=figures.BLUE, label="optimum of the objective (eq. 4)")
+    axis.plot(betas, trained, "o", color=figures.ORANGE, label="trained with the DPO loss")
+    axis.set(xscale="log", xlabel="β", ylabel="KL (nats)", title="A higher β stays closer to the reference")
+    axis.legend()
+    return figure
+
+
+def by_length_gap(parts: Sequence[dict], overall: dict) -> Figure:
+    """Accuracy with 95% intervals in parts of the pairs, from "chosen shorter" to "chosen longer"."""
+    names = [f"{p['shortest']:+d} to {p['longest']:+d}" for p in parts]
+    said = "; ".join(f"{name} tokens: {p['accuracy']['rate']:.2f}" for name, p in zip(names, parts, strict=True))
+    figure, (axis,) = figures._figure(alt=f"Accuracy by length gap. {said}")
+    _points(axis, range(len(parts)), [p["accuracy"] for p in parts], figures.BLUE, "accuracy, 95% interval")
+    axis.axhline(overall["rate"], color=figures.GREY, linestyle=":", label="all pairs")
+    axis.axhline(0.5, color=figures.ORANGE, linewidth=1, label="chance")
+    axis.set_xticks(range(len(parts)), names)
+    axis.set(
+        ylim=(-0.02, 1.05), xlabel="tokens of chosen minus tokens of rejected", ylabel="share right",
+        title="Accuracy by length gap",
+    )  # fmt: skip
+    axis.legend()
+    return figure
+
+
+def calibration(found: dict) -> Figure:
+    """Accuracy over confidence σ(|margin|), in equal parts of the pairs, with 95% intervals."""
+    confidence = [b["confidence"] for b in found["bins"]]
+    said = "; ".join(f"{c:.2f} said, {b['accuracy']['rate']:.2f} right" for c, b in zip(confidence, found["bins"]))  # noqa: B905
+    figure, (axis,) = figures._figure(alt=f"Calibration of the margin. {said}")
+    _points(axis, confidence, [b["accuracy"] for b in found["bins"]], figures.BLUE, "held-out pairs, 95% interval")
+    axis.plot([0.5, 1], [0.5, 1], color=figures.GREY, linestyle=":", label="right as often as it says")
+    axis.set(xlim=(0.48, 1.02), ylim=(-0.02, 1.05), xlabel="confidence σ(|margin|)", ylabel="share right")
+    axis.set_title("Is it right as often as it says?")
+    axis.legend(loc="lower left")
+    return figure
+
+
+def _points(axis, x, rates: Sequence[dict], color: str, label: str) -> None:
+    middle = np.array([r["rate"] for r in rates])
+    error = np.array([[r["rate"] - r["low"], r["high"] - r["rate"]] for r in rates]).T
+    axis.errorbar(list(x), middle, yerr=np.maximum(error, 0), fmt="o", color=color, capsize=3, label=label)
+
+
+def by_position(found: dict[str, list[dict]]) -> Figure:
+    """Reward earned in each tenth of an answer, chosen (green) and rejected (orange), with 95% intervals."""
+    totals = {side: sum(part["mean"] for part in found[side]) for side in found}
+    first = {side: found[side][0]["mean"] for side in found}
+    figure, (axis,) = figures._figure(
+        alt="Reward by position in the answer. "
+        + "; ".join(f"{side}: {first[side]:+.2f} in the first tenth, {totals[side]:+.2f} in all" for side in found)
+    )
+    for side, color, shift in (("chosen", figures.GREEN, -0.12), ("rejected", figures.ORANGE, 0.12)):
+        middle = np.array([part["mean"] for part in found[side]])
+        error = [[part["mean"] - part["low"], part["high"] - part["mean"]] for part in found[side]]
+        places = np.arange(1, len(middle) + 1) + shift
+        axis.errorbar(places, middle, yerr=np.nan_to_num(error).T, fmt="o", color=color, capsize=3, label=side)
+    axis.axhline(0, color=figures.GREY, linewidth=1)
+    axis.set(xlabel="tenth of the answer", ylabel="reward", title="Where in an answer the reward lies")
+    axis.set_xticks(range(1, len(found["chosen"]) + 1))
+    axis.legend()
+    return figure

@@ -1,0 +1,209 @@
+"""Figures of the model, the data and the plan, and how a figure is shown with its text."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+
+import matplotlib.pyplot as plt
+import numpy as np
+import PIL.Image
+from IPython.display import Image
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+# Okabe and Ito's colours: told apart with any colour vision, and visible on light and dark pages.
+BLUE, ORANGE, GREEN, GREY = "#0072B2", "#E69F00", "#009E73", "#808080"
+
+
+# --- figures ------------------------------------------------------------------------------------------------------
+
+
+def _figure(
+    width: float = 7.0, height: float = 3.2, columns: int = 1, rows: int = 1, alt: str = "", **axes_options
+) -> tuple[Figure, np.ndarray]:
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(width, height), layout="constrained", squeeze=False, dpi=192, **axes_options
+    )
+    figure.set_label(alt)
+    for axis in axes.flat:
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(alpha=0.3)
+    plt.close(figure)  # shown once, as the value of the cell
+    return figure, axes.flatten()
+
+
+def alt_text(figure: Figure) -> str:
+    """What the figure shows, in words."""
+    return str(figure.get_label())
+
+
+#: The six notebooks, and what each hands on.
+PIPELINE = (
+    ("01 setup", "config, seeds"),
+    ("02 load 4-bit", "base in NF4"),
+    ("03 attach LoRA", "adapter on / off"),
+    ("04 prepare pairs", "prompt, chosen, rejected"),
+    ("05 train DPO", "trained adapter"),
+    ("06 compare", "verdict"),
+)
+
+
+def pipeline() -> Figure:
+    """Map of the six notebooks: a box each, and under it what it hands on."""
+    said = "; ".join(f"{name} gives {gives}" for name, gives in PIPELINE)
+    figure, (axis,) = _figure(height=1.7, alt=f"Six notebooks in a row. {said}.")
+    for place, (name, gives) in enumerate(PIPELINE):
+        number, title = name.split(" ", 1)
+        box = dict(boxstyle="round,pad=0.5", facecolor="white", edgecolor=BLUE, linewidth=1.5)
+        axis.text(place, 0.62, f"{number}\n{title}", ha="center", va="center", fontsize=8, color="black", bbox=box)
+        axis.text(place, 0.08, gives.replace(", ", ",\n", 1), ha="center", va="center", fontsize=7, color=GREY)
+        if place:
+            axis.annotate(
+                "", (place - 0.40, 0.62), (place - 0.60, 0.62), arrowprops={"arrowstyle": "->", "color": ORANGE}
+            )
+    axis.set(xlim=(-0.5, len(PIPELINE) - 0.5), ylim=(-0.1, 1.1), xticks=[], yticks=[])
+    axis.set(xlabel="what each hands on to the next", title="Six notebooks, one pipeline")
+    axis.spines[:].set_visible(False)
+    return figure
+
+
+def bars(values: dict[str, float], unit: str, title: str) -> Figure:
+    """Horizontal bars with their values written out."""
+    written = {k: f"{v:,.0f} {unit}" if abs(v) >= 100 else f"{v:.3g} {unit}" for k, v in values.items()}
+    said = "; ".join(f"{k} {v}" for k, v in written.items())
+    figure, (axis,) = _figure(height=0.8 + 0.42 * len(values), alt=f"{title}: {said}")
+    shown = axis.barh(list(values), list(values.values()), color=BLUE)
+    axis.bar_label(shown, labels=list(written.values()), padding=4)
+    axis.invert_yaxis()
+    axis.set(xlabel=unit, title=title, xlim=(0, 1.3 * max(values.values())))
+    return figure
+
+
+def lengths(values: Sequence[int], limit: int) -> Figure:
+    """Histogram of pair lengths in tokens with the limit drawn."""
+    over = sum(v > limit for v in values)
+    alt = (
+        f"Histogram of {len(values)} pair lengths, median {np.median(values):.0f} tokens; limit {limit}, {over} over it"
+    )
+    figure, (axis,) = _figure(alt=alt)
+    axis.hist(values, bins=30, color=BLUE)
+    axis.axvline(limit, color=ORANGE, linewidth=2, label=f"max_tokens = {limit}")
+    axis.set(xlabel="tokens of prompt + longer answer", ylabel="pairs", title="Pair lengths")
+    axis.legend()
+    return figure
+
+
+def nf4_levels(weights: np.ndarray, levels: np.ndarray) -> Figure:
+    """The 16 NF4 levels over a histogram of weights scaled by the largest absolute value of their block."""
+    figure, (axis,) = _figure(
+        alt=f"Histogram of {weights.size} scaled weights with the {len(levels)} NF4 levels as lines"
+    )
+    axis.hist(weights, bins=80, color=BLUE, density=True)
+    for level in levels:
+        axis.axvline(level, color=ORANGE, linewidth=1)
+    axis.set(
+        xlabel="weight / largest |weight| of its block",
+        ylabel="density",
+        title="NF4: 16 levels, dense where weights are",
+    )
+    return figure
+
+
+def lora_shapes(name: str, d_out: int, d_in: int, rank: int, alpha: int) -> Figure:
+    """One layer's frozen W beside its trainable B and A, to scale, with their sizes."""
+    frozen, trainable = d_out * d_in, rank * (d_out + d_in)
+    alt = (
+        f"{name}, to scale: W is {d_out:,} × {d_in:,}, {frozen:,} frozen weights. Beside it, times {alpha / rank:g}, "
+        f"B is {d_out:,} × {rank:,} and A is {rank:,} × {d_in:,}, together {trainable:,} trainable weights, "
+        f"{trainable / frozen:.1%} of W."
+    )
+    gap = 0.5 * max(d_out, d_in)  # wide enough for the labels, also beside a tall W
+    across, down = 2 * d_in + rank + 2 * gap, d_out + 0.4 * gap
+    figure, (axis,) = _figure(width=8, height=1 + min(3.5, 7.8 * down / across), alt=alt)
+    left = 0.0
+    for part, rows, columns, color in (("W", d_out, d_in, GREY), ("B", d_out, rank, BLUE), ("A", rank, d_in, BLUE)):
+        axis.add_patch(plt.Rectangle((left, 0), columns, rows, facecolor=color, edgecolor=color, label=part))
+        axis.text(left + columns / 2, -0.1 * gap, f"{part}: {rows:,} × {columns:,}", ha="center", va="bottom")
+        left += columns + gap
+    axis.text(d_in + gap / 2, d_out / 2, f"+ {alpha / rank:g} ·", ha="center", va="center", fontsize=14)
+    axis.set(xlim=(-0.02 * across, 1.02 * across), ylim=(d_out, -0.4 * gap), xticks=[], yticks=[], aspect="equal")
+    axis.set_title(f"{name}: {frozen:,} frozen weights (grey), {trainable:,} trainable (blue)")
+    axis.set_xlabel("to scale: rows downwards, columns across")
+    axis.spines[:].set_visible(False)
+    return figure
+
+
+def dropped_rows(report: dict[str, dict]) -> Figure:
+    """What became of every row, by split: kept beside dropped (left), and the dropped ones by reason (right).
+
+    Args:
+        report: `prepare.Prepared.report`.
+    """
+    reasons = list(dict.fromkeys(reason for found in report.values() for reason in found["dropped"]))
+    rows, kept = ([found[what] for found in report.values()] for what in ("rows", "kept"))
+    said = [
+        f"{split}: {found['kept']:,} of {found['rows']:,} rows kept"
+        + "".join(f", {n:,} {reason}" for reason, n in found["dropped"].items())
+        for split, found in report.items()
+    ]
+    alt = f"Every row accounted for. {'; '.join(said)}."
+    figure, (whole, parts) = _figure(width=10, height=1.5 + 0.36 * max(3, len(reasons)), columns=2, alt=alt)
+    whole.barh(list(report), kept, color=BLUE, label="kept")
+    dropped = whole.barh(list(report), np.subtract(rows, kept), left=kept, color=ORANGE, label="dropped")
+    whole.bar_label(dropped, labels=[f"{k:,} of {n:,} kept" for k, n in zip(kept, rows, strict=True)], padding=3)
+    whole.set(xlabel="rows", title="Kept and dropped", xlim=(0, 1.4 * max(rows)))
+    whole.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2, frameon=False)
+    total = np.zeros(len(reasons))
+    for (split, found), color in zip(report.items(), (BLUE, GREEN, ORANGE), strict=False):  # train, val, test
+        counts = [found["dropped"].get(reason, 0) for reason in reasons]
+        last = parts.barh(reasons, counts, left=total, color=color, label=split)
+        total = total + counts
+    parts.set(xlabel="rows", title="Dropped, by reason" if reasons else "No row was dropped")
+    if reasons:
+        parts.bar_label(last, labels=[f"{n:,.0f}" for n in total], padding=3)
+        parts.set_xlim(0, 1.15 * total.max())
+        parts.xaxis.set_major_locator(MaxNLocator(integer=True))
+        parts.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=3, frameon=False)
+    else:
+        parts.set(xticks=[], yticks=[])
+    for axis in (whole, parts):
+        axis.invert_yaxis()
+    return figure
+
+
+def memory_plan(planned, measured: float | None = None) -> Figure:
+    """The predicted peak, stacked by term, beside the measured one.
+
+    Args:
+        planned: a `memory_plan.Plan`.
+        measured: bytes.
+    """
+    mib = {term: n / 2**20 for term, n in planned.terms.items()}
+    alt = f"Predicted peak {sum(mib.values()):,.0f} MiB: " + ", ".join(f"{term} {n:,.0f}" for term, n in mib.items())
+    if measured:
+        alt += f". Measured: {measured / 2**20:,.0f} MiB"
+    figure, (axis,) = _figure(width=9, height=2.6, alt=alt)
+    left = 0.0
+    for (term, n), color in zip(mib.items(), plt.cm.cividis(np.linspace(0, 1, len(mib))), strict=True):
+        axis.barh("predicted", n, left=left, color=color, edgecolor="white", label=f"{term} {n:,.0f}")
+        left += n
+    if measured:
+        axis.barh("measured", measured / 2**20, color=GREY)
+    axis.invert_yaxis()
+    axis.set(xlabel="MiB", title=f"Peak memory of training ({planned.peak})")
+    axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
+    return figure
+
+
+def picture(figure: Figure) -> Image:
+    """The figure as a PNG with its alt text, shown at its size in inches times 96 pixels.
+
+    It has two pixels for each of these, so that it is sharp on dense screens, and at most 256 colours, so that it takes
+    less room in a notebook than one pixel in all colours would.
+    """
+    drawn, packed = io.BytesIO(), io.BytesIO()
+    figure.savefig(drawn, format="png", facecolor="white", dpi=192)
+    PIL.Image.open(drawn).convert("RGB").quantize().save(packed, format="PNG", optimize=True)
+    shown = round(96 * figure.get_figwidth())
+    return Image(packed.getvalue(), width=shown, metadata={"alt": alt_text(figure)})  # IPython 7.34 has no `alt=`

@@ -1,0 +1,138 @@
+"""Tables, conversations and answers as HTML for a notebook."""
+
+from __future__ import annotations
+
+import ast
+import html
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from IPython.display import HTML
+
+_STYLE = """<style>
+.dpo {border-collapse: collapse; font-size: 0.92em; color: inherit;}
+.dpo th, .dpo td {border: 1px solid #8886; padding: 0.35em 0.6em; text-align: left !important; vertical-align: top;
+  white-space: pre-wrap; overflow-wrap: anywhere; max-width: 36em;}
+.dpo th {background: #8883;}
+.dpo-tokens span {border-radius: 3px; padding: 1px 0; white-space: pre-wrap;}
+.dpo-prompt {background: #80808033;} .dpo-answer {background: #0072B244; border-bottom: 2px solid #0072B2;}
+.dpo-tokens .dpo-down {border-bottom: 2px dotted currentColor;}
+.dpo-hidden {position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%);}
+</style>"""
+
+
+def table(rows: Sequence[dict], caption: str = "") -> HTML:
+    """An HTML table with one column per key of the first row; every cell is escaped text."""
+    return HTML(_STYLE + _table(rows, caption))
+
+
+def _table(rows: Sequence[dict], caption: str = "") -> str:
+    if not rows:
+        return "<p>(no rows)</p>"
+    head = "".join(f"<th scope='col'>{html.escape(str(k))}</th>" for k in rows[0])
+    body = "".join(
+        "<tr>" + "".join(f"<td>{html.escape(_cell(row.get(k, '')))}</td>" for k in rows[0]) + "</tr>" for row in rows
+    )
+    title = f"<caption>{html.escape(caption)}</caption>" if caption else ""
+    return (
+        f"<table class='dpo tex2jax_ignore mathjax_ignore'>{title}"
+        f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    )
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(str, value))
+    return str(value)
+
+
+def share(rate: dict) -> str:
+    """A rate with its interval, in words."""
+    return f"{rate['rate']:.2f} ({rate['low']:.2f} to {rate['high']:.2f})"
+
+
+def average(mean: dict, digits: int = 2) -> str:
+    """A mean with its interval, in words."""
+    return f"{mean['mean']:.{digits}f} ({mean['low']:.{digits}f} to {mean['high']:.{digits}f})"
+
+
+def change(difference: dict, digits: int = 2) -> str:
+    """A difference with its sign and its interval, in words."""
+    low, high = difference["low"], difference["high"]
+    return f"{difference['difference']:+.{digits}f} ({low:+.{digits}f} to {high:+.{digits}f})"
+
+
+def held_out_table(before: dict, after: dict) -> HTML:
+    """What base and policy make of the held-out pairs (`stats.summarise` of each), with 95% intervals."""
+    rows = [  # before training all is 0 by construction, not by sampling: no interval there
+        ("accuracy", f"{before['accuracy']['rate']:.2f} by construction", share(after["accuracy"])),
+        ("ties", before["ties"], after["ties"]),
+        ("margin", "0", average(after["margin"])),
+        ("reward of chosen", "0", average(after["reward_chosen"])),
+        ("reward of rejected", "0", average(after["reward_rejected"])),
+        ("rule: pick the longer answer", share(before["pick_the_longer"]), "the same"),
+        ("rule: pick the shorter answer", share(before["pick_the_shorter"]), "the same"),
+    ]
+    return table([{"held-out pairs": what, "before": b, "after": a} for what, b, a in rows])
+
+
+def change_table(found: dict[str, dict], what: str) -> HTML:
+    """`stats.rules` or `stats.form` as a table: before, after, and the paired change."""
+
+    def written(value):
+        return share(value) if "rate" in value else average(value)
+
+    return table([
+        {
+            what: name, "before": written(found["before"][name]), "after": written(found["after"][name]),
+            "change, same prompts": change(found["change"][name]),
+        }
+        for name in found["before"]
+    ])  # fmt: skip
+
+
+def source(*functions: Callable) -> str:
+    """The code of functions without their docstrings, to be read beside an equation."""
+    shown = []
+    for function in functions:
+        lines = inspect.getsource(function).splitlines()
+        parsed: Any = ast.parse(inspect.getsource(function)).body[0]
+        first = parsed.body[0]
+        if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
+            del lines[first.lineno - 1 : first.end_lineno]
+        shown.append("\n".join(lines))
+    return "\n\n".join(shown)
+
+
+def config_table(config) -> HTML:
+    """Every hyper-parameter and data limit of a run, with unit and meaning."""
+    return table(config.rows(), f"Profile {config.profile}")
+
+
+def conversation(messages: Sequence[dict]) -> HTML:
+    """One conversation, a row per turn."""
+    return table([{"role": m["role"], "content": m["content"]} for m in messages])
+
+
+def answers(prompts, before, after, rejected_label="base", chosen_label="after DPO") -> HTML:
+    """Side by side: the last user message, the base's answer, the policy's answer. All of it escaped.
+
+    Where more came before that message, the row says so.
+    """
+
+    def asked(prompt):
+        turns = sum(m["role"] == "user" for m in prompt)
+        return (f"[question {turns} of a conversation] " if turns > 1 else "") + prompt[-1]["content"]
+
+    rows = [
+        {"prompt": asked(p), rejected_label: _answer(b), chosen_label: _answer(a)}
+        for p, b, a in zip(prompts, before, after, strict=True)
+    ]
+    return table(rows, "Same prompts, same greedy decoding")
+
+
+def _answer(answer: dict) -> str:
+    return answer["text"] + ("" if answer["finished"] else " […cut at the token limit]")

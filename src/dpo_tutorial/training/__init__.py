@@ -1,0 +1,1 @@
+"""Notebook 05: the DPO loss, the trainer, resuming and saving."""

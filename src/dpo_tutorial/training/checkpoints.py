@@ -1,0 +1,183 @@
+"""Which checkpoints of an interrupted training are whole, and whether they belong to the run that asks.
+
+transformers writes checkpoints and resumes from them; this module adds a seal. A checkpoint is whole once it holds
+`whole.json`, written last and in one step, with the SHA-256 of every other file. What a kill tore has no valid seal.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import time
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from transformers import PreTrainedModel, TrainerCallback
+
+from .. import run_folder
+from ..config import Config
+from ..errors import ArtifactError
+from ..loading.embedded import sha256
+from ..machine import hardware
+
+SEAL = "whole.json"
+
+
+def folder(run: run_folder.Run) -> Path:
+    """Where the trainer of this run keeps its checkpoints."""
+    return run.dir / "trainer"
+
+
+def fingerprint(config: Config, trainer) -> dict:
+    """What decides the adapter: config, pairs as the trainer reads them, a sample of the base's weights, processes."""
+    return {
+        "config": config.training_identity(),
+        "pairs": digest_of_pairs(trainer.train_dataset),
+        "base": digest_of_base(trainer.model),
+        "processes": hardware.processes().num_processes,  # each takes its share of the batches
+    }
+
+
+def digest_of_pairs(pairs: Dataset) -> str:
+    """SHA-256 of the pairs as the trainer reads them, in order."""
+    digest = hashlib.sha256()
+    for row in pairs.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"]):
+        digest.update(json.dumps(row, sort_keys=True).encode())
+    return digest.hexdigest()
+
+
+def digest_of_base(model: PreTrainedModel) -> str:
+    """SHA-256 of a sample of the frozen weights.
+
+    The weights count and not their name alone: a model folder can be filled anew. 64 values of each tensor tell two
+    models apart, and cost no second pass over gigabytes.
+    """
+    digest = hashlib.sha256()
+    for weight in (p.data.flatten() for p in model.parameters() if not p.requires_grad):
+        sample = weight[:: max(1, weight.numel() // 64)].contiguous().cpu()
+        digest.update(sample.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def changes(then: dict, now: dict) -> list[str]:
+    """Names of what differs between two fingerprints."""
+    old, new = then["config"], now["config"]
+    names = [f"{n.upper()} ({old.get(n)!r}, now {new.get(n)!r})" for n in new if old.get(n) != new[n]]
+    if then["processes"] != now["processes"]:
+        names.append(f"the number of processes ({then['processes']}, now {now['processes']})")
+    names += ["the training pairs"] * (then["pairs"] != now["pairs"])
+    return names + ["the weights of the base model"] * (then["base"] != now["base"])
+
+
+def _sums(checkpoint: Path) -> dict[str, str]:
+    files = sorted(p for p in checkpoint.rglob("*") if p.is_file() and p.name != SEAL)
+    return {path.relative_to(checkpoint).as_posix(): sha256(path) for path in files}
+
+
+def read_seal(checkpoint: Path) -> dict | None:
+    """The seal of a whole checkpoint; `None` where it is torn: no seal, or a file that is not the one sealed."""
+    try:
+        seal = json.loads((checkpoint / SEAL).read_text(encoding="utf-8"))
+        return seal if seal["files"] == _sums(checkpoint) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def saved(run: run_folder.Run) -> list[Path]:
+    """Every checkpoint of the run, whole or torn, newest first."""
+    found = [p for p in folder(run).glob("checkpoint-*") if p.name.rpartition("-")[2].isdigit()]
+    return sorted(found, key=lambda p: int(p.name.rpartition("-")[2]), reverse=True)
+
+
+def remove_torn(run: run_folder.Run) -> tuple[list[tuple[Path, dict]], list[Path]]:
+    """Delete what a kill or a full disk left half-written: it must not count among the checkpoints that are kept.
+
+    Returns:
+        The whole ones with their seals, newest first; and those that were deleted.
+    """
+    seals = {checkpoint: read_seal(checkpoint) for checkpoint in saved(run)}
+    torn = [checkpoint for checkpoint, seal in seals.items() if seal is None]
+    for checkpoint in torn:
+        shutil.rmtree(checkpoint)
+    return [(checkpoint, seal) for checkpoint, seal in seals.items() if seal], torn
+
+
+def clear(run: run_folder.Run) -> None:
+    """Delete every checkpoint: nothing to resume from.
+
+    Raises:
+        ArtifactError: one cannot be deleted.
+    """
+    for checkpoint in reversed(saved(run)):  # oldest first, so that a kill in between leaves the newest
+        try:
+            shutil.rmtree(checkpoint)
+        except OSError as error:
+            raise run_folder.unwritable(checkpoint, error) from error
+
+
+def newest(run: run_folder.Run, now: dict) -> tuple[Path, dict] | None:
+    """The newest whole checkpoint and its seal, after torn ones are removed; `None` where there is none.
+
+    Raises:
+        ArtifactError: it belongs to another config, other pairs or another base (names what changed).
+    """
+    whole, torn = remove_torn(run)
+    if torn:
+        print(f"Ignored, because it was torn by a stop: {', '.join(path.name for path in torn)}.")
+    if not whole:
+        return None
+    checkpoint, seal = whole[0]
+    changed = changes(seal["fingerprint"], now)
+    if changed:
+        raise ArtifactError(
+            f"{checkpoint} is of an unfinished training with other settings. Changed: {', '.join(changed)}.",
+            "To go on with it, set these back; to start over, set FRESH = True (make run FRESH=True); "
+            "to keep it for later, set ARTIFACTS to another folder.",
+        )
+    return checkpoint, seal
+
+
+class Seal(TrainerCallback):
+    """Seal each checkpoint once it is written, and give a resumed epoch its order of batches back.
+
+    transformers draws the order from torch's random numbers when an epoch begins, but keeps only their state at the
+    checkpoint. So in any epoch but the first, a resumed run would skip as many batches of another order.
+
+    Args:
+        seal: of the checkpoint that the training resumes from.
+    """
+
+    def __init__(self, run: run_folder.Run, fingerprint: dict, seal: dict | None) -> None:
+        self.run, self.fingerprint, self.seal = run, fingerprint, seal
+        self.order: torch.Tensor | None = None
+        self.started = 0.0
+
+    def seconds(self) -> float:
+        """Seconds of training so far, those before the stop included."""
+        here = time.perf_counter() - self.started if self.started else 0
+        return here + (self.seal["seconds"] if self.seal else 0)
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        self.started = time.perf_counter()
+        state.save_steps = args.save_steps  # a resumed state brings the old one
+
+    def on_epoch_begin(self, args, state, control, **kwargs) -> None:
+        if self.order is None and self.seal:
+            torch.set_rng_state(torch.frombuffer(bytearray.fromhex(self.seal["order"]), dtype=torch.uint8))
+        self.order = torch.get_rng_state()
+
+    def on_save(self, args, state, control, **kwargs) -> None:
+        hardware.processes().wait_for_everyone()  # each process writes the state of its own random numbers
+        if not state.is_world_process_zero:
+            return
+        order = torch.get_rng_state() if float(state.epoch).is_integer() else self.order  # at its end: the next epoch's
+        checkpoint = folder(self.run) / f"checkpoint-{state.global_step}"
+        seal = {
+            "fingerprint": self.fingerprint,
+            "seconds": self.seconds(),
+            "order": order.numpy().tobytes().hex(),
+            "files": _sums(checkpoint),
+        }
+        self.run.write_json(checkpoint.relative_to(self.run.dir) / SEAL, seal)

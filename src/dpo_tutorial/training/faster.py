@@ -1,0 +1,125 @@
+"""`DPOTrainer` with less work: a pair's prompt computed once, on a CPU a smaller head, and a clock beside it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+
+import torch
+import trl.kernels.chunked_logprob
+import trl.trainer.utils
+from datasets import Dataset
+from datasets.fingerprint import Hasher
+from peft import PeftModel
+from transformers import PreTrainedModel
+from trl import DPOConfig, DPOTrainer
+
+from . import footprint, prefix, timing
+
+
+class FastDPOTrainer(timing.Timed, DPOTrainer):
+    """The loss of `DPOTrainer` with less work; nothing outside its own calls is changed.
+
+    - The prompt of a pair goes through the model once (`prefix`), where the model is of a kind that allows it.
+    - On a CPU the LM head leaves prompt and padding out (`cpu_head`).
+    - Trainable weights are float32 (`cast_trainable_to_fp32`).
+    - `times` says where the seconds went (`timing.TimeSplit`).
+
+    Splits get a column `length`, for `train_sampling_strategy="group_by_length"` with `remove_unused_columns=False`.
+
+    Args:
+        share_prefixes: `False` computes the prompt once per answer, as stock TRL does. All else is `DPOTrainer`'s.
+    """
+
+    def __init__(self, *, args: DPOConfig, share_prefixes: bool = True, **kwargs) -> None:
+        self.share_prefixes = share_prefixes
+        super().__init__(args=one_gpu(args), **kwargs)
+        cast_trainable_to_fp32(self.model)
+        _ = self.shares_prefixes  # asks now: its short passes are no part of a training
+
+    @functools.cached_property
+    def shares_prefixes(self) -> bool:
+        """Whether prompts are computed once: asked for, and the model is of a kind that allows it."""
+        return self.share_prefixes and not prefix.obstacle(_causal(self.model))
+
+    def training_step(self, *args, **kwargs):
+        with self._head():  # the backward pass makes the logits anew, in tiles of the same size
+            return super().training_step(*args, **kwargs)
+
+    def compute_loss(self, model: PreTrainedModel, inputs, *args, **kwargs):  # an evaluation comes here too
+        with self._head(), self._sharing(inputs):
+            return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def compute_ref_log_probs(self, model: PreTrainedModel, inputs):
+        with self._head(), self._sharing(inputs):
+            return super().compute_ref_log_probs(model, inputs)
+
+    def _head(self):
+        return cpu_head() if self.accelerator.device.type == "cpu" else nullcontext()
+
+    def _sharing(self, inputs: dict):
+        causal, length = _causal(self.model), inputs["input_ids"].shape[1]
+        if self.shares_prefixes and length <= prefix.window(causal.config):
+            return prefix.sharing(causal.base_model)
+        return nullcontext()
+
+    def _prepare_dataset(self, dataset, *args, **kwargs):
+        prepared = super()._prepare_dataset(dataset, *args, **kwargs)
+        if not isinstance(prepared, Dataset) or "length" in prepared.column_names:
+            return prepared
+        columns = (prepared[name] for name in ("prompt_ids", "chosen_ids", "rejected_ids"))
+        return prepared.add_column("length", [len(p) + max(len(c), len(r)) for p, c, r in zip(*columns, strict=True)])
+
+    def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
+        of = (dataset._fingerprint, self.ld_alpha, self.args.bf16, self.args.fp16, self.share_prefixes)
+        dataset._fingerprint = Hasher.hash(of)  # TRL keys its cache by pairs and model alone
+        return super()._precompute_ref_logps(dataset, name, batch_size)
+
+
+def one_gpu(args: DPOConfig) -> DPOConfig:
+    """One process takes one GPU, as on Kaggle: else Trainer wraps the model in DataParallel, which TRL refuses."""
+    args._n_gpu = min(args.n_gpu, 1)
+    return args
+
+
+def _causal(model: PreTrainedModel):
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+@contextmanager
+def cpu_head() -> Iterator[None]:
+    """Inside the block, TRL's LM head projects only the tokens of the answers on a CPU too, and in smaller tiles.
+
+    TRL 1.16 asks for Triton before it leaves prompt and padding out, because on some accelerators a changing shape
+    costs a recompilation; a CPU has none. Its tiles of 4,096 tokens x 32,768 words are for a GPU; in plain torch each
+    step of the arithmetic fills another tile, and small ones stay in the cache and below the size that the allocator
+    fetches from the kernel each time (`memory.tune_allocator`). The loss is the same (`test_train.py` compares);
+    what it saves is in `benchmarks/training_speed.md`.
+    """
+    tokens, words = footprint.TILE["cpu"]
+    changes = (
+        (trl.trainer.utils, "_use_triton", lambda device: True),
+        (trl.trainer.utils, "_CHUNKED_LOGPROB_CHUNK_SIZE", words),
+        (trl.kernels.chunked_logprob, "TOKEN_CHUNK_SIZE", tokens),
+    )
+    before = [getattr(module, name) for module, name, _ in changes]
+    try:
+        for module, name, value in changes:
+            setattr(module, name, value)
+        yield
+    finally:
+        for (module, name, _), value in zip(changes, before, strict=True):
+            setattr(module, name, value)
+
+
+def cast_trainable_to_fp32(model: PreTrainedModel) -> None:
+    """Undo TRL's cast of a 4-bit model's adapter to bfloat16, and assert that it is undone.
+
+    fp16 training needs it: the GradScaler of a T4 rejects bfloat16 gradients (trl#4901). bf16 training gains from it:
+    an update smaller than 1/256 of a bfloat16 weight is lost.
+    """
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    assert all(p.dtype == torch.float32 for p in model.parameters() if p.requires_grad)

@@ -1,0 +1,164 @@
+"""Log-probabilities and implicit rewards of pairs, under the policy and under the reference."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from datasets import Dataset
+from peft import PeftModel
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from ..config import Config
+from ..machine import hardware
+from ..pairs import encoding
+from . import dpo
+
+
+def score_pairs(
+    config: Config,
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: Dataset,
+    beta: float | None = None,
+    padding: int = 0,
+) -> list[dict]:
+    """Score each pair under the policy and, with the adapter switched off, under the reference.
+
+    Args:
+        model: a `PeftModel`; with its adapter disabled it is the reference.
+        beta: the beta the policy was trained with; default `config.beta`.
+        padding: columns of padding beyond what the batches need, to see what rounding does (`noise_floor`).
+
+    Returns:
+        One record per pair, in order: `prompt_id`; log-probabilities in nats (`policy_chosen`, `policy_rejected`,
+        `reference_chosen`, `reference_rejected`); `reward_chosen`, `reward_rejected`, `margin`;
+        `chosen_token_rewards`, `rejected_token_rewards` (beta times the log-ratio of each token; they add up to the
+        reward); `chosen_tokens`, `rejected_tokens`.
+    """
+    beta = config.beta if beta is None else beta
+    encoded = [
+        encoding.encode(tokenizer, pair["prompt"], pair[side]) for pair in pairs for side in ("chosen", "rejected")
+    ]
+    scored = zip(*_log_probs(config, model, tokenizer, encoded, padding), strict=True)
+    records = []
+    for pair, chosen, rejected in zip(pairs, scored, scored, strict=True):
+        record = {"prompt_id": pair["prompt_id"]}
+        for side, (policy, reference) in (("chosen", chosen), ("rejected", rejected)):
+            tokens = dpo.implicit_reward(policy, reference, beta)
+            record |= {
+                f"policy_{side}": policy.sum().item(), f"reference_{side}": reference.sum().item(),
+                f"reward_{side}": tokens.sum().item(), f"{side}_tokens": len(tokens),
+                f"{side}_token_rewards": [round(value, 6) for value in tokens.tolist()],
+            }  # fmt: skip
+        records.append(record | {"margin": record["reward_chosen"] - record["reward_rejected"]})
+    return records
+
+
+@torch.no_grad()
+def _log_probs(
+    config: Config, model: PeftModel, tokenizer: PreTrainedTokenizerBase, encoded, padding: int = 0
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Log-probabilities of the answer's tokens, `[answer length]` each, of (prompt ids, answer ids) in the given order.
+
+    Sorted by length so that little is padding, the longest first: memory peaks at once, and later batches fit into
+    what earlier ones gave back. Policy and reference see the same batches, so that their difference is free of padding
+    noise.
+    """
+    model.eval()
+    order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i][0]) - len(encoded[i][1]))
+    policy, reference = ([torch.empty(0)] * len(encoded) for _ in range(2))
+    size = 2 * config.batch_size  # of similar length and without gradients: twice the training batch fits
+    for start in tqdm(range(0, len(order), size), desc="scoring", leave=False):
+        chosen = order[start : start + size]
+        batch = collate([encoded[i] for i in chosen], tokenizer.pad_token_id, model.device, padding)
+        found = _forward(config, model, batch)
+        with model.disable_adapter():
+            base = _forward(config, model, batch)
+        for i, ours, theirs in zip(chosen, found, base, strict=True):
+            policy[i], reference[i] = ours, theirs
+    return policy, reference
+
+
+def _forward(config: Config, model: PeftModel, batch: dict) -> list[Tensor]:
+    with autocast(config):
+        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
+    rows = zip(logits, batch["input_ids"], batch["completion_mask"], strict=True)
+    return [  # row by row: softmax in fp32 is large
+        dpo.token_log_probs(row[None], ids[None])[0][mask[1:].bool()].double().cpu() for row, ids, mask in rows
+    ]
+
+
+def autocast(config: Config):
+    """The mixed precision of training, so that evaluation sees the numbers that training saw."""
+    dtype = hardware.torch_dtype(config.dtype)
+    return torch.autocast(hardware.device(), dtype=dtype, enabled=dtype != torch.float32)
+
+
+def collate(
+    encoded: Sequence[tuple[list[int], list[int]]], pad_id: int, device="cpu", padding: int = 0
+) -> dict[str, Tensor]:
+    """Pad on the right into `input_ids`, `attention_mask`, `completion_mask`, each `[n, length]`.
+
+    `padding` adds so many columns that no row needs.
+    """
+    length = max(len(p) + len(a) for p, a in encoded) + padding
+    ids = torch.full((len(encoded), length), pad_id)
+    attention, completion = torch.zeros_like(ids), torch.zeros_like(ids)
+    for row, (prompt, answer) in enumerate(encoded):
+        end = len(prompt) + len(answer)
+        ids[row, :end] = torch.tensor(prompt + answer)
+        attention[row, :end] = 1
+        completion[row, len(prompt) : end] = 1
+    return {
+        "input_ids": ids.to(device),
+        "attention_mask": attention.to(device),
+        "completion_mask": completion.to(device),
+    }
+
+
+def noise_floor(
+    config: Config,
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: Dataset,
+    records: Sequence[dict],
+    beta: float | None = None,
+) -> dict:
+    """How far rounding alone moves a margin: the first pairs scored again, in other batches and with other padding.
+
+    In exact arithmetic padding changes nothing. In 16 bits, sums come out differently, and a log-probability of an
+    answer moves by tenths of a nat.
+
+    Args:
+        records: what `score_pairs` gave for all of `pairs`, in order.
+
+    Returns:
+        `spread`: root mean square of the differences between both margins; `floor`: 1.96 times that; `within`: how
+        many of all records have a |margin| below the floor; `pairs`: scored again; `dtype`.
+    """
+    again = pairs.select(range(min(config.compare_prompts, len(pairs))))
+    second = score_pairs(config, model, tokenizer, again, beta, padding=24)
+    changes = np.array([b["margin"] - a["margin"] for a, b in zip(records, second, strict=False)])
+    spread = float(np.sqrt(np.mean(changes**2)))
+    within = sum(abs(r["margin"]) < 1.96 * spread for r in records)
+    return {
+        "spread": spread, "floor": 1.96 * spread, "within": within, "pairs": len(again), "dtype": config.dtype,
+    }  # fmt: skip
+
+
+def token_rewards(tokenizer: PreTrainedTokenizerBase, pair: dict, record: dict) -> dict:
+    """The tokens of both answers of one pair in words, each with its share of the reward: what a heat map shows.
+
+    Returns:
+        `prompt` (conversation); `chosen` and `rejected`: lists of (text, reward); `reward_chosen`, `reward_rejected`.
+    """
+    shown = {name: record[name] for name in ("reward_chosen", "reward_rejected")} | {"prompt": pair["prompt"]}
+    for side in ("chosen", "rejected"):
+        rewards = iter(record[f"{side}_token_rewards"])
+        pieces = encoding.pieces(tokenizer, encoding.encode(tokenizer, pair["prompt"], pair[side])[1])
+        shown[side] = [(text, sum(next(rewards) for _ in range(n))) for text, n in pieces]
+    return shown
