@@ -61,7 +61,7 @@ test: check  ## all of check, then the end-to-end tests and all six notebooks in
 	DPO_TUTORIAL_PROFILE=smoke DPO_TUTORIAL_HEADLESS=1 $(PY) -m pytest --nbval-lax notebooks --ignore=notebooks/00_quickstart.ipynb -p no:cacheprovider --durations=6
 
 colab: $(STAMP)  ## a stand-in for Colab: its versions, the first cell, every notebook alone
-	$(PY) -m pytest -m colab tests/test_colab_standin.py
+	$(PY) -m pytest -m colab tests/end_to_end/test_colab_standin.py
 
 lint: $(STAMP)  ## ruff, for .py and .ipynb
 	$(PY) -m ruff check .
@@ -107,7 +107,7 @@ guide: $(VENV)-guide/.installed  ## the notebooks as a site in build/guide/html,
 	rm -rf $(GUIDE) && mkdir -p $(GUIDE)/source
 	cp -r README.md docs/index.md docs notebooks benchmarks $(GUIDE)/source
 	$(VENV)-guide/bin/python -m sphinx --quiet --fail-on-warning --keep-going -c docs -d $(GUIDE)/doctrees $(GUIDE)/source $(GUIDE)/html
-	$(VENV)-guide/bin/python -m pytest --noconftest -m guide tests/test_guide.py
+	$(VENV)-guide/bin/python -m pytest --noconftest -m guide tests/guide/test_guide.py
 
 clean:  ## remove results, the guide and the environments (not the model cache)
 	rm -rf artifacts build $(VENV) $(VENV)-guide $(VENV)-lowest

@@ -131,8 +131,7 @@ def _nothing_left(where: str, found: Audit, columns: list[str]) -> DataError:
     )
     return DataError(
         f"No usable pair is left in {where}: {dropped or 'it has no row'}. "
-        f"It has the columns {sources._listed(columns)}."
-        + "".join(f" {text}." for text in shown),
+        f"It has the columns {sources._listed(columns)}." + "".join(f" {text}." for text in shown),
         fix + sources._SCHEMA,
     )
 

@@ -11,12 +11,12 @@ import pytest
 from conftest import TEXTS, pair
 from transformers import GPT2Config, GPT2LMHeadModel, Phi3Config, Phi3ForCausalLM
 
-from dpo_tutorial.cli import main as cli
 from dpo_tutorial import run_folder, settings
 from dpo_tutorial.cli import doctor, run
+from dpo_tutorial.cli import main as cli
 from dpo_tutorial.errors import ConfigError
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 NOTEBOOKS = run.notebooks(ROOT / "notebooks")
 TWO = {"BETA": "0.3", "LORA_TARGETS": "c_attn, c_proj"}
 

@@ -10,7 +10,7 @@ from conftest import code_cells
 
 from dpo_tutorial.exercises import exercise
 
-NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("0[1-9]_*.ipynb"))
+NOTEBOOKS = sorted((Path(__file__).parents[2] / "notebooks").glob("0[1-9]_*.ipynb"))
 HEADING = re.compile(r"^### Exercise (\d\.\d): .+ \((★{1,3}), (\d+) minutes\)$", re.MULTILINE)
 SOLUTION = re.compile(r"<details>\s*<summary>Solution</summary>\s*```python\n(.*?)```", re.DOTALL)
 

@@ -20,7 +20,7 @@ import pytest
 
 pytestmark = pytest.mark.guide
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SITE = ROOT / "build" / "guide" / "html"
 PAGES = sorted(p.relative_to(SITE).as_posix() for p in SITE.rglob("*.html"))
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))

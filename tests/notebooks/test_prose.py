@@ -6,7 +6,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PATHS = sorted((ROOT / "notebooks").glob("0[1-9]_*.ipynb"))  # the quickstart: test_quickstart.py
 each = pytest.mark.parametrize("path", PATHS, ids=lambda p: p.stem)
 

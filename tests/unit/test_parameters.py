@@ -6,7 +6,7 @@ from conftest import script
 
 from dpo_tutorial import settings
 
-PAGE = Path(__file__).parents[1] / "docs" / "parameters.md"
+PAGE = Path(__file__).parents[2] / "docs" / "parameters.md"
 
 
 def test_the_page_is_the_one_that_the_config_gives():

@@ -13,9 +13,9 @@ from datasets import DatasetDict
 from nbclient.exceptions import DeadKernelError
 from peft import get_peft_model
 
-from dpo_tutorial.cli import main as cli
 from dpo_tutorial import errors, run_folder, settings
 from dpo_tutorial.adapter import lora
+from dpo_tutorial.cli import main as cli
 from dpo_tutorial.cli import run
 from dpo_tutorial.loading import embedded, models
 from dpo_tutorial.machine import session

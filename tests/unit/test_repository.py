@@ -26,7 +26,7 @@ from packaging.version import Version
 from dpo_tutorial.errors import ConfigError
 from dpo_tutorial.training import train
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 badges = script("scripts/badges.py")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))

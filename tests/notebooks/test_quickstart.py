@@ -29,7 +29,7 @@ from dpo_tutorial.machine import hardware
 from dpo_tutorial.pairs import encoding, sources
 from dpo_tutorial.training import dpo
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 badges = script("scripts/badges.py")
 NOTEBOOK = ROOT / "notebooks" / "00_quickstart.ipynb"
 PAIRS, STEPS = 240, 60

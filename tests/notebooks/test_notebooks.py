@@ -13,7 +13,7 @@ from conftest import script
 from dpo_tutorial import settings
 from dpo_tutorial.cli import run
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 badges = script("scripts/badges.py")
 refresh = script("scripts/refresh_notebooks.py")
 PATHS = sorted((ROOT / "notebooks").glob("0[1-9]_*.ipynb"))  # the quickstart: test_quickstart.py

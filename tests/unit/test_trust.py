@@ -27,7 +27,7 @@ from dpo_tutorial.errors import ArtifactError, DataError, ModelCorruptError, Mod
 from dpo_tutorial.loading import models
 from dpo_tutorial.pairs import sources
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 # --- nothing that runs code from a download ----

@@ -17,15 +17,15 @@ import huggingface_hub
 import pytest
 import torch
 
-from dpo_tutorial.cli import main as cli
-from dpo_tutorial import settings
 from dpo_tutorial import config as configs
+from dpo_tutorial import settings
 from dpo_tutorial.cli import doctor
+from dpo_tutorial.cli import main as cli
 from dpo_tutorial.config import Config
 from dpo_tutorial.loading import embedded
 from dpo_tutorial.machine import hardware, memory, paths, session
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def of_profile(name, **changes):
@@ -265,9 +265,7 @@ def test_where_torch_cannot_be_loaded_the_packages_are_still_checked(monkeypatch
 
 
 def test_the_command_imports_what_a_word_needs_only_when_it_is_called():
-    code = (
-        "import sys; import dpo_tutorial.cli.main, dpo_tutorial.cli.doctor; print({'torch', 'transformers'} & set(sys.modules))"
-    )
+    code = "import sys; import dpo_tutorial.cli.main, dpo_tutorial.cli.doctor; print({'torch', 'transformers'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "set()"
 
 

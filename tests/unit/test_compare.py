@@ -10,9 +10,9 @@ from conftest import TEXTS, pair, tiny_config
 from datasets import Dataset
 from peft import get_peft_model
 
-from dpo_tutorial.cli import main as cli
 from dpo_tutorial import run_folder
 from dpo_tutorial.adapter import lora
+from dpo_tutorial.cli import main as cli
 from dpo_tutorial.comparing import compare, generation, stats
 from dpo_tutorial.loading import models
 from dpo_tutorial.pairs import house_style, store

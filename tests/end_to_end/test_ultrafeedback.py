@@ -11,7 +11,7 @@ import pytest
 
 from dpo_tutorial.pairs import prepare, sources
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SAMPLE = Path(
     os.environ.get("ULTRAFEEDBACK_SAMPLE") or ROOT.parent / "shared" / "data" / "ultrafeedback_binarized_sample"
 )

@@ -20,7 +20,7 @@ from dpo_tutorial.loading import models
 from dpo_tutorial.machine import hardware
 from dpo_tutorial.pairs import prepare, sources
 
-FOLDER = Path(__file__).parents[1] / "notebooks"
+FOLDER = Path(__file__).parents[2] / "notebooks"
 
 
 def execute(number: str, *calls: str, **names) -> dict:

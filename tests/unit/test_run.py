@@ -16,13 +16,13 @@ import pytest
 from conftest import script
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from dpo_tutorial.cli import main as cli
 from dpo_tutorial import config
+from dpo_tutorial.cli import main as cli
 from dpo_tutorial.cli import run
 from dpo_tutorial.errors import ArtifactError, ConfigError, NotebookError
 from dpo_tutorial.machine import paths
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 refresh = script("scripts/refresh_notebooks.py")
 KERNEL = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}
 PARAMETERS = 'PROFILE = ""\nARTIFACTS = ""  # folder'
