@@ -29,6 +29,7 @@ KNOWN = {
     "mixtral": ({"output_router_logits": True}, False),
     "qwen3_moe": ({"output_router_logits": True}, False),
     "mamba": ({}, False),
+    "lfm2, convolutions": ({"layer_types": ["conv", "full_attention"]}, False),
     "bloom": ({}, False),
     "opt": ({}, True),
     "falcon": ({"alibi": False}, True),
