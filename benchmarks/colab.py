@@ -196,7 +196,7 @@ def rehearse(colab: Colab, record: Record) -> None:
         write("where pip fails", said=refused.splitlines()[-1:])
         with colab.session(first.stem) as session:
             write(first.stem, **session.run_notebook(first, SMOKE))
-            convert = "from dpo_tutorial import embedded; embedded.ensure_embedded_model()"
+            convert = "from dpo_tutorial.loading import embedded; embedded.ensure_embedded_model()"
             write("the embedded model", error=session.run(convert))
         said = subprocess.run([colab.python, "-V"], stdout=subprocess.PIPE, text=True, check=True).stdout
         write("packages", python=said.split()[1], before=colab.before, changes=colab.changes())

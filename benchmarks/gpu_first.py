@@ -35,7 +35,7 @@ def five_steps(options, record: Record, shape: str) -> None:
     """Five steps with the adapter in float32, and as TRL leaves it: in fp16 that fails (trl#4901)."""
     length = 64 if options.tiny else 256
     for dtype in ("fp32",) if options.tiny else ("fp16", "bf16"):
-        cfg = trainings.settings(options.tiny, dtype=dtype, max_steps=5, max_tokens=512)
+        cfg = trainings.config_of(options.tiny, dtype=dtype, max_steps=5, max_tokens=512)
         tokenizer = models.load_tokenizer(cfg)
         base = trainings.random_base(shape, cfg, tokenizer)
         pairs = trainings.quarter_prompt(tokenizer, length, 40)
@@ -56,7 +56,7 @@ def five_steps(options, record: Record, shape: str) -> None:
 
 def predicted_and_measured(options, record: Record, shape: str) -> None:
     """Six settings: the planner's peak beside the measured one."""
-    cfg = trainings.settings(options.tiny, dtype="bf16", max_steps=2)
+    cfg = trainings.config_of(options.tiny, dtype="bf16", max_steps=2)
     tokenizer = models.load_tokenizer(cfg)
     base = trainings.random_base(shape, cfg, tokenizer)
     with tempfile.TemporaryDirectory() as folder:

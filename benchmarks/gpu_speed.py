@@ -36,7 +36,7 @@ def stage_b(record: Record, options) -> None:
         found = tasks.matmul_task({"size": 64 if options.tiny else 8192, "dtype": dtype}, Path())
         ceiling[dtype] = found["flops"]
         record.write("B", f"matrix product, {dtype}", flops=found["flops"])
-    cfg = trainings.settings(options.tiny, dtype="bf16", max_tokens=1024)
+    cfg = trainings.config_of(options.tiny, dtype="bf16", max_tokens=1024)
     tokenizer = models.load_tokenizer(cfg)
     rows = usable_rows(tokenizer, options)
     sets = {"UltraFeedback": Dataset.from_list(rows[: options.pairs])}

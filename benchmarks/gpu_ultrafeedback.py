@@ -39,7 +39,7 @@ def usable_rows(tokenizer, options) -> list[dict]:
         raise SystemExit("Set ULTRAFEEDBACK_SAMPLE to a folder of UltraFeedback-binarized rows.")
     most = dict.fromkeys(("max_train", "max_val", "max_test"), 10**6)
     length = 128 if options.tiny else 1024
-    cfg = trainings.settings(options.tiny, data=folder or config.EMBEDDED, max_tokens=length, **most)
+    cfg = trainings.config_of(options.tiny, data=folder or config.EMBEDDED, max_tokens=length, **most)
     splits = prepare.prepare(cfg, tokenizer).splits
     rows = [row for name in ("train", "val", "test") for row in splits[name]]
     return rows[:24] if options.tiny else rows
@@ -57,7 +57,7 @@ def trainings_to_do(options) -> list[dict]:
 
 
 def stage_d(record: Record, options) -> None:
-    rows = usable_rows(models.load_tokenizer(trainings.settings(options.tiny)), options)
+    rows = usable_rows(models.load_tokenizer(trainings.config_of(options.tiny)), options)
     record.write("D", "rows", usable=len(rows), max_tokens=1024, folds=2 if options.tiny else FOLDS)
     record.write("D", "baselines", **baselines(rows))
     context = multiprocessing.get_context("spawn")
@@ -99,7 +99,7 @@ def split(rows: list[dict], seed: int, fold: int, folds: int = FOLDS) -> tuple[l
 def worker(options, waiting, path: Path, rows: list[dict]) -> None:
     """Train and score one task after another: trained in the GPU's type, scored in float32, which hides no margin."""
     started, record = time.perf_counter(), Record(path)
-    cfg = trainings.settings(options.tiny, batch_size=8, grad_accum=1, max_tokens=1024, save_steps=10**6)
+    cfg = trainings.config_of(options.tiny, batch_size=8, grad_accum=1, max_tokens=1024, save_steps=10**6)
     exact = dataclasses.replace(cfg, dtype="fp32")
     tokenizer = models.load_tokenizer(cfg)
     if options.tiny:

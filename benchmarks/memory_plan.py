@@ -62,7 +62,7 @@ def measure(task: dict, folder: Path) -> dict:
     from dpo_tutorial.training import memory_plan
 
     knobs, evaluates = task["knobs"], task["evaluates"]
-    cfg = trainings.settings(grad_accum=1, max_steps=STEPS, **knobs)
+    cfg = trainings.config_of(grad_accum=1, max_steps=STEPS, **knobs)
     tokenizer = models.load_tokenizer(cfg)
     pairs = trainings.full_length(tokenizer, cfg.max_tokens, STEPS * cfg.batch_size)
     answer = pairs[0]["chosen_tokens"]

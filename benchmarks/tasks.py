@@ -28,7 +28,7 @@ from dpo_tutorial.training import scoring
 def train_task(task: dict, folder: Path) -> dict:
     """A whole training by ours or by stock TRL, as `run`, with the seconds by phase from the process's start on."""
     spent = {"import": time.time() - psutil.Process().create_time()}
-    cfg, stock = trainings.settings(**task.get("knobs", {})), task["trainer"] == "stock"
+    cfg, stock = trainings.config_of(**task.get("knobs", {})), task["trainer"] == "stock"
     arguments, marks = task.get("arguments", {}), [time.perf_counter()]
 
     def mark(name: str) -> float:
@@ -91,7 +91,7 @@ def splits_of(task: dict, cfg, tokenizer) -> dict[str, Dataset]:
 
 def raw_task(task: dict, folder: Path) -> dict:
     """Forward and backward pass of the model with its adapter on full batches of 8 x 256 tokens, and nothing else."""
-    cfg = trainings.settings(**task.get("knobs", {}))
+    cfg = trainings.config_of(**task.get("knobs", {}))
     model = get_peft_model(models.load_base(cfg), lora.lora_config(cfg)).train()
     rows, length = task.get("shape", (8, 256))
     torch.manual_seed(0)
@@ -121,7 +121,7 @@ def prepare_task(task: dict, folder: Path) -> dict:
             }
             row = {"prompt": ask["content"], "prompt_id": str(n), "score_chosen": 8.0, "score_rejected": 3.0} | sides
             stream.write(json.dumps(row) + "\n")
-    cfg = trainings.settings(data=str(source), **task.get("knobs", {}))
+    cfg = trainings.config_of(data=str(source), **task.get("knobs", {}))
     tokenizer = models.load_tokenizer(cfg)
     before, started = psutil.Process().memory_info().rss, time.perf_counter()
     kept = prepare.prepare(cfg, tokenizer).splits["train"]
@@ -133,7 +133,7 @@ def prepare_task(task: dict, folder: Path) -> dict:
 
 def make_task(task: dict, folder: Path) -> dict:
     """Save a checkpoint of random weights, with the model's tokenizer and, where not given, its vocabulary."""
-    tokenizer = models.load_tokenizer(trainings.settings(**task.get("knobs", {})))
+    tokenizer = models.load_tokenizer(trainings.config_of(**task.get("knobs", {})))
     torch.manual_seed(0)
     with torch.device(hardware.device()):
         model = AutoModelForCausalLM.from_config(trainings.llama(task["shape"], tokenizer), dtype=torch.bfloat16)

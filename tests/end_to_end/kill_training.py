@@ -1,7 +1,8 @@
 """Train once undisturbed and once under SIGKILL after SIGKILL, and compare: for test_resume.py and reliability.md.
 
-`python tests/end_to_end/kill_training.py MODEL PAIRS.jsonl FOLDER KILLS SEED` prints what it did as JSON. One parent imports the
-libraries; every training is a fork of it, made before any thread has started, so that a start costs little.
+`python tests/end_to_end/kill_training.py MODEL PAIRS.jsonl FOLDER KILLS SEED` prints what it did as JSON.
+One parent imports the libraries; every training is a fork of it, made before any thread has started, so that a start
+costs little.
 """
 
 import dataclasses

@@ -15,11 +15,17 @@ from transformers import set_seed
 
 from dpo_tutorial import config, show
 from dpo_tutorial.adapter import lora
-from dpo_tutorial.comparing import compare
+from dpo_tutorial.comparing import compare, generation, stats
 from dpo_tutorial.loading import models
-from dpo_tutorial.machine import hardware
-from dpo_tutorial.pairs import prepare, sources
+from dpo_tutorial.machine import hardware, memory
+from dpo_tutorial.pairs import audit, encoding, house_style, prepare, sources, store
+from dpo_tutorial.training import scoring
 
+#: What the notebooks' own cells import, by the names they give it.
+MODULES = [
+    audit, compare, encoding, generation, hardware, house_style, lora, memory, models, prepare, scoring, show, sources,
+    stats, store,
+]  # fmt: skip
 FOLDER = Path(__file__).parents[2] / "notebooks"
 
 
@@ -43,7 +49,7 @@ def test_01_seeds_as_the_package_does():
 
 @pytest.fixture
 def package(cfg):
-    return dict(cfg=cfg, models=models, environment=hardware, data=prepare, evaluate=compare, show=show)
+    return {"cfg": cfg} | {module.__name__.split(".")[-1]: module for module in MODULES}
 
 
 def test_02_loads_the_tokenizer_that_the_package_loads(cfg, package):
@@ -113,7 +119,7 @@ def test_a_hub_id_is_loaded_at_its_revision(cfg):
 def test_04_prepares_by_hand_what_the_package_prepares(cfg, package, rows, tokenizer):
     package["cfg"] = cfg = dataclasses.replace(cfg, data=str(rows), max_train=9)
     raw, _ = sources.load_preferences(cfg)
-    calls = ("remove_columns=", ".shuffle(seed=cfg.seed)", "prepared = data.prepare(")  # the last one compares
+    calls = ("remove_columns=", ".shuffle(seed=cfg.seed)", "prepared = prepare.prepare(")  # the last one compares
     made = execute("04", *calls, raw=raw, tokenizer=tokenizer, **package)
     assert len(made["by_hand"]) == len(made["prepared"].splits["train"]) == 9
     assert (made["prepared"].report["train"]["kept"] < len(raw["train"])) is (rows.stem == "dirty")
@@ -147,7 +153,7 @@ def test_06_loads_the_policy_that_the_package_loads(compared):
 def test_06_rewards_answers_and_merges(compared):
     """The cells hold asserts of their own: by hand and by the package, one reward and one answer."""
     assert compared["rewards"].abs().max() > 0.01, "an adapter that does nothing would pass"
-    made = execute("06", "policy.generate(", "evaluate.answers_of_both(cfg, policy, tokenizer, followed)", **compared)
+    made = execute("06", "policy.generate(", "generation.answers_of_both(cfg, policy, tokenizer, followed)", **compared)
     made = execute("06", "merged = policy.merge_and_unload(", "import gc", **made)
     base = models.load_base(made["cfg"], quantize=False)
     before = made["log_probs"](base)

@@ -108,7 +108,7 @@ def test_the_parameters_begin_with_those_of_all_notebooks(path):
 def test_the_cell_below_the_parameters_makes_the_config(path):
     cells = [c.source.strip() for c in code(path)]
     below = cells[cells.index(tagged(path)[0].source.strip()) + 1]
-    assert below.endswith("cfg = config.from_notebook(globals())") and len(below.splitlines()) <= 3
+    assert below.endswith("cfg = settings.from_notebook(globals())") and len(below.splitlines()) <= 3
 
 
 # --- Colab ----

@@ -190,7 +190,7 @@ def test_memory_settings_are_recorded_by_name(tmp_path, monkeypatch):
     found = measured("memory_plan", "settings", "2 x 256, fp32")
     monkeypatch.setattr(memory_plan, "child", lambda *_: copy.deepcopy(found))
     record = begun(tmp_path, "settings")
-    memory_plan.settings(record, None)
+    memory_plan.all_settings(record, None)
     assert memory_plan.tables(record.lines())["settings"].count("\n") == 1 + len(memory_plan.SETTINGS)
     assert record.lines()[-1]["settings"]["model"] == "qwen2", "not where it lay"
 
@@ -258,7 +258,7 @@ def test_bare_passes_audit_and_a_checkpoint_of_random_weights_are_measured(knobs
     assert tasks.prepare_task({"rows": 60, "knobs": audited}, tmp_path)["kept"] > 0
     task = {"shape": "tiny", "path": str(tmp_path / "made"), "knobs": {"model": knobs["model"]}}
     assert tasks.make_task(task, tmp_path)["weights"] > 0
-    assert models.load_tokenizer(trainings.settings(model=task["path"])).chat_template
+    assert models.load_tokenizer(trainings.config_of(model=task["path"])).chat_template
 
 
 def test_a_memory_plan_is_measured(tiny_folder, tmp_path):

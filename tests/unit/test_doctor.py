@@ -265,13 +265,13 @@ def test_where_torch_cannot_be_loaded_the_packages_are_still_checked(monkeypatch
 
 
 def test_the_command_imports_what_a_word_needs_only_when_it_is_called():
-    code = "import sys; import dpo_tutorial.cli.main, dpo_tutorial.cli.doctor; print({'torch', 'transformers'} & set(sys.modules))"
+    code = "import sys; from dpo_tutorial.cli import doctor, main; print({'torch', 'transformers'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "set()"
 
 
 def test_the_command_is_declared_and_knows_its_words(capsys):
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    assert project["scripts"] == {"dpo-tutorial": "dpo_tutorial.cli:main"}
+    assert project["scripts"] == {"dpo-tutorial": "dpo_tutorial.cli.main:main"}
     with pytest.raises(SystemExit, match="2"):
         cli.main(["nurse"])
     said = capsys.readouterr().err

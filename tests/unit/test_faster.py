@@ -54,7 +54,8 @@ def of_trl():
 @pytest.fixture(scope="module")
 def alone(tiny_folder):
     """Stock TRL's losses in a process that never built ours."""
-    code = "import json, sys, test_faster as t; print(json.dumps(t.trained(t.DPOTrainer, sys.argv[1])))"
+    code = "import json, sys; sys.path.append('..'); import test_faster as t; "
+    code += "print(json.dumps(t.trained(t.DPOTrainer, sys.argv[1])))"
     here = Path(__file__).parent
     done = subprocess.run([sys.executable, "-c", code, tiny_folder], cwd=here, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]

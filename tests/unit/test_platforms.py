@@ -87,7 +87,7 @@ def windows_folders(monkeypatch):
     home = PureWindowsPath(r"C:\Users\Jörg Müller")
     monkeypatch.setattr(paths, "project_root", lambda: home / "dpo-tutorial")
     monkeypatch.setattr(paths, "cache_dir", lambda: home / "AppData" / "Local" / "dpo-tutorial" / "Cache")
-    monkeypatch.setattr(hardware, "Path", SimpleNamespace(home=lambda: home))
+    monkeypatch.setattr(paths, "Path", SimpleNamespace(home=lambda: home))
 
 
 @pytest.mark.parametrize(

@@ -268,7 +268,7 @@ def test_the_three_splits_of_the_preference_set_are_in_the_package():
 
 
 def test_every_resource_is_declared_as_package_data():
-    patterns = PROJECT["tool"]["setuptools"]["package-data"]["dpo_tutorial"]
+    patterns = PROJECT["tool"]["setuptools"]["package-data"]["dpo_tutorial.pairs"]
     folder = ROOT / "src" / "dpo_tutorial"
     for path in (folder / "resources").iterdir():
         if path.suffix != ".py" and path.is_file():
@@ -312,4 +312,4 @@ def test_ci_runs_each_notebook_alone_and_the_hooks_have_the_ruff_of_the_pins():
     matrix = matrix["strategy"]["matrix"]
     assert matrix["notebook"] + [more["notebook"] for more in matrix["include"]] == [p.stem for p in NOTEBOOKS]
     hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))["repos"]
-    assert {h["rev"] for h in hooks if "ruff" in h["repo"]} == {f"v{pins('requirements.txt')['ruff']}"}
+    assert {h["rev"] for h in hooks if "ruff" in h["repo"]} == {f"v{v}" for v in pins("requirements.txt")["ruff"]}

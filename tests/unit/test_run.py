@@ -26,8 +26,8 @@ ROOT = Path(__file__).parents[2]
 refresh = script("scripts/refresh_notebooks.py")
 KERNEL = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}
 PARAMETERS = 'PROFILE = ""\nARTIFACTS = ""  # folder'
-SHOWN = """from dpo_tutorial import config
-cfg = config.from_notebook(globals())
+SHOWN = """from dpo_tutorial import settings
+cfg = settings.from_notebook(globals())
 print("artifacts:", cfg.artifacts)
 print("trains:", cfg.train_if_missing)"""
 

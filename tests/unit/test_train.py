@@ -323,7 +323,9 @@ def test_without_our_cast_fp16_fails_on_cuda(cfg, tokenizer, pairs, tmp_path, mo
 TWO_GPUS = """
 import torch
 from transformers import AutoModelForCausalLM
-from dpo_tutorial import config, faster, models, train
+from dpo_tutorial import settings as config
+from dpo_tutorial.loading import models
+from dpo_tutorial.training import faster, train
 
 torch.cuda.is_available, torch.cuda.device_count = (lambda: True), (lambda: 2)
 torch.cuda.set_device = lambda device: None

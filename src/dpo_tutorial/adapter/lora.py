@@ -51,13 +51,34 @@ def check_lora_targets(model: PreTrainedModel | PeftModel, config: Config) -> No
         )
 
 
+def check_adapter(config: Config, adapter: str | Path) -> None:
+    """Refuse a folder that holds no readable adapter, or one of another base: on that it gives fluent nonsense.
+
+    Raises:
+        ArtifactError: no adapter there, a damaged one, or one trained on another base.
+    """
+    folder = Path(adapter)
+    if not (folder / "adapter_model.safetensors").is_file():
+        raise ArtifactError(f"There is no adapter in {folder}.", "Run 05_train_dpo first, or set ADAPTER to a folder.")
+    with _adapter_errors(folder):
+        trained = LoraConfig.from_pretrained(str(folder))
+        load_file(folder / "adapter_model.safetensors")
+    here = models.source(config)
+    if (trained.base_model_name_or_path, trained.revision) != (here.name, here.revision):
+        raise ArtifactError(
+            f"The adapter in {folder} was trained on {trained.base_model_name_or_path} (revision {trained.revision}), "
+            f"not on {here.name} (revision {here.revision}).",
+            "Load it with the base it was trained on: set MODEL=name@revision accordingly.",
+        )
+
+
 def load_policy(config: Config, adapter: str | Path):
     """Reload the base from scratch and attach a trained adapter to it, for inference.
 
     Raises:
         ArtifactError: as `check_adapter`, or an adapter of other shapes.
     """
-    models.check_adapter(config, adapter)
+    check_adapter(config, adapter)
     base = models.load_base(config)
     with _adapter_errors(Path(adapter)):
         return PeftModel.from_pretrained(base, str(adapter), torch_device=hardware.device()).eval()

@@ -11,9 +11,8 @@ from pathlib import Path
 
 import bitsandbytes as bnb
 import torch
-from peft import LoraConfig, PeftModel
+from peft import PeftModel
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -25,9 +24,8 @@ from transformers import (
 )
 
 from .. import config as configs
-from ..adapter import lora
 from ..config import Config
-from ..errors import ArtifactError, ModelCorruptError, ModelFetchError, ModelUnsuitableError, disk_error, first_line
+from ..errors import ModelCorruptError, ModelFetchError, ModelUnsuitableError, disk_error, first_line
 from ..machine import hardware, memory
 from . import embedded
 
@@ -208,24 +206,3 @@ def keep_gradients(model: PreTrainedModel | PeftModel) -> None:
     for module in model.modules():
         if isinstance(module, bnb.nn.Linear4bit):
             module.support_avx512bf16_for_cpu = False
-
-
-def check_adapter(config: Config, adapter: str | Path) -> None:
-    """Refuse a folder that holds no readable adapter, or one of another base: on that it gives fluent nonsense.
-
-    Raises:
-        ArtifactError: no adapter there, a damaged one, or one trained on another base.
-    """
-    folder = Path(adapter)
-    if not (folder / "adapter_model.safetensors").is_file():
-        raise ArtifactError(f"There is no adapter in {folder}.", "Run 05_train_dpo first, or set ADAPTER to a folder.")
-    with lora._adapter_errors(folder):
-        trained = LoraConfig.from_pretrained(str(folder))
-        load_file(folder / "adapter_model.safetensors")
-    here = source(config)
-    if (trained.base_model_name_or_path, trained.revision) != (here.name, here.revision):
-        raise ArtifactError(
-            f"The adapter in {folder} was trained on {trained.base_model_name_or_path} (revision {trained.revision}), "
-            f"not on {here.name} (revision {here.revision}).",
-            "Load it with the base it was trained on: set MODEL=name@revision accordingly.",
-        )

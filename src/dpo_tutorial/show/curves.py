@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from ..training import dpo
 from . import figures
 
 
@@ -99,13 +98,13 @@ def loss_curve(beta: float, margins: Sequence[float] = ()) -> Figure:
         + dots
     )
     axis.plot(x, -torch.nn.functional.logsigmoid(x), color=figures.BLUE, label="loss = −log σ(margin)")
-    axis.plot(x, dpo.gradient_weight(x), color=figures.ORANGE, label="gradient weight = σ(−margin)")
+    axis.plot(x, torch.sigmoid(-x), color=figures.ORANGE, label="gradient weight = σ(−margin)")
     axis.plot([0], [math.log(2)], "o", color=figures.BLUE)
     axis.annotate(
         "step 0: ln 2", (0, math.log(2)), xytext=(0.6, 1.6), arrowprops={"arrowstyle": "->", "color": figures.GREY}
     )
     if len(margins):
-        weights = dpo.gradient_weight(torch.as_tensor(margins, dtype=torch.float64))
+        weights = torch.sigmoid(-torch.as_tensor(margins, dtype=torch.float64))
         axis.plot(margins, weights, "o", color=figures.ORANGE, mec="black", label="pairs of this batch")
     axis.set(xlabel=f"margin (rewards, β = {beta:g})", title="What one pair contributes")
     axis.legend()
