@@ -43,7 +43,7 @@ SHAPES = {
 #: Parts of ours that a measurement can do without: whose attribute it is, its name, and what stands in for it.
 PARTS = {
     "head": (faster, "cpu_head", nullcontext),
-    "allocator": (hardware, "tune_allocator", lambda: False),
+    "allocator": (memory, "tune_allocator", lambda: False),
     "cast": (faster, "cast_trainable_to_fp32", lambda model: None),
 }
 

@@ -269,7 +269,7 @@ def test_the_three_splits_of_the_preference_set_are_in_the_package():
 
 def test_every_resource_is_declared_as_package_data():
     patterns = PROJECT["tool"]["setuptools"]["package-data"]["dpo_tutorial.pairs"]
-    folder = ROOT / "src" / "dpo_tutorial"
+    folder = ROOT / "src" / "dpo_tutorial" / "pairs"
     for path in (folder / "resources").iterdir():
         if path.suffix != ".py" and path.is_file():
             name = path.relative_to(folder).as_posix()

@@ -323,7 +323,7 @@ def test_without_our_cast_fp16_fails_on_cuda(cfg, tokenizer, pairs, tmp_path, mo
 TWO_GPUS = """
 import torch
 from transformers import AutoModelForCausalLM
-from dpo_tutorial import settings as config
+from dpo_tutorial import config
 from dpo_tutorial.loading import models
 from dpo_tutorial.training import faster, train
 

@@ -100,10 +100,10 @@ def four_bit(config: Config) -> str:
             exact, near = layer(x), packed.to(device)(x.to(device, dtype)).float().cpu()
         except Exception as error:
             raise Broken(f"bitsandbytes cannot multiply: {first_line(error)}", fix) from error
-    error = ((near - exact).norm() / exact.norm()).item()
-    if not 0.01 < error < 0.2:  # also when it is not a number
-        raise Broken(f"relative error {error:.3f}; right for NF4 is 0.01 to 0.2", fix)
-    return f"relative error {error:.3f} in {config.dtype} on {device}"
+    off = ((near - exact).norm() / exact.norm()).item()
+    if not 0.01 < off < 0.2:  # also when it is not a number
+        raise Broken(f"relative error {off:.3f}; right for NF4 is 0.01 to 0.2", fix)
+    return f"relative error {off:.3f} in {config.dtype} on {device}"
 
 
 def free_memory(config: Config) -> str:
@@ -217,7 +217,7 @@ def template(config: Config) -> str:
 CHECKS = (packages, gpu, four_bit, free_memory, disk, model, data, template)
 
 
-def examine(config: Config | None, checks: Sequence[Callable[[Config], str]] = CHECKS) -> list[Finding]:
+def examine(config: Config | None, checks: Sequence[Callable[..., str]] = CHECKS) -> list[Finding]:
     """Check this machine against what `config` needs; a check that breaks is a finding, not an error."""
     findings = []
     for check in checks:

@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import papermill
 from nbclient.exceptions import DeadKernelError
@@ -144,7 +145,7 @@ def training_lines(progress: Path, every: float = 20.0) -> Iterator[None]:
 
 
 def _summary(run: run_folder.Run, minutes: dict[str, float]) -> dict:
-    summary = {"profile": run.config.profile, "why": list(run.config.reasons), "minutes": minutes}
+    summary: dict[str, Any] = {"profile": run.config.profile, "why": list(run.config.reasons), "minutes": minutes}
     peak = memory.children_peak_memory_gib()
     summary["peak_memory_gib"] = peak and round(peak, 2)
     comparison = run.dir / "comparison.json"

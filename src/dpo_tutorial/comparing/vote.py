@@ -60,7 +60,9 @@ class BlindVote:
             box.value = f"<b>{letter}</b>" + _text(answers[name]["text"] + cut)
 
     def _outcome(self) -> str:
-        found, rate = self.result(), self.result()["win_rate"]
+        found = self.result()
+        assert found is not None, "shown after the last vote"
+        rate = found["win_rate"]
         line = f"The policy won {found['wins']}, lost {found['losses']} and tied {found['ties']}: win rate "
         line += f"{rate['rate']:.2f} (95% interval {rate['low']:.2f} to {rate['high']:.2f})."
         return _text(line) + f'<div style="line-height: 1.45">{show.table(found["votes"], "Your votes").data}</div>'

@@ -174,6 +174,7 @@ class Seal(TrainerCallback):
             return
         order = torch.get_rng_state() if float(state.epoch).is_integer() else self.order  # at its end: the next epoch's
         checkpoint = folder(self.run) / f"checkpoint-{state.global_step}"
+        assert order is not None, "read when the epoch began"
         seal = {
             "fingerprint": self.fingerprint,
             "seconds": self.seconds(),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -24,7 +24,7 @@ class TimeSplit(TrainerCallback):
     """
 
     def __init__(self) -> None:
-        self.seconds: Counter[str] = Counter()
+        self.seconds: defaultdict[str, float] = defaultdict(float)
         self._open: list[str] = []
         self._since = 0.0
 
@@ -98,7 +98,7 @@ class Timed:
     def __init__(self, *args, **kwargs) -> None:
         self.times = TimeSplit()
         super().__init__(*args, **kwargs)
-        self.add_callback(self.times)
+        self.add_callback(self.times)  # type: ignore[attr-defined]  # of the trainer it is mixed into
 
     def train(self, *args, **kwargs):
         with self.times.phase(REST):
