@@ -39,14 +39,14 @@ def train(task: dict, folder: Path) -> dict:
     """
     import trainings
 
-    from dpo_tutorial import settings
+    from dpo_tutorial import config
     from dpo_tutorial.comparing import stats
     from dpo_tutorial.loading import models
     from dpo_tutorial.machine import hardware
     from dpo_tutorial.pairs import prepare
     from dpo_tutorial.training import scoring
 
-    cfg = settings.resolve(profile=task.get("profile", "cpu"), **task["knobs"])
+    cfg = config.resolve(profile=task.get("profile", "cpu"), **task["knobs"])
     hardware.seed_everything(cfg.seed)
     tokenizer = models.load_tokenizer(cfg)
     splits = prepare.prepare(cfg, tokenizer).splits
@@ -79,16 +79,16 @@ def answers(cfg, model, tokenizer, pairs) -> dict:
 
 def score(task: dict, folder: Path) -> dict:
     """A run's adapter on the test pairs: what the report says of them, and the account of what was dropped."""
-    from dpo_tutorial import run_folder, settings
+    from dpo_tutorial import config, run_folder
     from dpo_tutorial.adapter import lora
     from dpo_tutorial.comparing import stats
     from dpo_tutorial.loading import models
     from dpo_tutorial.pairs import prepare
     from dpo_tutorial.training import save, scoring
 
-    run = run_folder.Run(settings.resolve(profile="cpu", artifacts=task["run"]))
+    run = run_folder.Run(config.resolve(profile="cpu", artifacts=task["run"]))
     trained = save.require_adapter(run)["config"]
-    cfg = settings.resolve(profile="cpu", **{"dtype": trained["dtype"]} | task["knobs"])
+    cfg = config.resolve(profile="cpu", **{"dtype": trained["dtype"]} | task["knobs"])
     tokenizer = models.load_tokenizer(cfg)
     prepared = prepare.prepare(cfg, tokenizer)
     policy = lora.load_policy(cfg, run.adapter)
@@ -98,10 +98,10 @@ def score(task: dict, folder: Path) -> dict:
 
 def read(task: dict, folder: Path) -> dict:
     """What `make run` saved in a folder: the comparison, and what the run took."""
-    from dpo_tutorial import run_folder, settings
+    from dpo_tutorial import config, run_folder
     from dpo_tutorial.training import save
 
-    run = run_folder.Run(settings.resolve(profile="cpu", artifacts=task["run"]))
+    run = run_folder.Run(config.resolve(profile="cpu", artifacts=task["run"]))
     comparison, summary = run.read_json("comparison.json"), run.read_json("summary.json")
     trained = save.require_adapter(run)
     after = comparison["held_out"]["after"]

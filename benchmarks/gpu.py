@@ -26,7 +26,7 @@ import harness
 import torch
 from harness import ROOT, Record, command
 
-from dpo_tutorial import config
+from dpo_tutorial import knobs
 from dpo_tutorial.machine import paths
 
 MODULES = (gpu_first, gpu_speed, gpu_ultrafeedback)
@@ -39,11 +39,11 @@ def stage_c(record: Record, options) -> None:
     if options.tiny:
         side_by_side(record, keep, {"smoke": ("smoke", command("run", PROFILE="smoke", ARTIFACTS=keep / "smoke"))})
         return
-    sample = os.environ.get("ULTRAFEEDBACK_SAMPLE") or config.EMBEDDED
+    sample = os.environ.get("ULTRAFEEDBACK_SAMPLE") or knobs.EMBEDDED
     embedded, fp16, quickstart = (keep / name for name in ("embedded", "ultrafeedback-fp16", "quickstart"))
     t4 = {"MAX_TOKENS": 512, "MAX_TRAIN": 600, "DTYPE": "fp16"}
     page = [sys.executable, "-m", "papermill", "-k", "python3", str(ROOT / "notebooks" / "00_quickstart.ipynb")]
-    page += [str(quickstart / "00_quickstart.ipynb"), "-r", "MODEL", config.EMBEDDED, "-r", "DATA", config.EMBEDDED]
+    page += [str(quickstart / "00_quickstart.ipynb"), "-r", "MODEL", knobs.EMBEDDED, "-r", "DATA", knobs.EMBEDDED]
     runs = {
         embedded.name: ("embedded model and pairs", command("run", PROFILE="cpu", ARTIFACTS=embedded)),
         fp16.name: (

@@ -20,9 +20,10 @@ from datasets import Dataset
 from harness import Record, interval, table
 from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 
-from dpo_tutorial import config
+from dpo_tutorial import knobs
 from dpo_tutorial.adapter import lora
 from dpo_tutorial.comparing import generation, stats
+from dpo_tutorial.comparing.baselines import bag_of_words
 from dpo_tutorial.loading import models
 from dpo_tutorial.machine import hardware
 from dpo_tutorial.pairs import prepare
@@ -39,7 +40,7 @@ def usable_rows(tokenizer, options) -> list[dict]:
         raise SystemExit("Set ULTRAFEEDBACK_SAMPLE to a folder of UltraFeedback-binarized rows.")
     most = dict.fromkeys(("max_train", "max_val", "max_test"), 10**6)
     length = 128 if options.tiny else 1024
-    cfg = trainings.config_of(options.tiny, data=folder or config.EMBEDDED, max_tokens=length, **most)
+    cfg = trainings.config_of(options.tiny, data=folder or knobs.EMBEDDED, max_tokens=length, **most)
     splits = prepare.prepare(cfg, tokenizer).splits
     rows = [row for name in ("train", "val", "test") for row in splits[name]]
     return rows[:24] if options.tiny else rows
@@ -80,7 +81,7 @@ def baselines(rows: list[dict]) -> dict:
     words = []
     for fold in range(FOLDS):
         held, rest = split(rows, 42, fold)
-        words += stats.bag_of_words(Dataset.from_list(rest), Dataset.from_list(held))
+        words += bag_of_words(Dataset.from_list(rest), Dataset.from_list(held))
     gaps = [row["chosen_tokens"] - row["rejected_tokens"] for row in rows]
     return {"longer": stats.accuracy(gaps), "words": stats.rate(sum(words), len(words))}
 

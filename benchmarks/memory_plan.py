@@ -40,10 +40,10 @@ def make(task: dict, folder: Path) -> dict:
     """Save a Qwen2 with biases, an untied head and a feed-forward part five times as wide as the rest."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    from dpo_tutorial import settings
+    from dpo_tutorial import config
     from dpo_tutorial.loading import models
 
-    tokenizer = models.load_tokenizer(settings.resolve(profile="cpu"))
+    tokenizer = models.load_tokenizer(config.resolve(profile="cpu"))
     shape = Qwen2Config(
         vocab_size=len(tokenizer), hidden_size=384, intermediate_size=1920, num_hidden_layers=12, num_attention_heads=6,
         num_key_value_heads=2, tie_word_embeddings=False,

@@ -53,7 +53,7 @@ def measure_checkpoint(task: dict, folder: Path) -> dict:
     import trainings
     from transformers import TrainerCallback
 
-    from dpo_tutorial import config, run_folder, settings
+    from dpo_tutorial import config, knobs, run_folder
     from dpo_tutorial.loading import models
     from dpo_tutorial.pairs import prepare
     from dpo_tutorial.training import checkpoints, resume
@@ -73,8 +73,8 @@ def measure_checkpoint(task: dict, folder: Path) -> dict:
             self.ended = time.perf_counter()
             self.steps.append(self.ended - self.began)
 
-    knobs = {"max_steps": 4, "save_steps": 1, "artifacts": str(folder)} | task.get("knobs", {})
-    cfg = settings.resolve(profile=task["profile"], **knobs)
+    given = {"max_steps": 4, "save_steps": 1, "artifacts": str(folder)} | task.get("knobs", {})
+    cfg = config.resolve(profile=task["profile"], **given)
     run, tokenizer = run_folder.Run(cfg), models.load_tokenizer(cfg)
     rows = prepare.prepare(cfg, tokenizer).splits["train"]
     base, trainer_folder = models.load_base(cfg), checkpoints.folder(run)
@@ -91,7 +91,7 @@ def measure_checkpoint(task: dict, folder: Path) -> dict:
         "seconds between steps, a checkpoint in each": [round(s, 2) for s in clock.between],
         "fingerprint seconds, once": round(fingerprint, 2),
         "checkpoint MB": round(size / 1e6, 1),
-        "save_steps of the profile": config.PROFILES[task["profile"]].get("save_steps", config.Config().save_steps),
+        "save_steps of the profile": knobs.PROFILES[task["profile"]].get("save_steps", knobs.Config().save_steps),
     }
 
 

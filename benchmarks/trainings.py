@@ -17,7 +17,7 @@ from datasets import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM, PrinterCallback, TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
-from dpo_tutorial import config, settings
+from dpo_tutorial import config, knobs
 from dpo_tutorial.adapter import lora
 from dpo_tutorial.loading import models
 from dpo_tutorial.machine import hardware, memory
@@ -60,10 +60,10 @@ def without(*parts: str) -> Iterator[None]:
 # --- config, pairs, models ------------------------------------------------------------------------------------------
 
 
-def config_of(tiny: bool = False, **knobs) -> config.Config:
+def config_of(tiny: bool = False, **knobs) -> knobs.Config:
     """The `cpu` profile's config; gradient checkpointing only where a measurement asks for it, float32 if `tiny`."""
     always = {"dtype": "fp32"} if tiny else {}
-    return dataclasses.replace(settings.resolve(profile="cpu"), **{"gradient_checkpointing": False} | knobs | always)
+    return dataclasses.replace(config.resolve(profile="cpu"), **{"gradient_checkpointing": False} | knobs | always)
 
 
 def full_length(tokenizer, tokens: int, pairs: int, asked: str = "") -> Dataset:
@@ -100,7 +100,7 @@ def llama(shape: str, tokenizer) -> LlamaConfig:
     return LlamaConfig(eos_token_id=2, bos_token_id=None, pad_token_id=2, **more | SHAPES[shape])
 
 
-def random_base(shape: str, cfg: config.Config, tokenizer) -> LlamaForCausalLM:
+def random_base(shape: str, cfg: knobs.Config, tokenizer) -> LlamaForCausalLM:
     """A model of that shape with random weights, its linear layers in NF4, loaded as a checkpoint would be."""
     made, dtype = llama(shape, tokenizer), hardware.torch_dtype(cfg.dtype)
     torch.manual_seed(0)

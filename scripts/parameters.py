@@ -3,7 +3,7 @@
 import dataclasses
 from pathlib import Path
 
-from dpo_tutorial import config
+from dpo_tutorial import knobs
 from dpo_tutorial.comparing.report import markdown_table
 
 TARGET = Path(__file__).parents[1] / "docs" / "parameters.md"
@@ -37,12 +37,12 @@ def shown(value) -> str:
 
 def page() -> str:
     """The table: one row per knob."""
-    head = ["parameter", "type", "unit", "default", *config.PROFILES, "what it is"]
+    head = ["parameter", "type", "unit", "default", *knobs.PROFILES, "what it is"]
     rows = []
-    for f in dataclasses.fields(config.Config):
+    for f in dataclasses.fields(knobs.Config):
         if f.name in ("reasons", "profile"):
             continue
-        values = [config.PROFILES[p].get(f.name, f.default) for p in config.PROFILES]
+        values = [knobs.PROFILES[p].get(f.name, f.default) for p in knobs.PROFILES]
         own = ["" if v == f.default else shown(v) for v in values]
         kind = type(f.default).__name__
         kind = {"NoneType": "text", "str": "text", "tuple": "names"}.get(kind, kind)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from datasets import load_dataset
 
-from dpo_tutorial.config import ULTRAFEEDBACK
+from dpo_tutorial.knobs import ULTRAFEEDBACK
 
 folder = Path(sys.argv[1])
 (folder / "data").mkdir(parents=True, exist_ok=True)

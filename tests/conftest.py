@@ -17,8 +17,8 @@ from IPython.core.inputtransformer2 import TransformerManager
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from dpo_tutorial import config
-from dpo_tutorial.pairs import audit
+from dpo_tutorial import knobs
+from dpo_tutorial.pairs import row_checks
 
 for name in [
     n for n in os.environ if n.startswith("DPO_TUTORIAL_") and n not in ("DPO_TUTORIAL_CACHE", "DPO_TUTORIAL_WHEEL")
@@ -117,10 +117,10 @@ def tiny_folder(tmp_path_factory, tokenizer):
     return folder
 
 
-def tiny_config(model: Path, artifacts: Path) -> config.Config:
+def tiny_config(model: Path, artifacts: Path) -> knobs.Config:
     """A config for the tiny model: fp32, two steps."""
     return dataclasses.replace(
-        config.Config(), model=str(model), dtype="fp32", artifacts=str(artifacts), lora_r=4, lora_alpha=8,
+        knobs.Config(), model=str(model), dtype="fp32", artifacts=str(artifacts), lora_r=4, lora_alpha=8,
         gradient_checkpointing=False, batch_size=2, grad_accum=1, max_steps=2, max_tokens=128, learning_rate=1e-2,
         max_new_tokens=8,
     )  # fmt: skip
@@ -137,7 +137,7 @@ def pairs(tokenizer) -> Dataset:
     from dpo_tutorial.pairs import encoding
 
     rows = []
-    for row in (audit.extract(pair(*t)) for t in TEXTS):
+    for row in (row_checks.extract(pair(*t)) for t in TEXTS):
         ids = {side: encoding.encode(tokenizer, row["prompt"], row[side]) for side in ("chosen", "rejected")}
         counts = {f"{side}_tokens": len(answer) for side, (_, answer) in ids.items()}
         rows.append(row | counts | {"prompt_tokens": len(ids["chosen"][0])})

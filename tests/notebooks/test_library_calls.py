@@ -13,18 +13,18 @@ from conftest import TEXTS, code_cells, pair
 from peft import PeftModel, get_peft_model
 from transformers import set_seed
 
-from dpo_tutorial import config, show
+from dpo_tutorial import knobs, show
 from dpo_tutorial.adapter import lora
-from dpo_tutorial.comparing import compare, generation, stats
+from dpo_tutorial.comparing import baselines, compare, generation, stats
 from dpo_tutorial.loading import models
 from dpo_tutorial.machine import hardware, memory
-from dpo_tutorial.pairs import audit, encoding, house_style, prepare, sources, store
+from dpo_tutorial.pairs import encoding, house_style, prepare, row_checks, sources, store
 from dpo_tutorial.training import scoring
 
 #: What the notebooks' own cells import, by the names they give it.
 MODULES = [
-    audit, compare, encoding, generation, hardware, house_style, lora, memory, models, prepare, scoring, show, sources,
-    stats, store,
+    baselines, compare, encoding, generation, hardware, house_style, lora, memory, models, prepare, row_checks,
+    scoring, show, sources, stats, store,
 ]  # fmt: skip
 FOLDER = Path(__file__).parents[2] / "notebooks"
 
@@ -103,7 +103,7 @@ def rows(request, tmp_path):
 
 
 def test_04_loads_what_the_package_loads(cfg, package, rows):
-    for source in (str(rows), str(rows.parent), config.EMBEDDED):
+    for source in (str(rows), str(rows.parent), knobs.EMBEDDED):
         package["cfg"] = here = dataclasses.replace(cfg, data=source)
         found = execute("04", "load_dataset(where, data_files=", **package)
         splits, choices = sources.load_preferences(here)

@@ -10,7 +10,7 @@ import pytest
 from conftest import code_cells as code
 from conftest import script
 
-from dpo_tutorial import settings
+from dpo_tutorial import config
 from dpo_tutorial.cli import run
 
 ROOT = Path(__file__).parents[2]
@@ -95,7 +95,7 @@ def test_the_parameters_cell_holds_literal_assignments_only(path):
 
 @each
 def test_every_parameter_is_a_knob_of_the_config_and_left_open(path):
-    assert set(parameters(path)) <= set(settings.known_parameters())
+    assert set(parameters(path)) <= set(config.known_parameters())
     assert all(value in (None, "") for value in parameters(path).values()), "else it would beat the environment"
 
 
@@ -108,7 +108,7 @@ def test_the_parameters_begin_with_those_of_all_notebooks(path):
 def test_the_cell_below_the_parameters_makes_the_config(path):
     cells = [c.source.strip() for c in code(path)]
     below = cells[cells.index(tagged(path)[0].source.strip()) + 1]
-    assert below.endswith("cfg = settings.from_notebook(globals())") and len(below.splitlines()) <= 3
+    assert below.endswith("cfg = config.from_notebook(globals())") and len(below.splitlines()) <= 3
 
 
 # --- Colab ----
@@ -163,7 +163,7 @@ def test_every_code_cell_but_the_bootstrap_is_plain_python_of_at_most_40_lines(p
 def test_notebook_02_says_that_a_hub_model_without_a_commit_is_not_pinned(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (cell,) = [c.source for c in code(PATHS[1]) if "models.source(cfg)" in c.source]
-    exec(compile(cell, PATHS[1].name, "exec"), {"cfg": settings.resolve(profile="cpu", model="someone/model")})
+    exec(compile(cell, PATHS[1].name, "exec"), {"cfg": config.resolve(profile="cpu", model="someone/model")})
     (said,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("base:")]
     assert said.endswith("not pinned") and "SHA-256" not in said
 

@@ -23,7 +23,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-from dpo_tutorial import config
+from dpo_tutorial import knobs
 from dpo_tutorial.loading import embedded
 from dpo_tutorial.machine import hardware
 from dpo_tutorial.pairs import encoding, sources
@@ -249,5 +249,5 @@ def test_the_hub_is_asked_where_there_is_a_gpu_and_embedded_is_used_where_there_
     monkeypatch.setattr(hardware, "device", lambda: "cpu")
     assert sources.or_hub() == (("/cache/model", None), (ours, None))
     monkeypatch.setattr(hardware, "device", lambda: "cuda")
-    assert sources.or_hub() == (config.QWEN_SMALL, config.ULTRAFEEDBACK)
+    assert sources.or_hub() == (knobs.QWEN_SMALL, knobs.ULTRAFEEDBACK)
     assert sources.or_hub("embedded", "my/pairs") == (("/cache/model", None), ("my/pairs", None))

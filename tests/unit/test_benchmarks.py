@@ -22,7 +22,8 @@ import trainings
 from conftest import pair
 from datasets import Dataset
 
-from dpo_tutorial import config, run_folder, settings
+from dpo_tutorial import config, run_folder
+from dpo_tutorial.knobs import PROFILES, Config
 from dpo_tutorial.loading import models
 from dpo_tutorial.training import train
 
@@ -109,7 +110,7 @@ def test_recorded_speed_is_two_and_a_half_times_stock_trl_in_less_memory():
 def test_the_cpu_profile_has_the_settings_that_the_validation_pairs_chose_and_three_seeds_were_run_with_them():
     tried = {name: run for name, (run,) in harness.latest(lines_of("effect"), "sweep")[1].items()}
     chosen = effect.START | effect.SWEEP[effect.choose(tried)]
-    assert chosen.items() <= (vars(config.Config()) | config.PROFILES["cpu"]).items()
+    assert chosen.items() <= (vars(Config()) | PROFILES["cpu"]).items()
     _, runs = harness.latest(lines_of("effect"), "seeds")
     assert len(runs) == 3
     for (run,) in runs.values():
@@ -277,7 +278,7 @@ def test_an_effect_is_measured(knobs, tmp_path):
 
 
 def test_a_saved_adapter_is_scored(knobs, cfg, tokenizer, pairs, tmp_path):
-    run = run_folder.Run(settings.resolve(profile="cpu", artifacts=str(tmp_path)))
+    run = run_folder.Run(config.resolve(profile="cpu", artifacts=str(tmp_path)))
     train.train(cfg, run, models.load_base(cfg), tokenizer, Dataset.from_list(list(pairs)), pairs)
     found = effect.score({"run": str(tmp_path), "knobs": knobs}, tmp_path)
     assert found["seed"] == cfg.seed and found["accuracy"]["n"] == found["report"]["kept"]

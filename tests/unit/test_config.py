@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from dpo_tutorial import config, settings
+from dpo_tutorial import config, knobs
 from dpo_tutorial.adapter import lora
 from dpo_tutorial.errors import ConfigError, SessionError
 from dpo_tutorial.loading import models
@@ -30,15 +30,15 @@ def no_gpu(monkeypatch):
 
 
 def test_a_parameter_beats_the_environment_which_beats_the_hardware(monkeypatch):
-    assert settings.resolve().profile == "cpu"
+    assert config.resolve().profile == "cpu"
     monkeypatch.setenv("DPO_TUTORIAL_PROFILE", "smoke")
-    assert settings.resolve(profile="").profile == "smoke"
-    assert settings.resolve(PROFILE="t4").profile == "t4"
+    assert config.resolve(profile="").profile == "smoke"
+    assert config.resolve(PROFILE="t4").profile == "t4"
 
 
 def test_every_choice_is_printed_with_its_reason(monkeypatch, capsys):
     monkeypatch.setenv("DPO_TUTORIAL_SEED", "7")
-    resolved = settings.resolve()
+    resolved = config.resolve()
     said = capsys.readouterr().out
     assert resolved.seed == 7
     assert "no CUDA device found" in said and "DPO_TUTORIAL_SEED" in said and "fp32" in said
@@ -56,7 +56,7 @@ def test_every_choice_is_printed_with_its_reason(monkeypatch, capsys):
 )
 def test_profile_and_dtype_follow_the_hardware(monkeypatch, facts, profile, dtype):
     monkeypatch.setattr(hardware, "hardware", lambda: facts)
-    resolved = settings.resolve()
+    resolved = config.resolve()
     assert (resolved.profile, resolved.dtype) == (profile, dtype)
 
 
@@ -73,41 +73,41 @@ def test_profile_and_dtype_follow_the_hardware(monkeypatch, facts, profile, dtyp
 )  # fmt: skip
 def test_a_value_out_of_range_names_the_parameter_and_the_range(bad):
     with pytest.raises(ConfigError, match=next(iter(bad)).upper()):
-        settings.resolve(**bad)
+        config.resolve(**bad)
 
 
 def test_strings_from_papermill_become_the_right_types():
-    resolved = settings.resolve(beta="0.3", max_train="12", gradient_checkpointing="true", lora_targets="q_proj,v_proj")
+    resolved = config.resolve(beta="0.3", max_train="12", gradient_checkpointing="true", lora_targets="q_proj,v_proj")
     assert resolved.beta == 0.3 and resolved.max_train == 12 and resolved.gradient_checkpointing is True
     assert resolved.lora_targets == ("q_proj", "v_proj")
-    assert settings.resolve(lora_targets=["q_proj"]).lora_targets == ("q_proj",)
+    assert config.resolve(lora_targets=["q_proj"]).lora_targets == ("q_proj",)
 
 
 @pytest.mark.parametrize(("given", "strict"), [(None, False), ("", False), ("true", True), (True, True), ("0", False)])
 def test_strict_is_a_switch_that_is_off_unless_turned_on(given, strict):
-    assert settings.resolve(strict=given).strict is strict
+    assert config.resolve(strict=given).strict is strict
 
 
 def test_a_revision_is_read_after_the_at_sign_and_never_carried_to_another_model():
-    resolved = settings.resolve(profile="t4", model="someone/model@abc123", data="someone/pairs")
+    resolved = config.resolve(profile="t4", model="someone/model@abc123", data="someone/pairs")
     assert (resolved.model, resolved.model_revision) == ("someone/model", "abc123")
     assert (resolved.data, resolved.data_revision) == ("someone/pairs", None)
 
 
 def test_hub_profiles_pin_model_and_data_to_a_commit():
-    for name, values in config.PROFILES.items():
+    for name, values in knobs.PROFILES.items():
         if "model" in values:
             assert len(values["model_revision"]) == 40 and len(values["data_revision"]) == 40, name
 
 
-@pytest.mark.parametrize("profile", config.PROFILES)
+@pytest.mark.parametrize("profile", knobs.PROFILES)
 @pytest.mark.parametrize("dtype", hardware.DTYPES)
 def test_every_profile_builds_the_real_library_configs(profile, dtype, tmp_path):
-    resolved = settings.resolve(profile=profile, dtype=dtype)
+    resolved = config.resolve(profile=profile, dtype=dtype)
     arguments = train.dpo_config(resolved, tmp_path)
     assert arguments.beta == resolved.beta and arguments.loss_type == ["sigmoid"]
     assert (arguments.bf16, arguments.fp16) == (dtype == "bf16", dtype == "fp16")
-    assert lora.lora_config(resolved).target_modules == set(config.LORA_TARGETS)
+    assert lora.lora_config(resolved).target_modules == set(knobs.LORA_TARGETS)
     assert models.quantization_config(resolved).bnb_4bit_quant_type == "nf4"
 
 

@@ -19,7 +19,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from dpo_tutorial.errors import DataError
-from dpo_tutorial.pairs import audit, encoding, house_style, prepare, sources
+from dpo_tutorial.pairs import encoding, house_style, prepare, row_checks, sources
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -94,8 +94,8 @@ def without(row, *columns):
 GOOD = pair(*TEXTS[0])
 ROW_CASES = {
     "missing column": [
-        *(without(GOOD, column) for column in audit.COLUMNS),
-        *(GOOD | {column: None} for column in audit.COLUMNS),
+        *(without(GOOD, column) for column in row_checks.COLUMNS),
+        *(GOOD | {column: None} for column in row_checks.COLUMNS),
         {},
     ],
     "wrong type": [
@@ -163,7 +163,7 @@ SET_CASES = {
     [pytest.param(r, row, id=f"{r}-{i}") for r, rows in ROW_CASES.items() for i, row in enumerate(rows)],
 )
 def test_a_broken_row_gets_its_reason(reason, row):
-    assert audit.row_problem(row) == reason
+    assert row_checks.row_problem(row) == reason
 
 
 @pytest.mark.parametrize("reason", SET_CASES)
@@ -187,7 +187,7 @@ def test_a_row_that_clashes_with_the_set_gets_its_reason(prepared, reason):
     ],
 )
 def test_a_sound_row_has_no_problem(row):
-    assert audit.row_problem(row) is None
+    assert row_checks.row_problem(row) is None
 
 
 _role = st.sampled_from(["user", "assistant", "system", "tool"]) | st.none() | st.integers()
@@ -216,11 +216,11 @@ row_changes = st.fixed_dictionaries(
 def test_any_row_is_sound_or_has_a_known_reason(base, changes):
     row = base | changes
     before = copy.deepcopy(row)
-    problem = audit.row_problem(row)
-    assert problem is None or problem in audit.REASONS
+    problem = row_checks.row_problem(row)
+    assert problem is None or problem in row_checks.REASONS
     assert repr(row) == repr(before)  # repr: NaN is not equal to itself
     if problem is None:  # then the row can be trained on
-        parts = audit.extract(row)
+        parts = row_checks.extract(row)
         assert parts["prompt"] and parts["chosen"] != parts["rejected"]
         assert isinstance(parts["prompt_id"], str)
 
@@ -228,7 +228,7 @@ def test_any_row_is_sound_or_has_a_known_reason(base, changes):
 def test_extract_puts_every_turn_before_the_last_answer_into_the_prompt():
     turns = [system("Be brief."), user("a"), assistant("b"), user("c")]
     row = conversation([turn | {"name": None} for turn in turns], "good", "bad")  # `datasets` adds such keys
-    assert audit.extract(row) == {
+    assert row_checks.extract(row) == {
         "prompt_id": "x",
         "prompt": turns,
         "chosen": [assistant("good")],
@@ -237,10 +237,10 @@ def test_extract_puts_every_turn_before_the_last_answer_into_the_prompt():
 
 
 def test_prompt_key_ignores_case_and_space_and_nothing_else():
-    key = audit.prompt_key([user("How  do\nI Boil an egg? ")])
-    assert key == audit.prompt_key([user("how do i boil an egg?")])
-    assert key != audit.prompt_key([user("how do i boil an egg")])
-    assert key != audit.prompt_key([system("how do i boil an egg?")])
+    key = row_checks.prompt_key([user("How  do\nI Boil an egg? ")])
+    assert key == row_checks.prompt_key([user("how do i boil an egg?")])
+    assert key != row_checks.prompt_key([user("how do i boil an egg")])
+    assert key != row_checks.prompt_key([system("how do i boil an egg?")])
 
 
 # --- tokens -------------------------------------------------------------------------------------------------------
@@ -317,7 +317,7 @@ def test_a_file_is_read_and_split(cfg, tmp_path, kind):
     getattr(Dataset.from_list(rows), f"to_{kind}")(path)
     found, _ = load(cfg, path)
     assert sorted(row["prompt"] for split in found.values() for row in split) == sorted(r["prompt"] for r in rows)
-    assert all(audit.row_problem(row) is None for split in found.values() for row in split)
+    assert all(row_checks.row_problem(row) is None for split in found.values() for row in split)
 
 
 @pytest.mark.parametrize("with_readme", [True, False], ids=["with the card", "without the card"])
@@ -358,7 +358,7 @@ def test_another_schema_is_an_error_that_lists_the_columns_found_and_needed(cfg,
         load(cfg, write_jsonl(tmp_path / "other.jsonl", rows))
     assert "no column prompt, rejected, score_chosen, score_rejected" in caught.value.cause
     assert "it has question, chosen, response" in caught.value.cause
-    assert all(column in caught.value.fix for column in audit.COLUMNS)
+    assert all(column in caught.value.fix for column in row_checks.COLUMNS)
 
 
 def test_a_held_out_split_without_a_needed_column_is_an_error_that_names_the_split(prepared):
@@ -381,15 +381,15 @@ def test_a_table_of_plain_cells_is_an_error_that_lists_the_columns_found_and_nee
     with pytest.raises(DataError) as caught:
         load(cfg, tmp_path / name)
     assert name in caught.value.cause and columns in caught.value.cause
-    assert ".jsonl" in caught.value.fix and all(column in caught.value.fix for column in audit.COLUMNS)
+    assert ".jsonl" in caught.value.fix and all(column in caught.value.fix for column in row_checks.COLUMNS)
 
 
 def test_a_folder_of_csv_files_is_an_error_that_lists_the_columns_found_and_needed(cfg, tmp_path, tokenizer):
     """With a column missing at once; with all of them when no row is left."""
-    header, row = ",".join(audit.COLUMNS[1:]), "b,c,2,1"
+    header, row = ",".join(row_checks.COLUMNS[1:]), "b,c,2,1"
     for columns, cells, cause in (
-        (header, row, "no column prompt; it has " + ", ".join(audit.COLUMNS[1:])),
-        ("prompt," + header, "a," + row, "4 wrong type. It has the columns " + ", ".join(audit.COLUMNS)),
+        (header, row, "no column prompt; it has " + ", ".join(row_checks.COLUMNS[1:])),
+        ("prompt," + header, "a," + row, "4 wrong type. It has the columns " + ", ".join(row_checks.COLUMNS)),
     ):
         folder = tmp_path / str(len(columns))
         folder.mkdir()
@@ -397,7 +397,7 @@ def test_a_folder_of_csv_files_is_an_error_that_lists_the_columns_found_and_need
             (folder / f"{name}.csv").write_text("\n".join([columns, *[cells] * 4]))
         with pytest.raises(DataError) as caught:
             prepare.prepare(dataclasses.replace(cfg, data=str(folder)), tokenizer)
-        assert cause in caught.value.cause and all(column in caught.value.fix for column in audit.COLUMNS)
+        assert cause in caught.value.cause and all(column in caught.value.fix for column in row_checks.COLUMNS)
 
 
 def test_a_row_that_is_not_utf8_is_dropped_as_invalid_text_and_spares_the_others(cfg, tokenizer, tmp_path):
@@ -529,7 +529,7 @@ def test_all_rows_too_long_is_an_error_that_tells_to_raise_max_tokens(prepared):
 def test_a_pair_of_max_tokens_is_kept_whole_and_one_token_less_drops_it(prepared, tokenizer, side):
     answers = dict(chosen="Short.", rejected="Brief.") | {side: "A long answer. " * 8}
     row = pair("Long?", answers["chosen"], answers["rejected"])
-    parts = audit.extract(row)
+    parts = row_checks.extract(row)
     length = sum(map(len, encoding.encode(tokenizer, parts["prompt"], parts[side])))
     rows = [*numbered("train", 3), row]
     kept = prepared(dict(max_tokens=length), train=rows)
@@ -611,11 +611,11 @@ ALL = [row for rows in EMBEDDED.values() for row in rows]
 
 
 def named(row):
-    return audit.prompt_key(audit.extract(row)["prompt"])
+    return row_checks.prompt_key(row_checks.extract(row)["prompt"])
 
 
 def test_every_embedded_row_is_usable():
-    assert Counter(audit.row_problem(row) for row in ALL) == {None: len(ALL)}
+    assert Counter(row_checks.row_problem(row) for row in ALL) == {None: len(ALL)}
 
 
 def test_embedded_prompts_and_ids_are_unique_within_and_across_splits():
@@ -643,9 +643,9 @@ def test_every_chosen_answer_of_the_embedded_set_keeps_the_rules_a_program_can_c
 
 def test_each_dirty_row_gets_the_reason_it_was_made_for():
     rows = sources.dirty_rows()
-    assert [audit.row_problem(row) for row in rows] == [row["expected"] for row in rows]
-    alone = set(audit.REASONS) - {"prompt in test", "duplicate prompt", "too long"}
-    alone -= {reason for reason in audit.REASONS if reason.startswith("template")}
+    assert [row_checks.row_problem(row) for row in rows] == [row["expected"] for row in rows]
+    alone = set(row_checks.REASONS) - {"prompt in test", "duplicate prompt", "too long"}
+    alone -= {reason for reason in row_checks.REASONS if reason.startswith("template")}
     assert {row["expected"] for row in rows} == alone | {None}
 
 

@@ -17,11 +17,10 @@ import huggingface_hub
 import pytest
 import torch
 
-from dpo_tutorial import config as configs
-from dpo_tutorial import settings
+from dpo_tutorial import config, knobs
 from dpo_tutorial.cli import doctor
 from dpo_tutorial.cli import main as cli
-from dpo_tutorial.config import Config
+from dpo_tutorial.knobs import Config
 from dpo_tutorial.loading import embedded
 from dpo_tutorial.machine import hardware, memory, paths, session
 
@@ -29,7 +28,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def of_profile(name, **changes):
-    return Config(**({"profile": name} | configs.PROFILES[name] | changes))
+    return Config(**({"profile": name} | knobs.PROFILES[name] | changes))
 
 
 def found(check, config, status):
@@ -255,7 +254,7 @@ def test_each_fix_is_below_its_line_the_last_sums_up_and_the_exit_code_follows(m
 
 
 def test_where_torch_cannot_be_loaded_the_packages_are_still_checked(monkeypatch, capsys):
-    monkeypatch.setattr(settings, "resolve", raises(ImportError("libcudart.so: cannot open shared object file")))
+    monkeypatch.setattr(config, "resolve", raises(ImportError("libcudart.so: cannot open shared object file")))
     assert cli.main(["doctor"]) == 1
     shown = capsys.readouterr().out
     assert "packages" in shown and "libcudart" in shown

@@ -13,7 +13,7 @@ from datasets import DatasetDict
 from nbclient.exceptions import DeadKernelError
 from peft import get_peft_model
 
-from dpo_tutorial import errors, run_folder, settings
+from dpo_tutorial import config, errors, run_folder
 from dpo_tutorial.adapter import lora
 from dpo_tutorial.cli import main as cli
 from dpo_tutorial.cli import run
@@ -189,11 +189,11 @@ def a_training_record_of_something_else(case):
 
 #: (set off by, its class, what the cause names, what the fix names)
 SEEN = [
-    (lambda c: settings.resolve(profile="tpu"), errors.ConfigError, "'tpu'", "smoke, cpu, t4"),
-    (lambda c: settings.resolve(bta=1), errors.ConfigError, "BTA", "BETA"),
-    (lambda c: settings.resolve(beta="high"), errors.ConfigError, "BETA='high'", "float"),
-    (lambda c: settings.resolve(beta=0), errors.ConfigError, "BETA=0.0", "BETA"),
-    (lambda c: settings.resolve(loss_type="kto"), errors.ConfigError, "LOSS_TYPE='kto'", "sigmoid, ipo"),
+    (lambda c: config.resolve(profile="tpu"), errors.ConfigError, "'tpu'", "smoke, cpu, t4"),
+    (lambda c: config.resolve(bta=1), errors.ConfigError, "BTA", "BETA"),
+    (lambda c: config.resolve(beta="high"), errors.ConfigError, "BETA='high'", "float"),
+    (lambda c: config.resolve(beta=0), errors.ConfigError, "BETA=0.0", "BETA"),
+    (lambda c: config.resolve(loss_type="kto"), errors.ConfigError, "LOSS_TYPE='kto'", "sigmoid, ipo"),
     (replaced_by_pip, errors.SessionError, "this session still holds 18.1.0", "Restart"),
     (lambda c: models.source(c.changed(model=str(c.tmp))), errors.ModelFetchError, "config.json", "MODEL"),
     (
@@ -235,7 +235,7 @@ SEEN = [
     (lambda c: sources.choose_splits(DatasetDict(), 0), errors.DataError, "No training split", "train_prefs"),
     (a_kernel_that_dies, errors.NotebookError, "05_train_dpo.ipynb", "MAX_TOKENS"),
     (lambda c: run.notebooks(c.tmp), errors.ArtifactError, "No numbered notebook", "checkout"),
-    (lambda c: settings.named([("BTA", "1")]), errors.ConfigError, "BTA", "BETA"),
+    (lambda c: config.named([("BTA", "1")]), errors.ConfigError, "BTA", "BETA"),
 ]  # fmt: skip
 
 

@@ -8,7 +8,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[2] / "src" / "dpo_tutorial"
 ROOMS = [
-    "errors", "machine", "config", "settings", "run_folder", "exercises", "show", "loading", "adapter", "pairs",
+    "errors", "machine", "knobs", "config", "run_folder", "exercises", "show", "loading", "adapter", "pairs",
     "training", "comparing", "using", "cli", "__init__", "__main__",
 ]  # fmt: skip
 MODULES = [path for path in sorted(PACKAGE.rglob("*.py")) if path.stat().st_size]

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import GPT2Config, Qwen2Config, Qwen2ForCausalLM
 
-from dpo_tutorial import config
+from dpo_tutorial import knobs
 from dpo_tutorial.errors import ModelFetchError, ModelUnsuitableError
 from dpo_tutorial.loading import embedded, models, sizes
 from dpo_tutorial.machine import memory, paths
@@ -60,7 +60,7 @@ def test_tied_embeddings_are_counted_once(qwen, tmp_path):
     assert untied.weights - tied.weights == 400 * 64
 
 
-@pytest.mark.parametrize("targets", [config.LORA_TARGETS, ("q_proj", "v_proj"), ("down_proj",)])
+@pytest.mark.parametrize("targets", [knobs.LORA_TARGETS, ("q_proj", "v_proj"), ("down_proj",)])
 def test_adapters_gradients_and_optimizer_are_the_bytes_of_a_real_training(cfg, tokenizer, pairs, tmp_path, targets):
     cfg = dataclasses.replace(cfg, lora_targets=targets, max_steps=1)
     trainer = train.build_trainer(cfg, models.load_base(cfg), tokenizer, pairs, None, tmp_path / "out")
@@ -80,7 +80,7 @@ def test_adapters_gradients_and_optimizer_are_the_bytes_of_a_real_training(cfg, 
     assert terms["optimizer"] == bytes_of(moments)
 
 
-@pytest.mark.parametrize("targets", [config.LORA_TARGETS, ("q_proj", "down_proj")])
+@pytest.mark.parametrize("targets", [knobs.LORA_TARGETS, ("q_proj", "down_proj")])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_activations_are_the_bytes_that_autograd_keeps(cfg, tokenizer, pairs, tmp_path, dtype, targets):
     cfg = dataclasses.replace(cfg, dtype=dtype, lora_targets=targets, max_steps=1)
@@ -112,7 +112,7 @@ def test_activations_are_the_bytes_that_autograd_keeps(cfg, tokenizer, pairs, tm
 def test_the_embedded_model_is_planned_as_it_loads():
     if not any(paths.cache_dir().glob(f"{embedded.NAME}-*")):
         pytest.skip("the embedded model is not in the cache")
-    cfg = config.Config()
+    cfg = knobs.Config()
     shape = footprint.read_shape(cfg)
     assert shape.weights == 134_515_008, "SmolLM2-135M, embedding tied"
     assert footprint.adapter_weights(shape, cfg) == 4_884_480
@@ -125,10 +125,10 @@ def test_the_recorded_predictions_are_those_of_the_formulae_and_no_measured_peak
     cached = any(paths.cache_dir().glob(f"{embedded.NAME}-*"))
     for name, found in results.items():
         assert found["measured"] <= found["predicted"] <= 1.5 * found["measured"], name
-        knobs = dict(found["settings"])
-        answer, evaluates = knobs.pop("answer_tokens"), knobs.pop("evaluates")
-        if cached and "model" not in knobs:
-            cfg = config.Config(**config.PROFILES["cpu"] | knobs)
+        given = dict(found["settings"])
+        answer, evaluates = given.pop("answer_tokens"), given.pop("evaluates")
+        if cached and "model" not in given:
+            cfg = knobs.Config(**knobs.PROFILES["cpu"] | given)
             planned = memory_plan.plan(
                 cfg, answer=answer, evaluates=evaluates, process=found["phases"]["load"]["process"], device="cpu"
             )

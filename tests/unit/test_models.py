@@ -7,7 +7,7 @@ import pytest
 import torch
 from peft import get_peft_model
 
-from dpo_tutorial import settings
+from dpo_tutorial import config
 from dpo_tutorial.adapter import lora
 from dpo_tutorial.errors import ArtifactError, ConfigError, ModelFetchError, ModelUnsuitableError
 from dpo_tutorial.loading import embedded, models, sizes
@@ -21,7 +21,7 @@ PINNED = {"someone/model@" + "7ae557604a" * 4: "commit " + "7ae557604a" * 4}
 
 @pytest.mark.parametrize(("model", "words"), (UNPINNED | PINNED).items())
 def test_a_hub_model_is_called_pinned_only_where_a_commit_was_given(model, words):
-    cfg = settings.resolve(profile="cpu", model=model)
+    cfg = config.resolve(profile="cpu", model=model)
     where = models.source(cfg)
     assert where.pin.startswith(words)
     record = {"base": {"name": where.name, "revision": where.revision, "pin": where.pin}, "history": {"train": []}}

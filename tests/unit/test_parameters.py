@@ -4,7 +4,7 @@ from pathlib import Path
 
 from conftest import script
 
-from dpo_tutorial import settings
+from dpo_tutorial import config
 
 PAGE = Path(__file__).parents[2] / "docs" / "parameters.md"
 
@@ -15,4 +15,4 @@ def test_the_page_is_the_one_that_the_config_gives():
 
 def test_every_parameter_has_its_row():
     page = PAGE.read_text(encoding="utf-8")
-    assert all(f"| `{name}` |" in page for name in settings.known_parameters() if name != "PROFILE")
+    assert all(f"| `{name}` |" in page for name in config.known_parameters() if name != "PROFILE")

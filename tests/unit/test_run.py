@@ -16,7 +16,7 @@ import pytest
 from conftest import script
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from dpo_tutorial import config
+from dpo_tutorial import knobs
 from dpo_tutorial.cli import main as cli
 from dpo_tutorial.cli import run
 from dpo_tutorial.errors import ArtifactError, ConfigError, NotebookError
@@ -26,8 +26,8 @@ ROOT = Path(__file__).parents[2]
 refresh = script("scripts/refresh_notebooks.py")
 KERNEL = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}
 PARAMETERS = 'PROFILE = ""\nARTIFACTS = ""  # folder'
-SHOWN = """from dpo_tutorial import settings
-cfg = settings.from_notebook(globals())
+SHOWN = """from dpo_tutorial import config
+cfg = config.from_notebook(globals())
 print("artifacts:", cfg.artifacts)
 print("trains:", cfg.train_if_missing)"""
 
@@ -98,7 +98,7 @@ def test_an_unknown_parameter_stops_the_run_before_anything_is_executed(tmp_path
 @pytest.mark.parametrize(
     ("arguments", "wrong", "listed"),
     [
-        (["-p", "PROFILE", "huge"], "huge", list(config.PROFILES)),
+        (["-p", "PROFILE", "huge"], "huge", list(knobs.PROFILES)),
         (["-p", "BTEA", "1"], "BTEA", ["PROFILE", "BETA", "ADAPTER"]),
     ],
     ids=["profile", "parameter"],

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from dpo_tutorial import run_folder
 from dpo_tutorial.errors import ArtifactError, DataError
 from dpo_tutorial.machine import hardware, session
-from dpo_tutorial.pairs import audit, prepare, store
+from dpo_tutorial.pairs import prepare, row_checks, store
 from dpo_tutorial.run_folder import Run
 from dpo_tutorial.training import save
 
@@ -286,7 +286,7 @@ def test_the_audit_lies_in_the_runs_folder_beside_the_prepared_data(cfg, tokeniz
     assert report["prepared"] == store.data_dir(run).name and report["source"] == tied_source
     assert (report["rows"], report["kept"], report["dropped"]) == (32, 30, {"tied scores": 2})
     assert report["splits"] == prepared.report and report["choices"] == prepared.choices
-    assert report["meaning"] == {"tied scores": audit.REASONS["tied scores"]} and report["strict"] is False
+    assert report["meaning"] == {"tied scores": row_checks.REASONS["tied scores"]} and report["strict"] is False
     ids = [name for split in report["splits"].values() for name in split["examples"].get("tied scores", [])]
     assert sorted(ids) == ["tied 0?", "tied 1?"]
 

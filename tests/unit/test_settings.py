@@ -11,7 +11,7 @@ import pytest
 from conftest import TEXTS, pair
 from transformers import GPT2Config, GPT2LMHeadModel, Phi3Config, Phi3ForCausalLM
 
-from dpo_tutorial import run_folder, settings
+from dpo_tutorial import config, run_folder
 from dpo_tutorial.cli import doctor, run
 from dpo_tutorial.cli import main as cli
 from dpo_tutorial.errors import ConfigError
@@ -134,16 +134,16 @@ def test_make_hands_any_value_of_any_knob_on_as_it_is(value, made_by_make):
 def test_the_environment_takes_every_knob(monkeypatch):
     for name, value in TWO.items():
         monkeypatch.setenv(f"DPO_TUTORIAL_{name}", value)
-    assert_two(settings.resolve())
-    assert settings.resolve(beta=0.2).beta == 0.2, "what is given wins"
+    assert_two(config.resolve())
+    assert config.resolve(beta=0.2).beta == 0.2, "what is given wins"
 
 
 def test_the_environment_refuses_an_unknown_name_and_knows_its_other_variables(monkeypatch):
     monkeypatch.setenv("DPO_TUTORIAL_HEADLESS", "1")
-    assert settings.resolve()
+    assert config.resolve()
     monkeypatch.setenv("DPO_TUTORIAL_BTA", "a secret")
     with pytest.raises(ConfigError) as caught:
-        settings.resolve()
+        config.resolve()
     assert_refused(str(caught.value).replace("DPO_TUTORIAL_BTA", "BTA"))
     assert "DPO_TUTORIAL_BTA" in caught.value.cause
     assert "DPO_TUTORIAL_CACHE" in caught.value.fix and "a secret" not in str(caught.value)
@@ -152,7 +152,7 @@ def test_the_environment_refuses_an_unknown_name_and_knows_its_other_variables(m
 @pytest.mark.parametrize(("name", "value"), [("ARTIFACTS", "007"), ("DATA", "1e3")])
 def test_a_text_in_the_environment_stays_the_text_it_was(name, value, monkeypatch):
     monkeypatch.setenv(f"DPO_TUTORIAL_{name}", value)
-    assert getattr(settings.resolve(), name.lower()) == value
+    assert getattr(config.resolve(), name.lower()) == value
 
 
 # --- a notebook's cells ----
@@ -184,7 +184,7 @@ def test_a_notebook_takes_every_knob_listed_in_its_cell_or_not(path):
 def test_the_cells_as_they_are_leave_everything_to_the_environment_and_the_profile(path, monkeypatch):
     monkeypatch.setenv("DPO_TUTORIAL_FRESH", "true")
     made = config_of_cells(path)["cfg"]
-    assert made.fresh is True and made == settings.resolve()
+    assert made.fresh is True and made == config.resolve()
 
 
 @each_notebook

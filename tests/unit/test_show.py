@@ -16,7 +16,7 @@ from IPython.core.formatters import DisplayFormatter
 from IPython.display import Image
 from matplotlib.figure import Figure
 
-from dpo_tutorial import config, settings, show
+from dpo_tutorial import config, knobs, show
 from dpo_tutorial.training import dpo, memory_plan
 
 HOSTILE = """<script>alert(1)</script><img src=x onerror=alert(2)>"'&amp;</td></table><a href="javascript:alert(3)">"""
@@ -119,10 +119,10 @@ def test_a_table_shortens_floats_and_leaves_other_values_whole():
 
 
 def test_the_config_table_has_every_knob_with_its_value():
-    cfg = dataclasses.replace(config.Config(), beta=0.3, model=HOSTILE)
+    cfg = dataclasses.replace(knobs.Config(), beta=0.3, model=HOSTILE)
     page = assert_only_text(show.config_table(cfg))
     rows = [page.cells[i : i + 5] for i in range(5, len(page.cells), 5)]
-    assert [row[1] for row in rows] == settings.known_parameters()
+    assert [row[1] for row in rows] == config.known_parameters()
     assert {row[1]: row[2] for row in rows}["BETA"] == "0.3"
     assert {row[1]: row[2] for row in rows}["MODEL"] == HOSTILE
 
@@ -236,7 +236,7 @@ AUDITED = {
 }
 
 PHASES = {"load": {"weights": 160 * 2**20}, "head": {"weights": 160 * 2**20, "logits": 900 * 2**20}}
-PLANNED = memory_plan.Plan(config.Config(), "cpu", 256, 200, True, PHASES)
+PLANNED = memory_plan.Plan(knobs.Config(), "cpu", 256, 200, True, PHASES)
 FIGURES = {
     "memory_plan": (
         lambda: show.memory_plan(PLANNED, 1100 * 2**20),

@@ -9,8 +9,8 @@ from conftest import TEXTS, pair
 from datasets import Dataset
 from sklearn.metrics import brier_score_loss, log_loss
 
-from dpo_tutorial.comparing import stats, verdict
-from dpo_tutorial.pairs import audit
+from dpo_tutorial.comparing import baselines, stats, verdict
+from dpo_tutorial.pairs import row_checks
 
 
 def record(margin, gap=0, **more):
@@ -138,15 +138,16 @@ def test_rewards_by_position_add_up_to_the_reward_and_lie_where_they_were_earned
 
 def test_bag_of_words_finds_a_surface_preference_and_nothing_where_there_is_none():
     good = [
-        audit.extract(pair(f"Question {i}?", f"Plain answer {i}.", f"Great question! Item {i}.")) for i in range(30)
+        row_checks.extract(pair(f"Question {i}?", f"Plain answer {i}.", f"Great question! Item {i}."))
+        for i in range(30)
     ]
     noise = [
-        audit.extract(pair(*(t[:2] if i % 2 else (t[0], t[2])), t[2] if i % 2 else t[1]))
+        row_checks.extract(pair(*(t[:2] if i % 2 else (t[0], t[2])), t[2] if i % 2 else t[1]))
         for i in range(6)
         for t in TEXTS
     ]
-    assert stats.bag_of_words(Dataset.from_list(good[:20]), Dataset.from_list(good[20:])) == [1.0] * 10
-    assert np.mean(stats.bag_of_words(Dataset.from_list(noise), Dataset.from_list(noise))) == pytest.approx(
+    assert baselines.bag_of_words(Dataset.from_list(good[:20]), Dataset.from_list(good[20:])) == [1.0] * 10
+    assert np.mean(baselines.bag_of_words(Dataset.from_list(noise), Dataset.from_list(noise))) == pytest.approx(
         0.5, abs=0.1
     )
 

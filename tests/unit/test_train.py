@@ -14,12 +14,12 @@ from conftest import TEXTS, pair
 from datasets import Dataset, concatenate_datasets
 from trl import DPOTrainer
 
-from dpo_tutorial import run_folder, settings
+from dpo_tutorial import config, run_folder
 from dpo_tutorial.adapter import lora
 from dpo_tutorial.comparing import stats, verdict
 from dpo_tutorial.loading import models
 from dpo_tutorial.machine import hardware
-from dpo_tutorial.pairs import audit, encoding, store
+from dpo_tutorial.pairs import encoding, row_checks, store
 from dpo_tutorial.training import dpo, faster, footprint, save, scoring, train
 
 
@@ -166,7 +166,7 @@ def trainable_types(trainer):
 
 def test_a_t4_trains_in_fp16_with_trainable_weights_in_fp32(t4, cfg, tokenizer, pairs, tmp_path, capsys):
     """trl#4901: TRL casts the adapter of a 4-bit model to bfloat16, which an fp16 GradScaler rejects."""
-    found = settings.resolve(model=cfg.model, lora_r=4, max_steps=2)
+    found = config.resolve(model=cfg.model, lora_r=4, max_steps=2)
     assert (found.profile, found.dtype) == ("t4", "fp16")
     assert "fp16: compute capability 7.5 has no native bfloat16" in capsys.readouterr().out
     trainer = trainer_for(found, tokenizer, pairs, tmp_path)
@@ -177,7 +177,7 @@ def test_a_t4_trains_in_fp16_with_trainable_weights_in_fp32(t4, cfg, tokenizer, 
 def test_without_our_cast_trl_would_leave_bf16(t4, cfg, tokenizer, pairs, tmp_path, monkeypatch):
     """Once this fails, TRL has fixed trl#4901 and `cast_trainable_to_fp32` can go."""
     monkeypatch.setattr(faster, "cast_trainable_to_fp32", lambda model: None)
-    found = settings.resolve(model=cfg.model, lora_r=4, max_steps=2)
+    found = config.resolve(model=cfg.model, lora_r=4, max_steps=2)
     assert trainable_types(trainer_for(found, tokenizer, pairs, tmp_path)) == {torch.bfloat16}
 
 
@@ -211,7 +211,7 @@ def test_a_policy_taught_swapped_labels_fails_on_pairs_it_has_not_seen(cfg, toke
     def rows(start, stop):
         made = []
         for i in range(start, stop):
-            row = audit.extract(pair(f"Question {i}?", f"The answer is {i}.", f"Great question! It is {i}!"))
+            row = row_checks.extract(pair(f"Question {i}?", f"The answer is {i}.", f"Great question! It is {i}!"))
             ids = {side: encoding.encode(tokenizer, row["prompt"], row[side]) for side in ("chosen", "rejected")}
             counts = {f"{side}_tokens": len(answer) for side, (_, answer) in ids.items()}
             made.append(row | counts | {"prompt_tokens": len(ids["chosen"][0])})
@@ -323,7 +323,7 @@ def test_without_our_cast_fp16_fails_on_cuda(cfg, tokenizer, pairs, tmp_path, mo
 TWO_GPUS = """
 import torch
 from transformers import AutoModelForCausalLM
-from dpo_tutorial import config
+from dpo_tutorial import knobs as config
 from dpo_tutorial.loading import models
 from dpo_tutorial.training import faster, train
 

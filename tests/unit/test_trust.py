@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from test_notebooks import each, outputs
 from test_repository import planned
 
-from dpo_tutorial import config
+from dpo_tutorial import knobs
 from dpo_tutorial.adapter import lora
 from dpo_tutorial.errors import ArtifactError, DataError, ModelCorruptError, ModelUnsuitableError
 from dpo_tutorial.loading import models
@@ -126,10 +126,10 @@ def test_a_script_in_a_dataset_folder_is_not_run(cfg, tmp_path):
     assert not (tmp_path / "sprung").exists()
 
 
-@pytest.mark.parametrize("name", [n for n, values in config.PROFILES.items() if "model" in values])
+@pytest.mark.parametrize("name", [n for n, values in knobs.PROFILES.items() if "model" in values])
 def test_a_hub_profile_names_full_commits_not_branches(name):
     for what in ("model_revision", "data_revision"):
-        assert re.fullmatch("[0-9a-f]{40}", config.PROFILES[name][what])
+        assert re.fullmatch("[0-9a-f]{40}", knobs.PROFILES[name][what])
 
 
 # --- no shell is built from a value ----

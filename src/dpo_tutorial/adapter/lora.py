@@ -13,8 +13,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
-from ..config import Config
 from ..errors import ArtifactError, ConfigError, ModelUnsuitableError, first_line
+from ..knobs import Config
 from ..loading import models
 from ..machine import hardware
 

@@ -18,10 +18,9 @@ from typing import NamedTuple
 
 from packaging.requirements import Requirement
 
-from .. import config as configs
-from .. import settings
-from ..config import Config
+from .. import config, knobs
 from ..errors import TutorialError, first_line
+from ..knobs import Config
 from ..loading import embedded
 from ..machine import hardware, memory, paths, session
 
@@ -124,7 +123,7 @@ def disk(config: Config) -> str:
     """Whether results, and a model that is still to be fetched, have a place with room."""
     places = [("ARTIFACTS", config.run_dir, 1.0)]
     if not model_here(config):
-        own = config.model == configs.EMBEDDED
+        own = config.model == knobs.EMBEDDED
         cache = ("DPO_TUTORIAL_CACHE", paths.cache_dir()) if own else ("HF_HOME", _hub_cache())
         places.append((*cache, NEEDS[config.profile][1]))
     for variable, folder, need in places:
@@ -145,14 +144,14 @@ def _hub_cache(kind: str = "", name: str = "") -> Path:
 
 def model_here(config: Config) -> bool:
     """Whether its weights are on this machine."""
-    if config.model == configs.EMBEDDED:
+    if config.model == knobs.EMBEDDED:
         return embedded.model_folder().exists()
     kept = _hub_cache("model", config.model).glob("snapshots/*/*.safetensors")
     return Path(config.model).expanduser().exists() or any(kept)
 
 
 def model(config: Config) -> str:
-    if config.model != configs.EMBEDDED:
+    if config.model != knobs.EMBEDDED:
         return _from_hub("model", config.model, config.model_revision)
     if model_here(config):
         embedded.ensure_embedded_model()  # compares the files with their sums, and raises
@@ -173,7 +172,7 @@ def model(config: Config) -> str:
 
 
 def data(config: Config) -> str:
-    if config.data == configs.EMBEDDED:
+    if config.data == knobs.EMBEDDED:
         return "the embedded pairs are here, no network needed"
     return _from_hub("dataset", config.data, config.data_revision)
 
@@ -202,7 +201,7 @@ def template(config: Config) -> str:
     if not model_here(config):
         raise Odd("not checked: the model is not here yet", "Run the doctor again once notebook 02 has fetched it.")
     from ..loading import models
-    from ..pairs import audit, encoding
+    from ..pairs import encoding, row_checks
 
     tokenizer = models.load_tokenizer(config)
     texts = {"user": "A colour?", "assistant": "Blue."}
@@ -210,7 +209,7 @@ def template(config: Config) -> str:
     _, ids = encoding.encode(tokenizer, prompt, [answer])  # raises where the prompt is no prefix
     if problem := encoding.template_problem(tokenizer, prompt, [answer], ids):
         fix = "Take an instruct model, or set eos_token to the token with which its template ends a turn."
-        raise Broken(f"{problem}: {audit.REASONS[problem]}", fix)
+        raise Broken(f"{problem}: {row_checks.REASONS[problem]}", fix)
     return f"one {tokenizer.eos_token} per answer, nothing of the prompt in its mask"
 
 
@@ -254,7 +253,7 @@ def text(findings: Sequence[Finding]) -> str:
 def main(parameters: dict[str, str]) -> int:
     """Print what was found for these knobs. Returns 1 where anything failed, else 0."""
     try:
-        findings = examine(settings.resolve(**parameters))
+        findings = examine(config.resolve(**parameters))
     except (ImportError, OSError) as error:  # torch is missing or cannot be loaded: say what can be said
         fix = "Fix the packages, then run the doctor again for the other checks."
         broken = Finding("profile", "fail", plain(f"not resolved: {first_line(error)}"), fix)

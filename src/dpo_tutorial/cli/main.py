@@ -4,32 +4,32 @@ from __future__ import annotations
 
 import argparse
 
-from .. import settings
+from .. import config
 from ..errors import exit_code
 
 
 def run(options: argparse.Namespace) -> None:
     from . import run
 
-    run.run_all(settings.named(options.p))
+    run.run_all(config.named(options.p))
 
 
 def train(options: argparse.Namespace) -> None:
     from ..training import train
 
-    train.train_headless(settings.named(options.p))
+    train.train_headless(config.named(options.p))
 
 
 def compare(options: argparse.Namespace) -> None:
     from ..comparing import compare
 
-    compare.write_report(options.adapter, options.data, options.out, settings.named(options.p))
+    compare.write_report(options.adapter, options.data, options.out, config.named(options.p))
 
 
 def doctor(options: argparse.Namespace) -> int:
     from . import doctor
 
-    return doctor.main(settings.named(options.p))
+    return doctor.main(config.named(options.p))
 
 
 def parser() -> argparse.ArgumentParser:

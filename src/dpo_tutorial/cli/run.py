@@ -19,7 +19,7 @@ import papermill
 from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 
-from .. import run_folder, settings
+from .. import config, run_folder
 from ..errors import ArtifactError, NotebookError
 from ..loading import models
 from ..machine import hardware, memory, paths, session
@@ -63,7 +63,7 @@ def run_all(parameters: dict[str, str], paths: list[Path] | None = None) -> dict
         NotebookError: a notebook failed; names the cell and the partial notebook. Later ones do not run.
     """
     paths = paths or notebooks()
-    resolved = settings.resolve(**settings.named(parameters.items()))
+    resolved = config.resolve(**config.named(parameters.items()))
     run = run_folder.Run(resolved)
     models.load_tokenizer(resolved)  # a missing model or data file is found now, not after minutes
     sources.load_preferences(resolved)

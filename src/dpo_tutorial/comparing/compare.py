@@ -12,13 +12,13 @@ from transformers import PreTrainedTokenizerBase
 
 from .. import run_folder
 from ..adapter import lora
-from ..config import Config
+from ..config import resolve
+from ..knobs import Config
 from ..loading import models
 from ..machine import hardware
 from ..pairs import house_style, store
-from ..settings import resolve
 from ..training import save, scoring
-from . import generation, stats, verdict
+from . import baselines, generation, stats, verdict
 
 # --- the report ---------------------------------------------------------------------------------------------------
 
@@ -41,7 +41,7 @@ def compare(
     kl = generation.kl_from_reference(config, policy, tokenizer, prompts)
     before, after = generation.answers_of_both(config, policy, tokenizer, prompts)
     outside = generation.outside_the_style(config, policy, tokenizer)
-    words = stats.bag_of_words(splits["train"], test)
+    words = baselines.bag_of_words(splits["train"], test)
     shown = [scoring.token_rewards(tokenizer, pair, record) for pair, record in zip(test, records[:3], strict=False)]
     return records, derive(
         records, prompts, before, after, noise=noise, kl=kl, outside=outside, words=words, shown=shown

@@ -9,7 +9,7 @@ from peft import PeftModel
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from ..config import Config
+from ..knobs import Config
 from ..pairs import house_style
 from ..training import scoring
 from . import stats

@@ -13,7 +13,6 @@ import numpy as np
 import scipy.sparse
 import scipy.special
 import scipy.stats
-from datasets import Dataset
 from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.proportion import proportion_confint
 from statsmodels.stats.weightstats import DescrStatsW
@@ -175,32 +174,6 @@ def reward_by_position(records: Sequence[dict], parts: int = 10) -> dict[str, li
             np.add.at(shares[i], part, rewards)
         found[side] = [mean(column) for column in shares.T]
     return found
-
-
-def bag_of_words(train: Dataset, test: Dataset) -> list[float]:
-    """Whether a logistic regression over words and word pairs finds the chosen answer of each test pair.
-
-    It sees the difference of the two answers' word counts and nothing else: no prompt, no word order.
-
-    Returns:
-        One value per test pair, as `right`.
-    """
-    from sklearn.feature_extraction.text import CountVectorizer
-    from sklearn.linear_model import LogisticRegression
-
-    def texts(split, side):
-        return [answer[0]["content"] for answer in split[side]]
-
-    words = CountVectorizer(ngram_range=(1, 2), min_df=2, token_pattern=r"[\w']+|[^\w\s]")
-    words.fit(texts(train, "chosen") + texts(train, "rejected"))
-
-    def difference(split):
-        return words.transform(texts(split, "chosen")).astype(float) - words.transform(texts(split, "rejected"))
-
-    x = difference(train)
-    model = LogisticRegression(fit_intercept=False, C=0.1, max_iter=1000)
-    model.fit(scipy.sparse.vstack([x, -x]), [1] * x.shape[0] + [0] * x.shape[0])
-    return right(model.decision_function(difference(test))).tolist()
 
 
 # --- answers ------------------------------------------------------------------------------------------------------

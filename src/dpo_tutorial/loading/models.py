@@ -23,9 +23,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from .. import config as configs
-from ..config import Config
+from .. import knobs
 from ..errors import ModelCorruptError, ModelFetchError, ModelUnsuitableError, disk_error, first_line
+from ..knobs import Config
 from ..machine import hardware, memory
 from . import embedded
 
@@ -57,7 +57,7 @@ def source(config: Config) -> Source:
     Raises:
         ModelFetchError: no such folder, or no checkpoint in it.
     """
-    if config.model == configs.EMBEDDED:
+    if config.model == knobs.EMBEDDED:
         return Source(str(embedded.ensure_embedded_model()), None, _EMBEDDED_NAME)
     folder = Path(config.model).expanduser()
     if folder.exists():

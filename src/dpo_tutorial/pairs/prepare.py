@@ -13,11 +13,11 @@ from datasets import Dataset, DatasetDict
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from .. import config as configs
-from ..config import Config
+from .. import knobs
 from ..errors import DataError
+from ..knobs import Config
 from . import sources
-from .audit import REASONS, Audit, audit_split, prepared_row
+from .row_checks import REASONS, Audit, audit_split, prepared_row
 
 
 def source(config: Config) -> tuple[str, dict | None, str | None]:
@@ -28,7 +28,7 @@ def source(config: Config) -> tuple[str, dict | None, str | None]:
     """
     spec = config.data
     path = Path(spec).expanduser()
-    if spec == configs.EMBEDDED:
+    if spec == knobs.EMBEDDED:
         return "json", {s: str(sources.embedded_file(s)) for s in sources.EMBEDDED_SPLITS}, None
     if path.is_dir():
         return str(path), None, None

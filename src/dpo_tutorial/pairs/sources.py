@@ -8,13 +8,13 @@ from pathlib import Path
 
 from datasets import Dataset, DatasetDict, load_dataset
 
-from .. import config as configs
-from ..config import Config
+from .. import knobs
 from ..errors import DataError, first_line
+from ..knobs import Config
 from ..loading import embedded
 from ..machine import hardware
 from . import prepare
-from .audit import COLUMNS
+from .row_checks import COLUMNS
 
 #: Where each split is looked for, first hit wins. What is missing is cut from the training split, by seed.
 SPLIT_NAMES = {
@@ -140,11 +140,11 @@ def or_hub(model: str = "", data: str = "") -> tuple[tuple[str, str | None], tup
         As `ensure_embedded_model`.
     """
     gpu = hardware.device() == "cuda"
-    model = model or (configs.QWEN_SMALL[0] if gpu else configs.EMBEDDED)
-    data = data or (configs.ULTRAFEEDBACK[0] if gpu else configs.EMBEDDED)
-    commits = dict([configs.QWEN_SMALL, configs.ULTRAFEEDBACK])
-    if model == configs.EMBEDDED:
+    model = model or (knobs.QWEN_SMALL[0] if gpu else knobs.EMBEDDED)
+    data = data or (knobs.ULTRAFEEDBACK[0] if gpu else knobs.EMBEDDED)
+    commits = dict([knobs.QWEN_SMALL, knobs.ULTRAFEEDBACK])
+    if model == knobs.EMBEDDED:
         model = str(embedded.ensure_embedded_model())
-    if data == configs.EMBEDDED:
+    if data == knobs.EMBEDDED:
         data = str(resources.files("dpo_tutorial.pairs") / "resources")
     return (model, commits.get(model)), (data, commits.get(data))

@@ -10,10 +10,9 @@ from pathlib import Path
 from datasets import Dataset, DatasetDict
 from transformers import PreTrainedTokenizerBase
 
-from .. import config as configs
-from .. import run_folder
-from ..config import Config
+from .. import knobs, run_folder
 from ..errors import ArtifactError
+from ..knobs import Config
 from ..loading.embedded import sha256
 from . import prepare, sources
 
@@ -83,7 +82,7 @@ def source_identity(config: Config) -> dict:
 def _content(config: Config) -> str | list[str]:
     """A hub id names its content by revision; of local files the bytes count, not the name."""
     path = Path(config.data).expanduser()
-    if config.data == configs.EMBEDDED:
+    if config.data == knobs.EMBEDDED:
         files = [sources.embedded_file(s) for s in sources.EMBEDDED_SPLITS]
     elif path.is_dir():
         files = sorted(p for p in path.rglob("*") if p.is_file())

@@ -1,15 +1,5 @@
 """Tables, coloured tokens and figures for every notebook: `show.table(rows)`, `show.picture(figure)`."""
 
-from .curves import (  # noqa: F401
-    by_length_gap,
-    by_position,
-    calibration,
-    distance_by_beta,
-    loss_curve,
-    margins,
-    rates,
-    training_curves,
-)
 from .figures import (  # noqa: F401
     BLUE,
     GREEN,
@@ -27,6 +17,16 @@ from .figures import (  # noqa: F401
     pipeline,
 )
 from .highlight import heat_map, heat_map_figure, tokens  # noqa: F401
+from .result_figures import (  # noqa: F401
+    by_length_gap,
+    by_position,
+    calibration,
+    distance_by_beta,
+    loss_curve,
+    margins,
+    rates,
+    training_curves,
+)
 from .tables import (  # noqa: F401
     answers,
     average,

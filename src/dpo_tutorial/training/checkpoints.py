@@ -17,8 +17,8 @@ from datasets import Dataset
 from transformers import PreTrainedModel, TrainerCallback
 
 from .. import run_folder
-from ..config import Config
 from ..errors import ArtifactError
+from ..knobs import Config
 from ..loading.embedded import sha256
 from ..machine import hardware
 

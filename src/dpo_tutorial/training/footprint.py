@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from transformers import AutoModelForCausalLM
 
-from ..config import Config
 from ..errors import ModelUnsuitableError, first_line
+from ..knobs import Config
 from ..loading import models
 from ..machine import hardware
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import psutil
 
-from ..config import Config
 from ..errors import ModelUnsuitableError
+from ..knobs import Config
 from ..machine import hardware
 from . import footprint
 from .footprint import FP32

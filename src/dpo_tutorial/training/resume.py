@@ -5,7 +5,7 @@ from __future__ import annotations
 from trl import DPOTrainer
 
 from .. import run_folder
-from ..config import Config
+from ..knobs import Config
 from . import train
 
 

@@ -8,8 +8,8 @@ from transformers import PreTrainedTokenizerBase
 from trl import DPOTrainer
 
 from .. import run_folder
-from ..config import Config
 from ..errors import ArtifactError
+from ..knobs import Config
 from . import train
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")

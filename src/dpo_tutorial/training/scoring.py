@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from ..config import Config
+from ..knobs import Config
 from ..machine import hardware
 from ..pairs import encoding
 from . import dpo

@@ -15,12 +15,12 @@ from trl import DPOConfig, DPOTrainer
 
 from .. import run_folder
 from ..adapter import lora
-from ..config import Config
+from ..config import resolve
 from ..errors import ArtifactError, disk_error
+from ..knobs import Config
 from ..loading import models
 from ..machine import hardware, memory, session
 from ..pairs import store
-from ..settings import resolve
 from . import checkpoints, faster, memory_plan, resume, save
 
 

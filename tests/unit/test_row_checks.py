@@ -12,7 +12,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from test_data import GOOD, ROW_CASES, assistant, conversation, row_changes, system, user
 
-from dpo_tutorial.pairs import audit
+from dpo_tutorial.pairs import row_checks
 
 WIDE = 10_000  # tokens: nothing is too long
 TURN = "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + END }}{% endfor %}"
@@ -20,11 +20,11 @@ OPENING = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif
 
 
 def kept_of(rows, found, tokenizer):
-    return [audit.prepared_row(tokenizer, rows[index]) for index in found.kept]
+    return [row_checks.prepared_row(tokenizer, rows[index]) for index in found.kept]
 
 
 def prepared(rows, tokenizer, *limits):
-    return kept_of(rows, audit.audit_split(rows, tokenizer, *limits), tokenizer)
+    return kept_of(rows, row_checks.audit_split(rows, tokenizer, *limits), tokenizer)
 
 
 def with_template(tokenizer, template):
@@ -58,14 +58,14 @@ BROKEN_TEMPLATES = {
 @pytest.mark.parametrize("what", BROKEN_TEMPLATES)
 def test_every_row_of_a_template_that_is_wrong_is_dropped_by_name_and_up_to_three_are_shown_decoded(tokenizer, what):
     template, reason = BROKEN_TEMPLATES[what]
-    found = audit.audit_split([pair(*texts) for texts in TEXTS], with_template(tokenizer, template), WIDE)
+    found = row_checks.audit_split([pair(*texts) for texts in TEXTS], with_template(tokenizer, template), WIDE)
     assert found.dropped == {reason: 4} and not found.kept
     assert len(found.decoded[reason]) == len(found.examples[reason]) == 3
 
 
 def test_an_excerpt_shows_the_border_of_prompt_and_answer_and_all_that_the_mask_covers(tokenizer):
     wrong = with_template(tokenizer, ending("<|im_end|><|im_end|>\n"))
-    (shown,) = audit.audit_split([pair("Add 2 and 3.", "5.", "6.")], wrong, WIDE).decoded["template eos"]
+    (shown,) = row_checks.audit_split([pair("Add 2 and 3.", "5.", "6.")], wrong, WIDE).decoded["template eos"]
     before, _, after = shown.partition("¦")
     assert before.endswith("<|im_start|>assistant\n") and after == "5.<|im_end|><|im_end|>\n"
 
@@ -76,7 +76,7 @@ def test_the_excerpts_of_a_border_and_of_a_refusal_say_what_happened(tokenizer):
         ("refuses", "only poems"),
     ):
         template, reason = BROKEN_TEMPLATES[what]
-        (shown,) = audit.audit_split(
+        (shown,) = row_checks.audit_split(
             [pair("Add 2 and 3.", "5.", "6.")], with_template(tokenizer, template), WIDE
         ).decoded[reason]
         assert words in shown
@@ -97,21 +97,21 @@ def test_the_excerpts_of_a_border_and_of_a_refusal_say_what_happened(tokenizer):
 )
 def test_the_rows_of_a_template_that_is_right_are_kept(tokenizer, template):
     rows = [pair(*texts) for texts in TEXTS] + [pair("Space?", "  yes \n", "no")]
-    assert len(audit.audit_split(rows, with_template(tokenizer, template), WIDE).kept) == 5
+    assert len(row_checks.audit_split(rows, with_template(tokenizer, template), WIDE).kept) == 5
 
 
 @pytest.mark.parametrize("side", ["chosen", "rejected"])
 @pytest.mark.parametrize(("token", "reason"), [("<|im_end|>", "template eos"), ("<|im_start|>", "template mask")])
 def test_an_answer_that_spells_a_special_token_is_dropped_and_spares_the_others(tokenizer, side, token, reason):
     odd = conversation([user("How?")], **{side: f"With {token} in it."})
-    found = audit.audit_split([GOOD, odd], tokenizer, WIDE)
+    found = row_checks.audit_split([GOOD, odd], tokenizer, WIDE)
     assert found.dropped == {reason: 1} and len(found.kept) == 1 and token in found.decoded[reason][0]
 
 
 def test_a_conversation_that_the_template_refuses_spares_the_others(tokenizer):
     strict = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system turn') }}{% endif %}" + CHATML
     rows = [GOOD, conversation([system("Be brief."), user("How?")])]
-    found = audit.audit_split(rows, with_template(tokenizer, strict), WIDE)
+    found = row_checks.audit_split(rows, with_template(tokenizer, strict), WIDE)
     assert found.dropped == {"template refuses": 1} and len(found.kept) == 1
 
 
@@ -125,7 +125,7 @@ def test_which_of_two_duplicates_stays_does_not_depend_on_their_order(tokenizer)
 
 
 def test_an_exact_copy_is_a_duplicate(tokenizer):
-    found = audit.audit_split([GOOD, GOOD, GOOD], tokenizer, WIDE)
+    found = row_checks.audit_split([GOOD, GOOD, GOOD], tokenizer, WIDE)
     assert len(found.kept) == 1 and found.dropped == {"duplicate prompt": 2}
 
 
@@ -133,7 +133,7 @@ def test_an_exact_copy_is_a_duplicate(tokenizer):
 def test_a_twin_that_is_dropped_for_another_reason_does_not_take_the_prompt_with_it(tokenizer, order):
     long = pair("Same?", "word " * 200, "no", prompt_id="long")
     rows = [long, pair("same?", "yes", "no", prompt_id="short")][::order]
-    found = audit.audit_split(rows, tokenizer, 128)
+    found = row_checks.audit_split(rows, tokenizer, 128)
     assert [rows[i]["prompt_id"] for i in found.kept] == ["short"] and found.dropped == {"too long": 1}
 
 
@@ -146,7 +146,7 @@ _bad = st.sampled_from([row for rows in ROW_CASES.values() for row in rows])
 _odd = st.builds(lambda base, changes: base | changes, st.sampled_from([GOOD, {}]), row_changes)
 _others = st.lists(_tokens | _bad | _odd | st.none(), max_size=6)
 _rows = st.tuples(st.lists(_sound, max_size=5), _others).map(lambda parts: parts[0] + parts[1]).flatmap(st.permutations)
-_held_out = st.sets(st.sampled_from([audit.prompt_digest([user(text)]) for text in ("How?", "Why?")]))
+_held_out = st.sets(st.sampled_from([row_checks.prompt_digest([user(text)]) for text in ("How?", "Why?")]))
 
 
 def as_text(rows):
@@ -156,21 +156,21 @@ def as_text(rows):
 @given(rows=_rows, held_out=_held_out)
 @example(rows=[GOOD, None, {}, GOOD | {"prompt_id": "\ud800"}], held_out=set())
 def test_any_rows_are_kept_or_dropped_once_and_nothing_raises(tokenizer, rows, held_out):
-    found = audit.audit_split(rows, tokenizer, 96, held_out)
+    found = row_checks.audit_split(rows, tokenizer, 96, held_out)
     assert found.rows == len(rows) == len(found.kept) + sum(found.dropped.values())
-    assert list(found.dropped) == [reason for reason in audit.REASONS if found.dropped.get(reason)]
+    assert list(found.dropped) == [reason for reason in row_checks.REASONS if found.dropped.get(reason)]
     assert {r: len(ids) for r, ids in found.examples.items()} == {r: min(n, 3) for r, n in found.dropped.items()}
     assert set(found.decoded) == {reason for reason in found.dropped if reason.startswith("template")}
     json.dumps([found.examples, found.decoded], ensure_ascii=False).encode()  # can be written
-    keys = [audit.prompt_digest(row["prompt"]) for row in kept_of(rows, found, tokenizer)]
+    keys = [row_checks.prompt_digest(row["prompt"]) for row in kept_of(rows, found, tokenizer)]
     assert len(set(keys)) == len(keys) and not set(keys) & held_out and set(keys) <= found.prompts
 
 
 @given(rows=_rows, held_out=_held_out, shuffle=st.randoms(use_true_random=False))
 def test_the_order_of_the_rows_changes_neither_what_is_kept_nor_what_is_counted(tokenizer, rows, held_out, shuffle):
-    found, mixed = audit.audit_split(rows, tokenizer, 96, held_out), list(rows)
+    found, mixed = row_checks.audit_split(rows, tokenizer, 96, held_out), list(rows)
     shuffle.shuffle(mixed)
-    other = audit.audit_split(mixed, tokenizer, 96, held_out)
+    other = row_checks.audit_split(mixed, tokenizer, 96, held_out)
     assert as_text(kept_of(mixed, other, tokenizer)) == as_text(kept_of(rows, found, tokenizer))
     assert other.dropped == found.dropped and other.prompts == found.prompts
 
@@ -179,7 +179,8 @@ def test_the_order_of_the_rows_changes_neither_what_is_kept_nor_what_is_counted(
 def test_each_prompt_that_has_a_sound_row_keeps_one(tokenizer, rows):
     alone = [row for one in rows for row in prepared([one], tokenizer, 96)]
     kept = prepared(rows, tokenizer, 96)
-    assert {audit.prompt_key(row["prompt"]) for row in alone} == {audit.prompt_key(row["prompt"]) for row in kept}
+    once, again = ({row_checks.prompt_key(row["prompt"]) for row in rows} for rows in (alone, kept))
+    assert once == again
     assert not as_text(kept) - as_text(alone), "a kept row is one that stands alone"
 
 
