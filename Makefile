@@ -4,6 +4,7 @@ VENV   := .venv
 PY     := $(VENV)/bin/python
 STAMP  := $(VENV)/.installed
 GUIDE  := build/guide
+UNIT   := tests -m 'not (end_to_end or slow or gpu or guide or colab)' -n auto --dist loadfile
 
 # A typed value as one word of the shell, whatever is in it; neither make nor the shell may read it as a command.
 quoted = '$(subst ','\'',$(value $(1)))'
@@ -11,7 +12,7 @@ quoted = '$(subst ','\'',$(value $(1)))'
 # What reaches the notebooks: make run PROFILE=cpu BETA=0.3. Every variable that is typed, but make's own and never the
 # shell's; the command knows which names there are.
 TYPED := $(sort $(foreach name,$(.VARIABLES),$(if $(filter command,$(origin $(name))),$(name))))
-TYPED := $(filter-out PYTHON VENV PY STAMP GUIDE REPO SHELL MAKEFLAGS,$(TYPED))
+TYPED := $(filter-out PYTHON VENV PY STAMP GUIDE UNIT REPO SHELL MAKEFLAGS,$(TYPED))
 PARAMETERS := $(foreach name,$(TYPED),-p '$(name)' $(call quoted,$(name)))
 unexport $(TYPED) REPO
 
@@ -21,7 +22,7 @@ UNKNOWN := $(filter-out $(KNOBS),$(TYPED))
 FOLDER := $(if $(and $(filter command,$(origin ARTIFACTS)),$(value ARTIFACTS)),$(call quoted,ARTIFACTS),artifacts)
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart run test colab lowest notebooks lint pins badges shape bench gpu guide clean
+.PHONY: help quickstart run test colab lowest notebooks check lint pins badges shape bench gpu guide clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
@@ -48,10 +49,9 @@ quickstart: $(STAMP)  ## one page, minutes: PROFILE=smoke MODEL= DATA= PAIRS= AR
 	mkdir -p $(FOLDER)
 	$(PY) -m papermill notebooks/00_quickstart.ipynb $(FOLDER)/00_quickstart.ipynb $(foreach name,$(KNOBS),$(if $(and $(filter command,$(origin $(name))),$(value $(name))),-p $(name) $(call quoted,$(name))))
 
-.PHONY: check
 check: $(STAMP) lint  ## the quick loop: style, types, unit tests; under two minutes
 	$(PY) -m mypy
-	OMP_NUM_THREADS=1 $(PY) -m pytest tests -m 'not (end_to_end or slow or gpu or guide or colab)' -n auto --dist loadfile
+	OMP_NUM_THREADS=1 $(PY) -m pytest $(UNIT)
 
 test: check  ## all of check, then the end-to-end tests and all six notebooks in the smoke profile
 	OMP_NUM_THREADS=1 $(PY) -m pytest tests -m 'end_to_end and not slow' -n auto --dist loadfile --durations=15
@@ -71,7 +71,7 @@ lowest:  ## unit tests with the lowest versions that pyproject.toml admits, in a
 	$(PYTHON) -m venv --clear $(VENV)-lowest
 	$(PYTHON) scripts/lowest.py > $(VENV)-lowest/requirements.txt
 	$(VENV)-lowest/bin/python -m pip install --quiet --disable-pip-version-check -r $(VENV)-lowest/requirements.txt --editable .[dev]
-	OMP_NUM_THREADS=1 $(VENV)-lowest/bin/python -m pytest tests -n auto --dist loadfile
+	OMP_NUM_THREADS=1 $(VENV)-lowest/bin/python -m pytest $(UNIT)
 
 notebooks: $(STAMP)  ## run the cpu profile and the quickstart, and write their outputs into notebooks/
 	$(PY) scripts/refresh_notebooks.py
