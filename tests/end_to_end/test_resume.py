@@ -21,6 +21,7 @@ from dpo_tutorial import config, run_folder
 from dpo_tutorial.cli import run
 from dpo_tutorial.errors import ArtifactError
 from dpo_tutorial.loading import models
+from dpo_tutorial.machine import hardware
 from dpo_tutorial.pairs import encoding, row_checks
 from dpo_tutorial.training import checkpoints, resume, save, train
 
@@ -110,7 +111,7 @@ def test_checkpoints_change_nothing_about_the_training(cfg, tokenizer, many, und
     run = run_folder.Run(cfg)
     trainer = build(cfg, run, tokenizer, many)
     trainer.args.save_strategy = "no"
-    train.environment.seed_everything(cfg.seed)
+    hardware.seed_everything(cfg.seed)
     trainer.train()
     assert names(run) == []
     save.save_adapter(cfg, run, trainer, tokenizer, 1.0)
@@ -354,7 +355,7 @@ def test_a_second_training_in_the_folder_is_refused_and_changes_nothing(cfg, tok
 
 def test_a_second_run_of_the_notebooks_in_the_folder_is_refused_and_changes_nothing(cfg, monkeypatch, tmp_path):
     monkeypatch.setattr(run.models, "load_tokenizer", lambda _: None)
-    monkeypatch.setattr(run.data, "load_preferences", lambda _: None)
+    monkeypatch.setattr(run.sources, "load_preferences", lambda _: None)
     first = run_folder.Run(config.resolve(profile="smoke", artifacts=str(tmp_path / "both")))
     first.write_json("executed/01_setup.ipynb", {})
     before = files_of(first.dir)
