@@ -3,9 +3,10 @@
 import dataclasses
 
 import bitsandbytes as bnb
+import peft
 import pytest
 import torch
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
 
 from dpo_tutorial import config
 from dpo_tutorial.adapter import lora
@@ -165,3 +166,17 @@ def test_an_adapter_of_another_base_is_refused(cfg, tmp_path):
         lora.load_policy(cfg, tmp_path / "adapter")
     with pytest.raises(ArtifactError, match="no adapter"):
         lora.load_policy(cfg, tmp_path / "nowhere")
+
+
+def test_an_old_torchao_as_on_colab_does_not_stop_an_adapter_on_16_bit_layers(monkeypatch):
+    def refuse():
+        raise ImportError("Found an incompatible version of torchao.")
+
+    for asks in (peft.tuners.lora.torchao, peft.utils.quantization_utils):
+        monkeypatch.setattr(asks, "is_torchao_available", refuse)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4))
+    with pytest.raises(ImportError):
+        get_peft_model(model, LoraConfig(target_modules=["0"]))
+    lora.pass_over_old_torchao()
+    model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(4, 4)), LoraConfig(target_modules=["0"]))
+    assert model.merge_and_unload()[0].weight.shape == (4, 4)

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import bitsandbytes as bnb
+import peft.tuners.lora.torchao
+import peft.utils.quantization_utils
 import torch
 from peft import LoraConfig, PeftModel, set_peft_model_state_dict
 from safetensors import SafetensorError
@@ -17,6 +19,22 @@ from ..errors import ArtifactError, ConfigError, ModelUnsuitableError, first_lin
 from ..knobs import Config
 from ..loading import models
 from ..machine import hardware
+
+
+def pass_over_old_torchao() -> None:
+    """Have PEFT go on where torchao is older than it admits, as on Colab; called when this module is imported.
+
+    PEFT 0.21 asks for torchao at each layer without 4-bit weights, and refuses the model if an old one is installed.
+    It would use it for torchao's own layers only, and there are none here.
+    """
+    try:
+        peft.tuners.lora.torchao.is_torchao_available()
+    except ImportError:
+        for asks in (peft.tuners.lora.torchao, peft.utils.quantization_utils):
+            asks.is_torchao_available = lambda: False
+
+
+pass_over_old_torchao()
 
 
 def lora_config(config: Config) -> LoraConfig:
