@@ -28,7 +28,7 @@ def unwritable(path: Path, error: Exception | str) -> ArtifactError:
     )
 
 
-def _read_json(path: Path) -> dict | list:
+def read_json(path: Path) -> dict | list:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -95,7 +95,7 @@ class Run:
         Raises:
             ArtifactError: missing or damaged.
         """
-        return _read_json(self.dir / name)
+        return read_json(self.dir / name)
 
     def save_figure(self, figure, name: str) -> Path:
         """Save a matplotlib figure under `figures/` as PNG (the executed notebook keeps its own copy)."""

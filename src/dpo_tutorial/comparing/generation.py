@@ -91,7 +91,7 @@ def kl_from_reference(
     for prompt, answer in zip(prompts, answers, strict=True):
         ids = tokenizer.apply_chat_template(prompt, tokenize=True, return_dict=False, add_generation_prompt=True)
         encoded.append((ids, answer))
-    policy, reference = scoring._log_probs(config, model, tokenizer, encoded)
+    policy, reference = scoring.answer_log_probs(config, model, tokenizer, encoded)
     ratios = [(ours - theirs).sum().item() for ours, theirs in zip(policy, reference, strict=True)]
     lengths = [len(answer) for answer in answers]
     return {

@@ -1,4 +1,4 @@
-"""Base model, tokenizer, 4-bit loading and LoRA: where weights come from and what they weigh."""
+"""Base model and tokenizer: where they come from, and how the weights are loaded in 4 bits."""
 
 from __future__ import annotations
 

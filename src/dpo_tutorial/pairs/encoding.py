@@ -31,7 +31,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, prompt: list[dict], answer: list[
         ) from error
     if whole[: len(before)] != before:
         same = next((i for i, (a, b) in enumerate(zip(before, whole, strict=False)) if a != b), len(whole))
-        old, new = (_short(tokenizer.decode(ids[same : same + 24])) for ids in (before, whole))
+        old, new = (short(tokenizer.decode(ids[same : same + 24])) for ids in (before, whole))
         raise DataError(
             f"The prompt's tokens change once an answer follows: {old!r} becomes {new!r}.",
             "Use a template whose prompt is a prefix of the whole conversation.",
@@ -65,7 +65,7 @@ def template_problem(
     return None
 
 
-def _short(text: str, n: int = 80) -> str:
+def short(text: str, n: int = 80) -> str:
     return text if len(text) <= 2 * n else f"{text[:n]} … {text[-n:]}"
 
 

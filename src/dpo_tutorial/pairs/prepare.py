@@ -1,4 +1,4 @@
-"""Preference data: load a source, choose splits, audit every row (`audit`), shuffle, subsample, account for it all."""
+"""Prepared pairs: every row checked (`row_checks`), shuffled, subsampled, and an account of what was dropped."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ def source(config: Config) -> tuple[str, dict | None, str | None]:
         with path.open(encoding="utf-8-sig", errors="replace", newline="") as stream:
             found = next(csv.reader(stream, delimiter="," if path.suffix == ".csv" else "\t"), [])
         raise DataError(
-            f"DATA={spec} is a table of plain cells, which hold no conversation; it has {sources._listed(found)}.",
-            f"Write it as .jsonl or .parquet. {sources._SCHEMA}",
+            f"DATA={spec} is a table of plain cells, which hold no conversation; it has {sources.listed(found)}.",
+            f"Write it as .jsonl or .parquet. {sources.SCHEMA}",
         )
     return spec, None, config.data_revision
 
@@ -131,8 +131,8 @@ def _nothing_left(where: str, found: Audit, columns: list[str]) -> DataError:
     )
     return DataError(
         f"No usable pair is left in {where}: {dropped or 'it has no row'}. "
-        f"It has the columns {sources._listed(columns)}." + "".join(f" {text}." for text in shown),
-        fix + sources._SCHEMA,
+        f"It has the columns {sources.listed(columns)}." + "".join(f" {text}." for text in shown),
+        fix + sources.SCHEMA,
     )
 
 

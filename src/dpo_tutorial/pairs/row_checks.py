@@ -219,7 +219,7 @@ def _add_token_counts(tokenizer: PreTrainedTokenizerBase, example: dict, max_tok
             return ("template refuses" if error.__cause__ else "template border"), error.cause
         problem = encoding.template_problem(tokenizer, example["prompt"], example[side], after)
         if problem:
-            return problem, f"{tokenizer.decode(before[-8:])}¦{encoding._short(tokenizer.decode(after))}"
+            return problem, f"{tokenizer.decode(before[-8:])}¦{encoding.short(tokenizer.decode(after))}"
         example |= {"prompt_tokens": len(before), f"{side}_tokens": len(after)}
     longest = example["prompt_tokens"] + max(example["chosen_tokens"], example["rejected_tokens"])
     return ("too long" if longest > max_tokens else None), ""

@@ -84,20 +84,20 @@ def _cause(error: BaseException) -> str:
     return first_line(error)
 
 
-_SCHEMA = (
+SCHEMA = (
     "Preference data needs prompt (text), chosen and rejected (lists of {role, content}), "
     "score_chosen and score_rejected (numbers), as HuggingFaceH4/ultrafeedback_binarized has them."
 )
 
 
-def _listed(columns: list[str]) -> str:
+def listed(columns: list[str]) -> str:
     return ", ".join(columns) or "no column"
 
 
 def _check_columns(split: Dataset, where: str) -> None:
     missing = [c for c in COLUMNS if c not in split.column_names]
     if missing:
-        raise DataError(f"{where} has no column {', '.join(missing)}; it has {_listed(split.column_names)}.", _SCHEMA)
+        raise DataError(f"{where} has no column {', '.join(missing)}; it has {listed(split.column_names)}.", SCHEMA)
 
 
 def choose_splits(raw: DatasetDict, seed: int) -> tuple[DatasetDict, list[str]]:
@@ -146,5 +146,5 @@ def or_hub(model: str = "", data: str = "") -> tuple[tuple[str, str | None], tup
     if model == knobs.EMBEDDED:
         model = str(embedded.ensure_embedded_model())
     if data == knobs.EMBEDDED:
-        data = str(resources.files("dpo_tutorial.pairs") / "resources")
+        data = str(embedded_file("train_prefs").parent)
     return (model, commits.get(model)), (data, commits.get(data))

@@ -28,7 +28,7 @@ def read_training_record(adapter: Path) -> dict:
             "Run 05_train_dpo.ipynb first; or set TRAIN_IF_MISSING=True to train here and now; "
             "or set ADAPTER to a folder that 05 saved, for example on Drive.",
         )
-    record = run_folder._read_json(adapter / "training.json")
+    record = run_folder.read_json(adapter / "training.json")
     if not isinstance(record, dict) or not {"config", "base", "history"} <= set(record):
         raise ArtifactError(
             f"{adapter / 'training.json'} is not the record of a training.",

@@ -43,7 +43,7 @@ def score_pairs(
     encoded = [
         encoding.encode(tokenizer, pair["prompt"], pair[side]) for pair in pairs for side in ("chosen", "rejected")
     ]
-    scored = zip(*_log_probs(config, model, tokenizer, encoded, padding), strict=True)
+    scored = zip(*answer_log_probs(config, model, tokenizer, encoded, padding), strict=True)
     records = []
     for pair, chosen, rejected in zip(pairs, scored, scored, strict=True):
         record = {"prompt_id": pair["prompt_id"]}
@@ -59,7 +59,7 @@ def score_pairs(
 
 
 @torch.no_grad()
-def _log_probs(
+def answer_log_probs(
     config: Config, model: PeftModel, tokenizer: PreTrainedTokenizerBase, encoded, padding: int = 0
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Log-probabilities of the answer's tokens, `[answer length]` each, of (prompt ids, answer ids) in the given order.
