@@ -80,7 +80,7 @@ def test_kl_per_answer_and_per_token_are_the_means_worked_by_hand(cfg, policy, t
     monkeypatch.setattr(generation, "_answer_ids", lambda *a, **k: [[5] * 10, [5] * 30])
     policy_logps = [torch.full((10,), -0.8), torch.full((30,), -2 / 3)]  # sums -8 and -20
     base_logps = [torch.full((10,), -1.0), torch.full((30,), -28 / 30)]  # sums -10 and -28
-    monkeypatch.setattr(scoring, "_log_probs", lambda *a: (policy_logps, base_logps))
+    monkeypatch.setattr(scoring, "answer_log_probs", lambda *a: (policy_logps, base_logps))
     kl = generation.kl_from_reference(cfg, policy, tokenizer, pairs["prompt"][:2])
     # log-ratios 2 and 8: mean 5, standard error 3; 10 nats over 40 tokens; residuals (2 - 2.5)/20 and (8 - 7.5)/20
     assert (kl["per_answer"]["mean"], kl["per_answer"]["standard_error"]) == pytest.approx((5.0, 3.0), abs=1e-5)
