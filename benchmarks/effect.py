@@ -87,7 +87,7 @@ def score(task: dict, folder: Path) -> dict:
     from dpo_tutorial.training import save, scoring
 
     run = run_folder.Run(config.resolve(profile="cpu", artifacts=task["run"]))
-    trained = save.require_adapter(run)["config"]
+    trained = save.read_training_record(run.adapter)["config"]
     cfg = config.resolve(profile="cpu", **{"dtype": trained["dtype"]} | task["knobs"])
     tokenizer = models.load_tokenizer(cfg)
     prepared = prepare.prepare(cfg, tokenizer)
@@ -103,7 +103,7 @@ def read(task: dict, folder: Path) -> dict:
 
     run = run_folder.Run(config.resolve(profile="cpu", artifacts=task["run"]))
     comparison, summary = run.read_json("comparison.json"), run.read_json("summary.json")
-    trained = save.require_adapter(run)
+    trained = save.read_training_record(run.adapter)
     after = comparison["held_out"]["after"]
     return {
         **{name: after[name] for name in ("accuracy", "reward_chosen", "reward_rejected", "margin")},

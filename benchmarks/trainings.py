@@ -22,7 +22,7 @@ from dpo_tutorial.adapter import lora
 from dpo_tutorial.loading import models
 from dpo_tutorial.machine import hardware, memory
 from dpo_tutorial.pairs import encoding
-from dpo_tutorial.training import faster, timing, train
+from dpo_tutorial.training import faster, save, timing, train
 
 #: Architectures with random weights, for speed only. The last two are those of the GPU profiles.
 SHAPES = {
@@ -209,7 +209,7 @@ def run(trainer: DPOTrainer, seed: int) -> dict:
     started = time.perf_counter()
     trainer.train()
     seconds = time.perf_counter() - started
-    log = train.history(trainer)["train"]
+    log = save.history(trainer)["train"]
     ends = [started, *(end for end, _, _ in marks)]
     (first, tokens, pairs), (last, all_tokens, all_pairs) = marks[0], marks[-1]
     rest = last - first or float("nan")  # of a training of one step nothing is steady

@@ -55,6 +55,18 @@ TEXTS = [
 ]
 
 
+def conversations() -> list[dict]:
+    """`TEXTS` as TRL's conversational rows: prompt, chosen and rejected as lists of messages."""
+    return [
+        {
+            "prompt": [{"role": "user", "content": ask}],
+            "chosen": [{"role": "assistant", "content": good}],
+            "rejected": [{"role": "assistant", "content": bad}],
+        }
+        for ask, good, bad in TEXTS
+    ]
+
+
 def script(path: str):
     """A program of benchmarks/ or scripts/, which no package holds, as a module; `path` is from the project's root."""
     file = Path(__file__).parents[1] / path

@@ -126,7 +126,7 @@ def test_a_stopped_training_resumes_by_itself_and_says_so_in_one_line(cfg, token
     said = [line for line in capsys.readouterr().out.splitlines() if "checkpoint-" in line]
     assert said == ["Resuming after step 3 of 6, from checkpoint-3."]
     assert weights(run) == undisturbed
-    assert [row["step"] for row in train.history(trainer)["train"]] == [1, 2, 3, 4, 5, 6]
+    assert [row["step"] for row in save.history(trainer)["train"]] == [1, 2, 3, 4, 5, 6]
     lines = [json.loads(line) for line in (run.dir / "progress.jsonl").read_text().splitlines()]
     assert [r["step"] for r in lines if "loss" in r] == [1, 2, 3, 4, 5, 6]
 
@@ -161,7 +161,7 @@ def test_a_stop_between_the_last_step_and_saving_costs_no_step(cfg, tokenizer, m
     run.unlock()  # as when the process ends
     trainer = build(cfg, run, tokenizer, many)
     assert resume.resume_or_start(trainer, cfg, run) == pytest.approx(seconds, abs=0.5)
-    assert trainer.state.global_step == 6 and train.history(trainer)["eval"]
+    assert trainer.state.global_step == 6 and save.history(trainer)["eval"]
     save.save_adapter(cfg, run, trainer, tokenizer, seconds)
     assert weights(run) == undisturbed
 
@@ -171,7 +171,7 @@ def test_after_a_finished_training_the_next_one_starts_anew(cfg, tokenizer, many
     for _ in range(2):
         trainer = again(cfg, tokenizer, many)
         assert names(run) == []
-        assert len(train.history(trainer)["train"]) == 6
+        assert len(save.history(trainer)["train"]) == 6
     assert "Resuming" not in capsys.readouterr().out
 
 
@@ -181,7 +181,7 @@ def test_seconds_count_those_before_the_stop(cfg, tokenizer, many):
     seal = checkpoints.read_seal(first)
     run.write_json(first.relative_to(run.dir) / checkpoints.SEAL, seal | {"seconds": 1000.0})
     again(cfg, tokenizer, many)
-    assert 1000 < save.require_adapter(run)["seconds"] < 1100
+    assert 1000 < save.read_training_record(run.adapter)["seconds"] < 1100
 
 
 def unsealed(checkpoint):
@@ -303,7 +303,7 @@ def test_fresh_starts_over_whatever_changed(cfg, tokenizer, many, capsys):
     run = stopped(cfg, tokenizer, many)
     trainer = again(dataclasses.replace(cfg, learning_rate=0.5, fresh=True), tokenizer, many)
     assert "Resuming" not in capsys.readouterr().out
-    assert len(train.history(trainer)["train"]) == 6 and names(run) == []
+    assert len(save.history(trainer)["train"]) == 6 and names(run) == []
 
 
 # --- one training at a time ---------------------------------------------------------------------------------------

@@ -113,7 +113,7 @@ def test_04_loads_what_the_package_loads(cfg, package, rows):
 
 def test_a_hub_id_is_loaded_at_its_revision(cfg):
     here = dataclasses.replace(cfg, data="someone/pairs", data_revision="abc")
-    assert prepare.source(here) == ("someone/pairs", None, "abc")
+    assert sources.source(here) == ("someone/pairs", None, "abc")
 
 
 def test_04_prepares_by_hand_what_the_package_prepares(cfg, package, rows, tokenizer):

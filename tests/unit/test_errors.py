@@ -174,7 +174,7 @@ def a_template_that_refuses(case):
 
 def another_cut(case):
     there = run_folder.Run(case.cfg)
-    save.check_adapter(there, {"config": there.config.identity() | {"data": "other"}}, [])
+    save.check_held_out(there, {"config": there.config.identity() | {"data": "other"}}, [])
 
 
 def no_adapter_to_judge(case):

@@ -6,7 +6,7 @@ import signal
 
 import pytest
 import torch
-from conftest import TEXTS
+from conftest import conversations
 from datasets import Dataset
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, set_seed
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -75,18 +75,17 @@ def tiny(name: str, tokenizer, **changes):
 
 def one_step(trainer_class, model, reference, tokenizer, folder):
     """(loss, gradient, trainer) of the four pairs."""
-    rows = [
-        {"prompt": [{"role": "user", "content": ask}], "chosen": [{"role": "assistant", "content": good}],
-         "rejected": [{"role": "assistant", "content": bad}]}
-        for ask, good, bad in TEXTS
-    ]  # fmt: skip
     args = DPOConfig(
         folder, per_device_train_batch_size=4, use_cpu=True, bf16=False, report_to="none", max_length=None,
         gradient_checkpointing=False, save_strategy="no", remove_unused_columns=False, disable_tqdm=True,
     )  # fmt: skip
     trainer = trainer_class(
-        model=model, ref_model=reference, args=args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer
-    )
+        model=model,
+        ref_model=reference,
+        args=args,
+        train_dataset=Dataset.from_list(conversations()),
+        processing_class=tokenizer,
+    )  # fmt: skip
     batch = next(iter(trainer.get_train_dataloader()))
     model.train()
     set_seed(0)  # some routers draw

@@ -9,7 +9,7 @@ import pytest
 import torch
 import trl.kernels.chunked_logprob
 import trl.trainer.utils
-from conftest import TEXTS
+from conftest import conversations
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -22,11 +22,6 @@ from dpo_tutorial.training import faster, train
 
 def built(kind, folder: str, **kwargs):
     """A trainer over the tiny model in its folder, written as a reader would write it."""
-    rows = [
-        {"prompt": [{"role": "user", "content": ask}], "chosen": [{"role": "assistant", "content": good}],
-         "rejected": [{"role": "assistant", "content": bad}]}
-        for ask, good, bad in TEXTS
-    ]  # fmt: skip
     args = DPOConfig(
         f"{folder}/out", per_device_train_batch_size=2, max_steps=4, learning_rate=1e-2, use_cpu=True, bf16=False,
         logging_steps=1, save_strategy="no", disable_tqdm=True,
@@ -34,7 +29,7 @@ def built(kind, folder: str, **kwargs):
     lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     return kind(
-        model=model, args=args, train_dataset=Dataset.from_list(rows), peft_config=lora,
+        model=model, args=args, train_dataset=Dataset.from_list(conversations()), peft_config=lora,
         processing_class=AutoTokenizer.from_pretrained(folder), **kwargs,
     )  # fmt: skip
 

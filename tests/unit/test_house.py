@@ -34,3 +34,17 @@ def test_a_module_says_what_it_is_for_and_imports_from_earlier_rooms_only(path):
     assert path.read_text(encoding="utf-8").startswith('"""')
     allowed = ROOMS[: ROOMS.index(room(path)) + 1]
     assert {name for name in imports(path) if not name.startswith("__")} - set(allowed) == set()
+
+
+def test_no_two_modules_import_each_other():
+    arrows = {}
+    for path in MODULES:
+        here = ["dpo_tutorial", *path.relative_to(PACKAGE).parent.parts]
+        name = ".".join([*here[1:], path.stem])
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ImportFrom) and node.level:
+                base = [*here[1 : len(here) - node.level + 1], *filter(None, [node.module])]
+                arrows.setdefault(name, set()).update(
+                    {".".join(base), *(".".join([*base, a.name]) for a in node.names)}
+                )
+    assert [(a, b) for a in arrows for b in arrows[a] if a < b and a in arrows.get(b, ())] == []

@@ -54,7 +54,7 @@ def test_a_finished_training_is_saved_on_windows(cfg, pairs, tokenizer, tmp_path
     trainer = train.build_trainer(cfg, models.load_base(cfg), tokenizer, pairs, None, tmp_path / "trainer")
     windows(monkeypatch)
     save.save_adapter(cfg, workplace, trainer, tokenizer, 1.0)
-    assert save.require_adapter(workplace)["peak_memory_gib"] == 3.0
+    assert save.read_training_record(workplace.adapter)["peak_memory_gib"] == 3.0
 
 
 def test_a_run_on_windows_ends_with_its_summary_and_without_the_line_about_memory(cfg, monkeypatch, capsys):

@@ -359,7 +359,7 @@ def test_harmed_prepared_data_is_an_error_that_names_the_file_or_is_made_anew(cf
 
 def test_no_adapter_is_an_error_that_names_the_notebook_that_makes_one(run):
     with pytest.raises(ArtifactError) as caught:
-        save.require_adapter(run)
+        save.read_training_record(run.adapter)
     assert str(run.adapter) in caught.value.cause
     assert "05_train_dpo" in caught.value.fix and "TRAIN_IF_MISSING" in caught.value.fix
 
@@ -370,7 +370,7 @@ def test_an_adapter_that_lacks_a_file_counts_as_none(run, missing):
     for name in {*save.ADAPTER_FILES, "training.json"} - {missing}:
         (run.adapter / name).write_text("{}")
     with pytest.raises(ArtifactError, match="no trained adapter"):
-        save.require_adapter(run)
+        save.read_training_record(run.adapter)
 
 
 def test_the_record_of_a_whole_adapter_is_given_back(run):
@@ -379,15 +379,15 @@ def test_the_record_of_a_whole_adapter_is_given_back(run):
         (run.adapter / name).write_text("{}")
     record = {"config": {"beta": 0.1}, "base": {"name": "tiny"}, "history": {}}
     (run.adapter / "training.json").write_text(json.dumps(record))
-    assert save.require_adapter(run) == record
+    assert save.read_training_record(run.adapter) == record
 
 
 def test_an_adapter_of_other_data_or_another_cut_is_refused(run):
     record = {"config": run.config.identity()}
-    save.check_adapter(run, record, ["test: split 'test_prefs', 9 rows"])
+    save.check_held_out(run, record, ["test: split 'test_prefs', 9 rows"])
     with pytest.raises(ArtifactError, match="another DATA"):
-        save.check_adapter(run, {"config": record["config"] | {"data": "other"}}, [])
+        save.check_held_out(run, {"config": record["config"] | {"data": "other"}}, [])
     other_seed = {"config": record["config"] | {"seed": 1}}
-    save.check_adapter(run, other_seed, ["test: split 'test_prefs', 9 rows"])
+    save.check_held_out(run, other_seed, ["test: split 'test_prefs', 9 rows"])
     with pytest.raises(ArtifactError, match="another SEED"):
-        save.check_adapter(run, other_seed, ["test: no such split, so 9 rows cut from train with seed 1"])
+        save.check_held_out(run, other_seed, ["test: no such split, so 9 rows cut from train with seed 1"])

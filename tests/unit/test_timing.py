@@ -64,3 +64,13 @@ def test_a_training_that_fails_leaves_no_phase_open(cfg, tokenizer, pairs, tmp_p
     with pytest.raises(ZeroDivisionError):
         trainer.train()
     assert not trainer.times._open and timing.REST in trainer.times.seconds
+
+
+def test_a_clock_that_is_switched_off_counts_nothing_and_never_waits(cfg, tokenizer, pairs, tmp_path, monkeypatch):
+    trainer = train.build_trainer(
+        cfg, models.load_base(cfg), tokenizer, pairs, pairs.select(range(2)), tmp_path / "out"
+    )
+    trainer.times.counting = False
+    monkeypatch.setattr(timing.memory, "synchronize", lambda: 1 / 0)
+    trainer.train()
+    assert not trainer.times.seconds

@@ -100,7 +100,7 @@ def test_the_order_of_the_batches_follows_the_seed_alone(cfg, tokenizer, pairs, 
         monkeypatch.setattr(train, "build_trainer", build)
         seeded, many = dataclasses.replace(cfg, seed=seed), concatenate_datasets([pairs] * 4)
         trainer = train.train(seeded, run_folder.Run(cfg), models.load_base(cfg), tokenizer, many, pairs)
-        return [row["logps/chosen"] for row in train.history(trainer)["train"]]
+        return [row["logps/chosen"] for row in save.history(trainer)["train"]]
 
     stock = train.build_trainer
     assert log_probs(1, drawn_before=0) == log_probs(1, drawn_before=3) != log_probs(2, drawn_before=0)
@@ -193,7 +193,7 @@ def test_the_adapter_is_saved_with_its_base_and_scores_the_same_after_reloading(
     saved = {p.name for p in run.adapter.iterdir()}
     assert {"adapter_model.safetensors", "adapter_config.json", "training.json", "README.md", "tokenizer.json"} <= saved
     assert not any(name.endswith((".bin", ".pt", ".pkl")) for name in saved)
-    record = save.require_adapter(run)
+    record = save.read_training_record(run.adapter)
     assert record["base"]["name"] == "tiny-llama" and record["history"]["train"] and record["versions"]["trl"]
     card = (run.adapter / "README.md").read_text()
     assert "tiny-llama" in card and "beta 0.1" in card and "| Base revision | not pinned |" in card
@@ -257,7 +257,7 @@ def test_every_variant_of_the_loss_starts_from_a_zero_margin_and_raises_it(cfg, 
     changed = dataclasses.replace(cfg, **knobs, max_steps=6, warmup_ratio=0.0, lr_scheduler="constant")
     trainer = trainer_for(changed, tokenizer, pairs, tmp_path)
     trainer.train()
-    losses = [row["loss"] for row in train.history(trainer)["train"]]
+    losses = [row["loss"] for row in save.history(trainer)["train"]]
     assert losses[0] == pytest.approx(first, abs=1e-3) and losses[-1] < losses[0]
     records = scoring.score_pairs(changed, trainer.model, tokenizer, pairs, beta=1.0)
     assert sum(r["margin"] for r in records) / len(records) > 1
@@ -372,4 +372,4 @@ def test_what_lies_in_an_input_folder_is_read_and_never_written_as_on_kaggle(tin
     )
     after = {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in [given, *given.rglob("*")]}
     assert after == before, "as root nothing is read-only, so the folder itself is compared"
-    assert save.require_adapter(run_folder.Run(here))
+    assert save.read_training_record(run_folder.Run(here).adapter)

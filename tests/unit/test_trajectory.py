@@ -11,7 +11,7 @@ from dpo_tutorial.adapter import lora
 from dpo_tutorial.loading import models
 from dpo_tutorial.machine import hardware
 from dpo_tutorial.pairs import encoding
-from dpo_tutorial.training import faster, train
+from dpo_tutorial.training import faster, save, train
 
 STEPS = 8
 
@@ -32,7 +32,7 @@ def trajectory(trainer, cfg) -> torch.Tensor:
     """Losses of all steps, then the reward of the chosen answers at each: what moves, not only its difference."""
     hardware.seed_everything(cfg.seed)
     trainer.train()
-    rows = train.history(trainer)["train"]
+    rows = save.history(trainer)["train"]
     return torch.tensor([[row["loss"], row["rewards/chosen"]] for row in rows])
 
 

@@ -94,7 +94,7 @@ def write_report(adapter: str, source: str, out: str, parameters: dict[str, str]
     if source:
         print("Other data than it was trained on: whether the training rows are among them is for you to know.")
     else:
-        save.check_adapter(run, record, prepared.choices)
+        save.check_held_out(run, record, prepared.choices)
     policy = lora.load_policy(config, adapter)
     records, comparison = compare(config, policy, tokenizer, prepared.splits, beta)
     for path in report.save(run, record, records, comparison):

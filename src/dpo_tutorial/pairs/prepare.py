@@ -2,52 +2,18 @@
 
 from __future__ import annotations
 
-import csv
-import glob
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 from datasets import Dataset, DatasetDict
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from .. import knobs
 from ..errors import DataError
 from ..knobs import Config
 from . import sources
 from .row_checks import REASONS, Audit, audit_split, prepared_row
-
-
-def source(config: Config) -> tuple[str, dict | None, str | None]:
-    """What `load_dataset` is called with for `config.data`: hub id, folder or kind of file; files; revision.
-
-    Raises:
-        DataError: no such file, or a table of plain cells.
-    """
-    spec = config.data
-    path = Path(spec).expanduser()
-    if spec == knobs.EMBEDDED:
-        return "json", {s: str(sources.embedded_file(s)) for s in sources.EMBEDDED_SPLITS}, None
-    if path.is_dir():
-        return str(path), None, None
-    if path.suffix in (".parquet", ".jsonl", ".json"):
-        if not path.is_file():
-            raise DataError(
-                f"DATA={spec} does not exist (looked in {Path.cwd()}).", "Give the path of an existing file."
-            )
-        kind = "parquet" if path.suffix == ".parquet" else "json"
-        return kind, {"train": glob.escape(str(path))}, None  # `[1]` in a name is no pattern
-    if path.suffix in (".csv", ".tsv") and path.is_file():
-        with path.open(encoding="utf-8-sig", errors="replace", newline="") as stream:
-            found = next(csv.reader(stream, delimiter="," if path.suffix == ".csv" else "\t"), [])
-        raise DataError(
-            f"DATA={spec} is a table of plain cells, which hold no conversation; it has {sources.listed(found)}.",
-            f"Write it as .jsonl or .parquet. {sources.SCHEMA}",
-        )
-    return spec, None, config.data_revision
-
 
 # --- the whole set ------------------------------------------------------------------------------------------------
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import glob
 import json
 from importlib import resources
 from pathlib import Path
@@ -13,7 +15,6 @@ from ..errors import DataError, first_line
 from ..knobs import Config
 from ..loading import embedded
 from ..machine import hardware
-from . import prepare
 from .row_checks import COLUMNS
 
 #: Where each split is looked for, first hit wins. What is missing is cut from the training split, by seed.
@@ -61,9 +62,38 @@ def dirty_rows() -> list[dict]:
     return [json.loads(line) for line in embedded_file("dirty_rows").read_text(encoding="utf-8").splitlines()]
 
 
+def source(config: Config) -> tuple[str, dict | None, str | None]:
+    """What `load_dataset` is called with for `config.data`: hub id, folder or kind of file; files; revision.
+
+    Raises:
+        DataError: no such file, or a table of plain cells.
+    """
+    spec = config.data
+    path = Path(spec).expanduser()
+    if spec == knobs.EMBEDDED:
+        return "json", {s: str(embedded_file(s)) for s in EMBEDDED_SPLITS}, None
+    if path.is_dir():
+        return str(path), None, None
+    if path.suffix in (".parquet", ".jsonl", ".json"):
+        if not path.is_file():
+            raise DataError(
+                f"DATA={spec} does not exist (looked in {Path.cwd()}).", "Give the path of an existing file."
+            )
+        kind = "parquet" if path.suffix == ".parquet" else "json"
+        return kind, {"train": glob.escape(str(path))}, None  # `[1]` in a name is no pattern
+    if path.suffix in (".csv", ".tsv") and path.is_file():
+        with path.open(encoding="utf-8-sig", errors="replace", newline="") as stream:
+            found = next(csv.reader(stream, delimiter="," if path.suffix == ".csv" else "\t"), [])
+        raise DataError(
+            f"DATA={spec} is a table of plain cells, which hold no conversation; it has {listed(found)}.",
+            f"Write it as .jsonl or .parquet. {SCHEMA}",
+        )
+    return spec, None, config.data_revision
+
+
 def _read(config: Config) -> DatasetDict:
     try:
-        where, files, revision = prepare.source(config)
+        where, files, revision = source(config)
         return load_dataset(where, data_files=files, revision=revision)
     except DataError:
         raise

@@ -19,7 +19,7 @@ BLUE, ORANGE, GREEN, GREY = "#0072B2", "#E69F00", "#009E73", "#808080"
 # --- figures ------------------------------------------------------------------------------------------------------
 
 
-def _figure(
+def new_figure(
     width: float = 7.0, height: float = 3.2, columns: int = 1, rows: int = 1, alt: str = "", **axes_options
 ) -> tuple[Figure, np.ndarray]:
     figure, axes = plt.subplots(
@@ -52,7 +52,7 @@ PIPELINE = (
 def pipeline() -> Figure:
     """Map of the six notebooks: a box each, and under it what it hands on."""
     said = "; ".join(f"{name} gives {gives}" for name, gives in PIPELINE)
-    figure, (axis,) = _figure(height=1.7, alt=f"Six notebooks in a row. {said}.")
+    figure, (axis,) = new_figure(height=1.7, alt=f"Six notebooks in a row. {said}.")
     for place, (name, gives) in enumerate(PIPELINE):
         number, title = name.split(" ", 1)
         box = dict(boxstyle="round,pad=0.5", facecolor="white", edgecolor=BLUE, linewidth=1.5)
@@ -72,7 +72,7 @@ def bars(values: dict[str, float], unit: str, title: str) -> Figure:
     """Horizontal bars with their values written out."""
     written = {k: f"{v:,.0f} {unit}" if abs(v) >= 100 else f"{v:.3g} {unit}" for k, v in values.items()}
     said = "; ".join(f"{k} {v}" for k, v in written.items())
-    figure, (axis,) = _figure(height=0.8 + 0.42 * len(values), alt=f"{title}: {said}")
+    figure, (axis,) = new_figure(height=0.8 + 0.42 * len(values), alt=f"{title}: {said}")
     shown = axis.barh(list(values), list(values.values()), color=BLUE)
     axis.bar_label(shown, labels=list(written.values()), padding=4)
     axis.invert_yaxis()
@@ -86,7 +86,7 @@ def lengths(values: Sequence[int], limit: int) -> Figure:
     alt = (
         f"Histogram of {len(values)} pair lengths, median {np.median(values):.0f} tokens; limit {limit}, {over} over it"
     )
-    figure, (axis,) = _figure(alt=alt)
+    figure, (axis,) = new_figure(alt=alt)
     axis.hist(values, bins=30, color=BLUE)
     axis.axvline(limit, color=ORANGE, linewidth=2, label=f"max_tokens = {limit}")
     axis.set(xlabel="tokens of prompt + longer answer", ylabel="pairs", title="Pair lengths")
@@ -96,7 +96,7 @@ def lengths(values: Sequence[int], limit: int) -> Figure:
 
 def nf4_levels(weights: np.ndarray, levels: np.ndarray) -> Figure:
     """The 16 NF4 levels over a histogram of weights scaled by the largest absolute value of their block."""
-    figure, (axis,) = _figure(
+    figure, (axis,) = new_figure(
         alt=f"Histogram of {weights.size} scaled weights with the {len(levels)} NF4 levels as lines"
     )
     axis.hist(weights, bins=80, color=BLUE, density=True)
@@ -120,7 +120,7 @@ def lora_shapes(name: str, d_out: int, d_in: int, rank: int, alpha: int) -> Figu
     )
     gap = 0.5 * max(d_out, d_in)  # wide enough for the labels, also beside a tall W
     across, down = 2 * d_in + rank + 2 * gap, d_out + 0.4 * gap
-    figure, (axis,) = _figure(width=8, height=1 + min(3.5, 7.8 * down / across), alt=alt)
+    figure, (axis,) = new_figure(width=8, height=1 + min(3.5, 7.8 * down / across), alt=alt)
     left = 0.0
     for part, rows, columns, color in (("W", d_out, d_in, GREY), ("B", d_out, rank, BLUE), ("A", rank, d_in, BLUE)):
         axis.add_patch(plt.Rectangle((left, 0), columns, rows, facecolor=color, edgecolor=color, label=part))
@@ -148,7 +148,7 @@ def dropped_rows(report: dict[str, dict]) -> Figure:
         for split, found in report.items()
     ]
     alt = f"Every row accounted for. {'; '.join(said)}."
-    figure, (whole, parts) = _figure(width=10, height=1.5 + 0.36 * max(3, len(reasons)), columns=2, alt=alt)
+    figure, (whole, parts) = new_figure(width=10, height=1.5 + 0.36 * max(3, len(reasons)), columns=2, alt=alt)
     whole.barh(list(report), kept, color=BLUE, label="kept")
     dropped = whole.barh(list(report), np.subtract(rows, kept), left=kept, color=ORANGE, label="dropped")
     whole.bar_label(dropped, labels=[f"{k:,} of {n:,} kept" for k, n in zip(kept, rows, strict=True)], padding=3)
@@ -183,7 +183,7 @@ def memory_plan(planned, measured: float | None = None) -> Figure:
     alt = f"Predicted peak {sum(mib.values()):,.0f} MiB: " + ", ".join(f"{term} {n:,.0f}" for term, n in mib.items())
     if measured:
         alt += f". Measured: {measured / 2**20:,.0f} MiB"
-    figure, (axis,) = _figure(width=9, height=2.6, alt=alt)
+    figure, (axis,) = new_figure(width=9, height=2.6, alt=alt)
     left = 0.0
     for (term, n), color in zip(mib.items(), plt.cm.cividis(np.linspace(0, 1, len(mib))), strict=True):
         axis.barh("predicted", n, left=left, color=color, edgecolor="white", label=f"{term} {n:,.0f}")

@@ -45,7 +45,7 @@ def heat_map(shown: dict) -> HTML:
     for side in ("chosen", "rejected"):
         tokens = shown[side]
         title = _heat_title(shown, side)
-        rows = tables._table([{"token": text, "reward": f"{reward:+.3f}"} for text, reward in tokens])
+        rows = tables.html_table([{"token": text, "reward": f"{reward:+.3f}"} for text, reward in tokens])
         parts.append(
             f"<div role='group' aria-label='{html.escape(title)}'><p>{html.escape(title)}</p>"
             f"<p class='dpo-hidden'>{html.escape(_strongest(tokens))}</p>"
@@ -88,7 +88,7 @@ def heat_map_figure(shown: dict, columns: int = 92) -> Figure:
     largest = _largest(shown)
     laid = {side: _lay_out(shown[side], columns) for side in ("chosen", "rejected")}
     heights = {side: 1 + max((line for *_, line in cells), default=0) for side, cells in laid.items()}
-    figure, axes = figures._figure(
+    figure, axes = figures.new_figure(
         width=0.079 * columns, height=1.3 + 0.24 * sum(heights.values()), rows=2, height_ratios=list(heights.values()),
         alt="Token heat map. "
         + " ".join(f"{_heat_title(shown, side)}. {_strongest(shown[side])}" for side in laid),

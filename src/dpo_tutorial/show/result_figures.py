@@ -20,7 +20,7 @@ def training_curves(history: dict[str, list[dict]]) -> Figure:
         f"Training curves over {len(train)} steps: loss from {train[0]['loss']:.3f} to {last['loss']:.3f}, "
         f"margin to {last['rewards/margins']:.2f}"
     )
-    figure, axes = figures._figure(width=11, columns=3, alt=alt)
+    figure, axes = figures.new_figure(width=11, columns=3, alt=alt)
     steps = [r["step"] for r in train]
     dots = [r["step"] for r in evaluated]
 
@@ -47,7 +47,7 @@ def margins(records: Sequence[dict]) -> Figure:
     """Histogram of held-out margins; before training every margin is 0."""
     values = [r["margin"] for r in records]
     right = sum(v > 0 for v in values)
-    figure, (axis,) = figures._figure(
+    figure, (axis,) = figures.new_figure(
         alt=f"Margins of {len(values)} held-out pairs after training; {right} above 0, mean {np.mean(values):.2f}"
     )
     width = (max(values) - min(values)) / 24 or 1.0
@@ -66,7 +66,7 @@ def rates(
     """Rates with 95% intervals, before (grey) and after (blue)."""
     names = list(before)
     said = "; ".join(f"{n} {before[n]['rate']:.2f} to {after[n]['rate']:.2f}" for n in names)
-    figure, (axis,) = figures._figure(height=1.0 + 0.45 * len(names), alt=f"{title}: {said}")
+    figure, (axis,) = figures.new_figure(height=1.0 + 0.45 * len(names), alt=f"{title}: {said}")
     for shift, color, label, values in (
         (-0.13, figures.GREY, "base", before),
         (0.13, figures.BLUE, "after DPO", after),
@@ -93,7 +93,7 @@ def loss_curve(beta: float, margins: Sequence[float] = ()) -> Figure:
     """The DPO loss and its gradient weight σ(−margin) over the margin; dots for the margins of real pairs."""
     x = torch.linspace(min([-6, *margins]), max([6, *margins]), 200, dtype=torch.float64)
     dots = f" Dots: {len(margins)} pairs, margins {min(margins):.2f} to {max(margins):.2f}." if len(margins) else ""
-    figure, (axis,) = figures._figure(
+    figure, (axis,) = figures.new_figure(
         alt="The loss falls from 6 to 0 as the margin grows; it is ln 2 at 0. The gradient weight falls from 1 to 0."
         + dots
     )
@@ -116,7 +116,7 @@ def distance_by_beta(
 ) -> Figure:
     """KL from the reference over beta: of the objective's known optimum (line) and of what the loss reached (dots)."""
     pairs = "; ".join(f"beta {b:g}: {t:.3f} nats" for b, t in zip(betas, trained, strict=True))
-    figure, (axis,) = figures._figure(alt=f"KL from the reference over beta, trained with the DPO loss: {pairs}")
+    figure, (axis,) = figures.new_figure(alt=f"KL from the reference over beta, trained with the DPO loss: {pairs}")
     axis.plot(line, exact, color=figures.BLUE, label="optimum of the objective (eq. 4)")
     axis.plot(betas, trained, "o", color=figures.ORANGE, label="trained with the DPO loss")
     axis.set(xscale="log", xlabel="β", ylabel="KL (nats)", title="A higher β stays closer to the reference")
@@ -128,7 +128,7 @@ def by_length_gap(parts: Sequence[dict], overall: dict) -> Figure:
     """Accuracy with 95% intervals in parts of the pairs, from "chosen shorter" to "chosen longer"."""
     names = [f"{p['shortest']:+d} to {p['longest']:+d}" for p in parts]
     said = "; ".join(f"{name} tokens: {p['accuracy']['rate']:.2f}" for name, p in zip(names, parts, strict=True))
-    figure, (axis,) = figures._figure(alt=f"Accuracy by length gap. {said}")
+    figure, (axis,) = figures.new_figure(alt=f"Accuracy by length gap. {said}")
     _points(axis, range(len(parts)), [p["accuracy"] for p in parts], figures.BLUE, "accuracy, 95% interval")
     axis.axhline(overall["rate"], color=figures.GREY, linestyle=":", label="all pairs")
     axis.axhline(0.5, color=figures.ORANGE, linewidth=1, label="chance")
@@ -145,7 +145,7 @@ def calibration(found: dict) -> Figure:
     """Accuracy over confidence σ(|margin|), in equal parts of the pairs, with 95% intervals."""
     confidence = [b["confidence"] for b in found["bins"]]
     said = "; ".join(f"{c:.2f} said, {b['accuracy']['rate']:.2f} right" for c, b in zip(confidence, found["bins"]))  # noqa: B905
-    figure, (axis,) = figures._figure(alt=f"Calibration of the margin. {said}")
+    figure, (axis,) = figures.new_figure(alt=f"Calibration of the margin. {said}")
     _points(axis, confidence, [b["accuracy"] for b in found["bins"]], figures.BLUE, "held-out pairs, 95% interval")
     axis.plot([0.5, 1], [0.5, 1], color=figures.GREY, linestyle=":", label="right as often as it says")
     axis.set(xlim=(0.48, 1.02), ylim=(-0.02, 1.05), xlabel="confidence σ(|margin|)", ylabel="share right")
@@ -164,7 +164,7 @@ def by_position(found: dict[str, list[dict]]) -> Figure:
     """Reward earned in each tenth of an answer, chosen (green) and rejected (orange), with 95% intervals."""
     totals = {side: sum(part["mean"] for part in found[side]) for side in found}
     first = {side: found[side][0]["mean"] for side in found}
-    figure, (axis,) = figures._figure(
+    figure, (axis,) = figures.new_figure(
         alt="Reward by position in the answer. "
         + "; ".join(f"{side}: {first[side]:+.2f} in the first tenth, {totals[side]:+.2f} in all" for side in found)
     )

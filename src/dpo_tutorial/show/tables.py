@@ -24,10 +24,10 @@ _STYLE = """<style>
 
 def table(rows: Sequence[dict], caption: str = "") -> HTML:
     """An HTML table with one column per key of the first row; every cell is escaped text."""
-    return HTML(_STYLE + _table(rows, caption))
+    return HTML(_STYLE + html_table(rows, caption))
 
 
-def _table(rows: Sequence[dict], caption: str = "") -> str:
+def html_table(rows: Sequence[dict], caption: str = "") -> str:
     if not rows:
         return "<p>(no rows)</p>"
     head = "".join(f"<th scope='col'>{html.escape(str(k))}</th>" for k in rows[0])

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+from collections.abc import Iterator
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
@@ -10,7 +13,9 @@ from trl import DPOTrainer
 from .. import run_folder
 from ..errors import ArtifactError
 from ..knobs import Config
-from . import train
+from ..loading import models
+from ..machine import hardware, memory, session
+from . import checkpoints
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
@@ -37,16 +42,7 @@ def read_training_record(adapter: Path) -> dict:
     return record
 
 
-def require_adapter(run: run_folder.Run) -> dict:
-    """The training record of the adapter that 05 saved.
-
-    Raises:
-        ArtifactError: no adapter yet (names the notebook that makes one, and the choices).
-    """
-    return read_training_record(run.adapter)
-
-
-def check_adapter(run: run_folder.Run, record: dict, choices: list[str]) -> None:
+def check_held_out(run: run_folder.Run, record: dict, choices: list[str]) -> None:
     """Refuse an adapter whose training rows may be this run's test rows.
 
     Raises:
@@ -62,11 +58,50 @@ def check_adapter(run: run_folder.Run, record: dict, choices: list[str]) -> None
         )
 
 
+def history(trainer: DPOTrainer) -> dict[str, list[dict]]:
+    """The trainer's log in two tables: one row per optimizer step, one per evaluation."""
+    log = trainer.state.log_history
+    return {
+        "train": [row for row in log if "loss" in row],
+        "eval": [row for row in log if "eval_loss" in row],
+    }
+
+
+@contextlib.contextmanager
+def saving(config: Config, run: run_folder.Run, trainer: DPOTrainer, seconds: float) -> Iterator[Path]:
+    """Save into the folder it gives; training record and model card are added, and all appears whole or not at all.
+
+    The checkpoints go once it is saved, so that the next training starts anew, and the run's folder is free for it.
+
+    Args:
+        seconds: of training, for the record.
+    """
+    run.lock()
+    where = models.source(config)
+    for peft_config in trainer.model.peft_config.values():
+        peft_config.base_model_name_or_path, peft_config.revision = where.name, where.revision
+    record = {
+        "config": config.identity(),
+        "base": {"name": where.name, "revision": where.revision, "pin": where.pin},
+        "seconds": round(seconds, 1),
+        "peak_memory_gib": round(memory.peak_memory_gib(), 2),
+        "versions": session.versions(),
+        "hardware": hardware.hardware(),
+        "history": history(trainer),
+    }
+    with run.replacing(run.adapter) as folder:
+        yield folder
+        (folder / "training.json").write_text(json.dumps(record, indent=2), encoding="utf-8")
+        (folder / "README.md").write_text(model_card(config, record), encoding="utf-8")
+    checkpoints.clear(run)
+    run.unlock()
+
+
 def save_adapter(
     config: Config, run: run_folder.Run, trainer: DPOTrainer, tokenizer: PreTrainedTokenizerBase, seconds: float
 ) -> Path:
     """Save adapter (safetensors) and tokenizer beside record and model card: what notebook 05 does in the open."""
-    with train.saving(config, run, trainer, seconds) as folder:
+    with saving(config, run, trainer, seconds) as folder:
         trainer.model.save_pretrained(folder, save_embedding_layers=False)  # False: adapter only, no hub look-up
         tokenizer.save_pretrained(folder)
     return run.adapter

@@ -25,13 +25,14 @@ class TimeSplit(TrainerCallback):
 
     def __init__(self) -> None:
         self.seconds: defaultdict[str, float] = defaultdict(float)
+        self.counting = True  # False: no phase begins, and no clock waits
         self._open: list[str] = []
         self._since = 0.0
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Count the seconds of the block for `name`; inside an evaluation all is evaluation, outside training none."""
-        if not self._open and name != REST or EVALUATION in self._open:
+        if not self.counting or not self._open and name != REST or EVALUATION in self._open:
             yield
             return
         depth = len(self._open)
@@ -78,10 +79,12 @@ class TimeSplit(TrainerCallback):
         self._open.pop()
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs) -> None:
-        self._enter(OPTIMIZER)
+        if self._open:
+            self._enter(OPTIMIZER)
 
     def on_optimizer_step(self, args, state, control, **kwargs) -> None:
-        self._leave()
+        if self._open:
+            self._leave()
 
     def rows(self) -> list[dict]:
         """One row per phase, for `show.table`: seconds, and share of the whole."""

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 from datasets import Dataset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainerState
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
 from .. import run_folder
 from ..adapter import lora
 from ..config import resolve
-from ..errors import ArtifactError, disk_error
 from ..knobs import Config
 from ..loading import models
-from ..machine import hardware, memory, session
+from ..machine import hardware, memory
 from ..pairs import store
 from . import checkpoints, faster, memory_plan, resume, save
 
@@ -118,74 +114,6 @@ class Progress(TrainerCallback):
         return json.dumps({"step": state.global_step, "of": state.max_steps, **logs}) + "\n"
 
 
-@dataclass
-class Start:
-    """Where a training begins."""
-
-    checkpoint: str | None  # of one that was stopped; what `trainer.train(resume_from_checkpoint=…)` takes
-    finished: bool  # stopped between the last step and saving: the trainer has the adapter, nothing is left to train
-    seal: checkpoints.Seal
-
-    def seconds(self) -> float:
-        """Seconds of training so far, those before the stop included."""
-        return self.seal.seconds()
-
-
-@contextlib.contextmanager
-def resumable(trainer: DPOTrainer, config: Config, run: run_folder.Run) -> Iterator[Start]:
-    """Around `trainer.train`: find the newest whole checkpoint of the same training, and seal those that it writes.
-
-    The run's folder stays locked to this process until `saving`.
-
-    Raises:
-        ArtifactError: config, pairs or base changed since the checkpoint; another process trains in this folder; or a
-            checkpoint cannot be written (the ones before it stay).
-    """
-    if trainer.is_world_process_zero():
-        run.lock()
-    try:
-        if trainer.is_world_process_zero():
-            run.fix_adapter()
-        now = checkpoints.fingerprint(config, trainer)
-        with hardware.processes().main_process_first():
-            if config.fresh:
-                checkpoints.clear(run)
-            found = checkpoints.newest(run, now)
-        yield _start(trainer, config, run, now, found)
-    except BaseException as error:
-        refused = disk_error(error)
-        if refused and trainer.is_world_process_zero():
-            with contextlib.suppress(OSError):
-                checkpoints.remove_torn(run)  # it may be what fills the disk
-        run.unlock()
-        if refused:
-            raise run_folder.unwritable(checkpoints.folder(run), refused) from error
-        raise
-
-
-def _start(trainer: DPOTrainer, config: Config, run: run_folder.Run, now: dict, found: tuple | None) -> Start:
-    checkpoint, seal = found or (None, None)
-    sealing, finished = checkpoints.Seal(run, now, seal), False
-    if found:
-        state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
-        print(f"Resuming after step {state.global_step} of {state.max_steps}, from {checkpoint.name}.", flush=True)
-        finished = state.global_step >= state.max_steps  # Trainer would add a step
-        if finished:
-            lora.give_adapter(trainer.model, checkpoint)
-            trainer.state = state
-    elif trainer.state.global_step:
-        raise ArtifactError(
-            f"This trainer has already trained {trainer.state.global_step} steps, and there is no checkpoint of them.",
-            "Restart the kernel and run the notebook from the top: a fresh adapter needs a fresh base.",
-        )
-    trainer.remove_callback(checkpoints.Seal)  # of a cell run before
-    trainer.add_callback(sealing)
-    hardware.seed_everything(config.seed)  # the order of the batches follows the seed, whatever was drawn before
-    # The adapter in a checkpoint is safetensors; optimizer, scheduler and random numbers are files of torch.save, which
-    # transformers reads with weights_only. They are this run's own, sealed by it, and never come from a download.
-    return Start(checkpoint and str(checkpoint), finished, sealing)
-
-
 def train(
     config: Config,
     run: run_folder.Run,
@@ -199,19 +127,11 @@ def train(
     print(why)
     trainer = build_trainer(config, model, tokenizer, train, val, checkpoints.folder(run), save_strategy="steps")
     trainer.add_callback(Progress(run.dir / "progress.jsonl"))
+    trainer.times.counting = False  # nobody reads the clock here, and on a GPU it waits at every phase
     seconds = resume.resume_or_start(trainer, config, run)
     if trainer.is_world_process_zero():
         save.save_adapter(config, run, trainer, tokenizer, seconds)
     return trainer
-
-
-def history(trainer: DPOTrainer) -> dict[str, list[dict]]:
-    """The trainer's log in two tables: one row per optimizer step, one per evaluation."""
-    log = trainer.state.log_history
-    return {
-        "train": [row for row in log if "loss" in row],
-        "eval": [row for row in log if "eval_loss" in row],
-    }
 
 
 def check_first_loss(trainer: DPOTrainer) -> float:
@@ -223,42 +143,12 @@ def check_first_loss(trainer: DPOTrainer) -> float:
     Raises:
         AssertionError: it is not; then the reference is wrong, and the training means nothing.
     """
-    first, args = history(trainer)["train"][0]["loss"], trainer.args
+    first, args = save.history(trainer)["train"][0]["loss"], trainer.args
     if args.loss_type != ["sigmoid"]:
         return first
     tolerance = max(1e-3, 0.2 * args.beta) if trainer.precompute_ref_logps and (args.bf16 or args.fp16) else 1e-3
     assert abs(first - math.log(2)) < tolerance, f"loss at step 0 is {first:.4f}, not ln 2 = {math.log(2):.4f}"
     return first
-
-
-@contextlib.contextmanager
-def saving(config: Config, run: run_folder.Run, trainer: DPOTrainer, seconds: float) -> Iterator[Path]:
-    """Save into the folder it gives; training record and model card are added, and all appears whole or not at all.
-
-    The checkpoints go once it is saved, so that the next training starts anew, and the run's folder is free for it.
-
-    Args:
-        seconds: of training, for the record.
-    """
-    run.lock()
-    where = models.source(config)
-    for peft_config in trainer.model.peft_config.values():
-        peft_config.base_model_name_or_path, peft_config.revision = where.name, where.revision
-    record = {
-        "config": config.identity(),
-        "base": {"name": where.name, "revision": where.revision, "pin": where.pin},
-        "seconds": round(seconds, 1),
-        "peak_memory_gib": round(memory.peak_memory_gib(), 2),
-        "versions": session.versions(),
-        "hardware": hardware.hardware(),
-        "history": history(trainer),
-    }
-    with run.replacing(run.adapter) as folder:
-        yield folder
-        (folder / "training.json").write_text(json.dumps(record, indent=2), encoding="utf-8")
-        (folder / "README.md").write_text(save.model_card(config, record), encoding="utf-8")
-    checkpoints.clear(run)
-    run.unlock()
 
 
 def train_headless(parameters: dict[str, str]) -> None:
