@@ -13,7 +13,7 @@ from .errors import ConfigError
 from .machine import hardware
 
 _PREFIX = "DPO_TUTORIAL_"
-#: Variables with this prefix that are no knobs; `embedded`, `environment` and `judge` read them.
+#: Variables with this prefix that are no knobs; `loading.embedded`, `machine.paths` and `comparing.vote` read them.
 _OTHER_VARIABLES = ("CACHE", "WHEEL", "HEADLESS")
 
 
