@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import nbformat
+from nbconvert.preprocessors import CoalesceStreamsPreprocessor
 
 from dpo_tutorial.cli import run
 from dpo_tutorial.errors import exit_code
@@ -35,6 +36,7 @@ def clean_notebook(source: Path, target: Path) -> None:
         cell.metadata = {"tags": tags} if tags else {}
         if cell.cell_type == "code":
             cell.outputs = [_clean_output(o) for o in cell.outputs if not _is_chatter(o)]
+    notebook, _ = CoalesceStreamsPreprocessor().preprocess(notebook, {})  # what a progress bar had cut in two
     notebook.metadata = {
         "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
         "language_info": {"name": "python"},
