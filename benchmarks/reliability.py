@@ -26,7 +26,8 @@ from harness import ROOT, Record, child, command, latest, machine, main, table
 
 
 def kills(record: Record, options) -> None:
-    words = [sys.executable, "-m", "pytest", *"-q -s -o addopts= -m slow tests/end_to_end/test_resume.py".split()]
+    chosen = ["-q", "-s", "-o", "addopts=", "-m", "slow", "tests/end_to_end/test_resume.py"]
+    words = [sys.executable, "-m", "pytest", *chosen]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:]
     (line,) = [line for line in done.stdout.splitlines() if line.startswith('{"kills"')]
