@@ -20,7 +20,7 @@ QWEN_LARGE = ("Qwen/Qwen2.5-7B-Instruct", "a09a35458c702b33eeacc393d103063234e8b
 ULTRAFEEDBACK = ("HuggingFaceH4/ultrafeedback_binarized", "3949bf5f8c17c394422ccfab0c31ea9c20bdeb85")
 
 #: Shapes of the loss that LOSS_TYPE chooses among; the first is DPO (Rafailov et al. 2023).
-LOSS_TYPES = ("sigmoid", "ipo", "hinge", "robust")
+LOSS_TYPES = ("sigmoid", "sigmoid_norm", "ipo", "hinge", "robust", "apo_zero", "sft")
 
 #: Every linear layer of a Llama-style block: attention (q, k, v, o) and feed-forward (gate, up, down).
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -41,6 +41,7 @@ RANGES = {
     "max_tokens": (lambda v: v >= 32, "32 or more"),
     "beta": _POSITIVE,
     "loss_type": (lambda v: v in LOSS_TYPES, f"one of {', '.join(LOSS_TYPES)}"),
+    "sft_weight": (lambda v: 0 <= v < math.inf, "0 or more"),
     "label_smoothing": (lambda v: 0 < v < 0.5, "a number between 0 and 0.5"),
     "ld_alpha": (lambda v: 0 <= v <= 1, "a number from 0 to 1"),
     "learning_rate": _POSITIVE,
@@ -73,6 +74,7 @@ class Config:
     profile: str = _knob("cpu", "run", "named set of defaults")
     model: str = _knob(EMBEDDED, "model", "hub id, folder, or 'embedded'")
     model_revision: str | None = _knob(None, "model", "commit of the hub model")
+    keep_16bit: tuple[str, ...] = _knob((), "model", "linear layers that stay in 16 bits, by name or part of it")
     dtype: str = _knob("fp32", "model", "type of the matmuls: bf16, fp16 or fp32")
     lora_r: int = _knob(16, "lora", "rank of the update BA")
     lora_alpha: int = _knob(32, "lora", "scale: the update is multiplied by alpha / r")
@@ -89,7 +91,8 @@ class Config:
     strict: bool = _knob(False, "data", "stop if any row is dropped, instead of going on without it")
 
     beta: float = _knob(0.1, "dpo", "strength of the pull towards the reference; higher stays closer")
-    loss_type: str = _knob("sigmoid", "dpo", "shape of the loss: sigmoid is DPO; or ipo, hinge, robust")
+    loss_type: str = _knob("sigmoid", "dpo", "shape of the loss: sigmoid is DPO; docs/commands.md has others")
+    sft_weight: float = _knob(0.0, "dpo", "weight of the chosen answer's mean NLL per token, added to the loss; 0: none")
     label_smoothing: float = _knob(0.1, "dpo", "for loss_type robust only: share of labels taken to be flipped")
     ld_alpha: float = _knob(1.0, "dpo", "weight of the tokens that the longer answer has more (LD-DPO); 1: plain DPO")
     learning_rate: float = _knob(5e-5, "dpo", "peak learning rate of AdamW")

@@ -51,11 +51,11 @@ def compare(
 def derive(records, prompts, before, after, *, noise, kl, outside, words, shown) -> dict:
     """The report, derived from what was measured: statistics with intervals, and the conclusion in words."""
     held_out = stats.summarise(records)
-    rules, form = stats.rules(before, after, house_style.RULES), stats.form(before, after)
+    rules, form = stats.corrected(stats.rules(before, after, house_style.RULES), stats.form(before, after))
     cut = stats.equal_length(before, after)
-    same_length, same_form = stats.rules(*cut, house_style.OF_TEXT), stats.form(*cut)
+    same_length, same_form = stats.corrected(stats.rules(*cut, house_style.OF_TEXT), stats.form(*cut))
     against_words = {
-        "words": stats.rate(sum(words), len(words)),
+        "words": stats.share(words),
         "difference": stats.paired_difference(words, stats.right([r["margin"] for r in records])),
     }
     return {

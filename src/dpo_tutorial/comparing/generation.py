@@ -76,12 +76,13 @@ def kl_from_reference(
 ) -> dict:
     """Estimate KL(policy ‖ reference): how far training has moved the model, on answers that it would now give.
 
-    One answer per prompt is drawn from the policy (temperature 1, whole vocabulary, `config.seed`); the mean of
-    log π(y|x) − log π_ref(y|x) over these is an unbiased estimate of the KL of answers up to the token limit, the term
-    that the RLHF objective holds down (Rafailov et al. 2023, eq. 3).
+    One answer per prompt is drawn from the policy (temperature 1, whole vocabulary, `config.seed`). Along it, the KL of
+    the next token is summed exactly over the vocabulary: unbiased as the mean log-ratio of the drawn tokens is, never
+    negative, and of less variance (Amini, Vieira, Cotterell 2025). It is the term that the RLHF objective holds down
+    (Rafailov et al. 2023, eq. 3), for answers up to the token limit.
 
     Returns:
-        `per_answer` and `per_token`, in nats, each `{"mean", "standard_error", "n"}`; `tokens` drawn in all.
+        `per_answer` and `per_token`, in nats, each `{"mean", "standard_error", "low", "high", "n"}`; `tokens` drawn.
     """
     limit = max_new_tokens or config.max_new_tokens
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
@@ -91,12 +92,11 @@ def kl_from_reference(
     for prompt, answer in zip(prompts, answers, strict=True):
         ids = tokenizer.apply_chat_template(prompt, tokenize=True, return_dict=False, add_generation_prompt=True)
         encoded.append((ids, answer))
-    policy, reference = scoring.answer_log_probs(config, model, tokenizer, encoded)
-    ratios = [(ours - theirs).sum().item() for ours, theirs in zip(policy, reference, strict=True)]
+    nats = [along.sum().item() for along in scoring.answer_kl(config, model, tokenizer, encoded)]
     lengths = [len(answer) for answer in answers]
     return {
-        "per_answer": stats.mean(ratios),
-        "per_token": stats.ratio(ratios, lengths),
+        "per_answer": stats.mean(nats),
+        "per_token": stats.ratio(nats, lengths),
         "tokens": sum(lengths),
     }
 

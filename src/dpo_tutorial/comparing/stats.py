@@ -14,6 +14,7 @@ import scipy.sparse
 import scipy.special
 import scipy.stats
 from statsmodels.stats.contingency_tables import mcnemar
+from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import proportion_confint
 from statsmodels.stats.weightstats import DescrStatsW
 
@@ -22,10 +23,27 @@ Numbers = Sequence[float] | np.ndarray
 # --- one number and its interval ----------------------------------------------------------------------------------
 
 
-def rate(hits: float, n: int) -> dict:
-    """A share with its 95% Wilson interval (statsmodels); `hits` may count a tie as one half."""
+def rate(hits: int, n: int) -> dict:
+    """A share with its 95% Wilson interval (statsmodels)."""
     low, high = proportion_confint(hits, n, alpha=0.05, method="wilson")
     return {"rate": hits / n, "low": float(low), "high": float(high), "n": n}
+
+
+def share(values: Numbers) -> dict:
+    """The mean of values of 0, ½ (a tie) and 1, as `rate`.
+
+    A half varies less than a toss of a coin, and Wilson's formula takes each value for one. So it is given as many
+    tosses as would vary as much: n · p(1 − p) / variance. Where there is no half, that is n. Values that are all one
+    half are a constant: it gets no interval.
+    """
+    found = np.asarray(values, dtype=float)
+    n, p, variance = len(found), float(found.mean()), float(found.var())
+    if not np.any(found == 0.5):
+        return rate(int(found.sum()), n)
+    if variance == 0:
+        return {"rate": p, "low": p, "high": p, "n": n}
+    tosses = n * p * (1 - p) / variance
+    return rate(p * tosses, tosses) | {"n": n}  # type: ignore[arg-type]  # Wilson's formula takes fractions
 
 
 def mean(values: Numbers) -> dict:
@@ -76,9 +94,39 @@ def sign_test(before: Numbers, after: Numbers) -> float:
     return float(mcnemar(table, exact=True).pvalue)
 
 
-def moved(difference: dict) -> bool:
-    """Whether a change is more than chance: its interval lies on one side of 0 and, where it has a p, p < 0.05."""
-    return (difference["low"] > 0 or difference["high"] < 0) and difference.get("p", 0.0) < 0.05
+def permutation_test(before: Numbers, after: Numbers) -> float:
+    """Two-sided p of the mean change over the same items: were before and after exchanged at random, item by item?
+
+    Sign flips (scipy); exact up to 13 items, else 9,999 flips with a seed of their own.
+    """
+    changes = np.asarray(after, dtype=float) - np.asarray(before, dtype=float)
+    if not changes.any():
+        return 1.0
+    found = scipy.stats.permutation_test(
+        (changes,), np.mean, permutation_type="samples", n_resamples=9999, rng=np.random.default_rng(0)
+    )
+    return float(found.pvalue)
+
+
+def corrected(*comparisons: dict[str, dict]) -> list[dict[str, dict]]:
+    """The same comparisons, each change with `corrected`: its p after Holm's correction over all of them together.
+
+    Holm (1979), by statsmodels: the chance of even one false finding among all that were tested stays below 5%.
+
+    Args:
+        comparisons: as `rules` and `form` give them.
+    """
+    ps = [change["p"] for comparison in comparisons for change in comparison["change"].values()]
+    after = iter(multipletests(ps, method="holm")[1].tolist())
+    return [
+        comparison | {"change": {name: c | {"corrected": next(after)} for name, c in comparison["change"].items()}}
+        for comparison in comparisons
+    ]
+
+
+def moved(change: dict) -> bool:
+    """Whether a change is more than chance: its p, corrected where others were tested with it, is below 0.05."""
+    return change.get("corrected", change["p"]) < 0.05
 
 
 # --- held-out pairs -----------------------------------------------------------------------------------------------
@@ -90,8 +138,8 @@ def right(margins: Numbers) -> np.ndarray:
 
 
 def accuracy(margins: Numbers) -> dict:
-    """Share of pairs with the higher reward on the chosen answer, as `rate`; a tie counts half."""
-    return rate(float(right(margins).sum()), len(margins))
+    """Share of pairs with the higher reward on the chosen answer, as `share`; a tie counts half."""
+    return share(right(margins))
 
 
 def summarise(records: Sequence[dict]) -> dict:
@@ -209,7 +257,7 @@ def form(before: Sequence[dict], after: Sequence[dict]) -> dict[str, dict]:
 
     Returns:
         `before` and `after`: for each of `FORM` a `mean`, or a `rate` for the finished share; `change`: the paired
-        differences.
+        differences, each with its `p`.
     """
     return _compare(before, after, FORM, shares={"finished"})
 
@@ -235,6 +283,7 @@ def _compare(before, after, values: dict[str, Callable], shares: set[str]) -> di
     for name, value in values.items():
         old, new = ([float(value(answer)) for answer in answers] for answers in (before, after))
         for when, column in (("before", old), ("after", new)):
-            found[when][name] = rate(sum(column), len(column)) if name in shares else mean(column)
-        found["change"][name] = paired_difference(old, new) | ({"p": sign_test(old, new)} if name in shares else {})
+            found[when][name] = share(column) if name in shares else mean(column)
+        test = sign_test if name in shares else permutation_test
+        found["change"][name] = paired_difference(old, new) | {"p": test(old, new)}
     return found

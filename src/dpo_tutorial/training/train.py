@@ -25,7 +25,8 @@ def dpo_config(config: Config, output_dir: str | Path, **changes) -> DPOConfig:
     arguments = dict(
         output_dir=str(output_dir),
         beta=config.beta,
-        loss_type=config.loss_type,
+        loss_type=[config.loss_type, "sft"] if config.sft_weight else config.loss_type,
+        loss_weights=[1.0, config.sft_weight] if config.sft_weight else None,
         learning_rate=config.learning_rate,
         warmup_steps=config.warmup_ratio,  # transformers 5: a value below 1 is a share of all steps
         num_train_epochs=config.epochs,
