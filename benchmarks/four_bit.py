@@ -107,7 +107,14 @@ def tables(lines: list[dict]) -> dict[str, str]:
         above = f"{gap['mean']:+.3f} ({gap['low']:+.3f} to {gap['high']:+.3f})" if gap else ""
         shown = f"**{name}**" if name == chosen else name
         rows.append(
-            [shown, f"{one['mb']:.0f}", f"{one['nll']:.3f}", above, f"{one['finished']:.0%}", f"{one['distinct_2']:.2f}"]
+            [
+                shown,
+                f"{one['mb']:.0f}",
+                f"{one['nll']:.3f}",
+                above,
+                f"{one['finished']:.0%}",
+                f"{one['distinct_2']:.2f}",
+            ]
         )
     head = ["in 16 bits", "MB", "nats per token", "above 16 bits", "finished", "distinct-2"]
     return {"search": table(head, rows), "search on": machine(about)}

@@ -52,7 +52,17 @@ RANGES = {
     "max_grad_norm": _POSITIVE,
     "seed": (lambda v: 0 <= v < 2**32, "a whole number from 0 to 4294967295"),
 } | dict.fromkeys(
-    ("max_train", "max_val", "max_test", "batch_size", "grad_accum", "compare_prompts", "max_new_tokens", "save_steps"),
+    (
+        "max_train",
+        "max_val",
+        "max_test",
+        "batch_size",
+        "grad_accum",
+        "compare_prompts",
+        "instructions",
+        "max_new_tokens",
+        "save_steps",
+    ),
     _COUNT,
 )
 
@@ -92,7 +102,9 @@ class Config:
 
     beta: float = _knob(0.1, "dpo", "strength of the pull towards the reference; higher stays closer")
     loss_type: str = _knob("sigmoid", "dpo", "shape of the loss: sigmoid is DPO; docs/commands.md has others")
-    sft_weight: float = _knob(0.0, "dpo", "weight of the chosen answer's mean NLL per token, added to the loss; 0: none")
+    sft_weight: float = _knob(
+        0.0, "dpo", "weight of the chosen answer's mean NLL per token, added to the loss; 0: none"
+    )
     label_smoothing: float = _knob(0.1, "dpo", "for loss_type robust only: share of labels taken to be flipped")
     ld_alpha: float = _knob(1.0, "dpo", "weight of the tokens that the longer answer has more (LD-DPO); 1: plain DPO")
     learning_rate: float = _knob(5e-5, "dpo", "peak learning rate of AdamW")
@@ -107,6 +119,7 @@ class Config:
     prefix_sharing: bool = _knob(True, "dpo", "compute the prompt of a pair once, not once per answer")
 
     compare_prompts: int = _knob(24, "compare", "held-out prompts answered by base and policy", "prompts")
+    instructions: int = _knob(126, "compare", "requests whose answers a program checks, before and after", "requests")
     max_new_tokens: int = _knob(96, "compare", "longest generated answer", "tokens")
     adapter: str = _knob("", "compare", "notebook 06: folder of the adapter to judge; empty: this run's")
     train_if_missing: bool = _knob(False, "compare", "notebook 06: train here and now where there is no adapter")
@@ -164,7 +177,8 @@ _HUB = dict(data=ULTRAFEEDBACK[0], data_revision=ULTRAFEEDBACK[1])
 PROFILES: dict[str, dict] = {
     "smoke": _CPU
     | dict(
-        max_train=8, max_val=2, max_test=8, max_steps=2, grad_accum=2, compare_prompts=2, max_new_tokens=12,
+        max_train=8, max_val=2, max_test=8, max_steps=2, grad_accum=2, compare_prompts=2, instructions=2,
+        max_new_tokens=12,
     ),
     "cpu": _CPU,
     "t4": _HUB

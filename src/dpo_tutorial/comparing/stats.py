@@ -271,19 +271,27 @@ FORM: dict[str, Callable[[dict], float]] = {
 }
 
 
-def form(before: Sequence[dict], after: Sequence[dict]) -> dict[str, dict]:
+def form(before: Sequence[dict], after: Sequence[dict], target: Sequence[dict] = ()) -> dict[str, dict]:
     """Length, finished share and repetition of the answers that base and policy give to the same prompts.
 
+    Args:
+        target: the chosen answers to these prompts, in the same form, to see where training pulled.
+
     Returns:
-        `before` and `after`: for each of `FORM` a `mean`, or a `rate` for the finished share; `change`: the paired
-        differences, each with its `p`.
+        `before`, `after` and, if given, `target`: for each of `FORM` a `mean`, or a `rate` for the finished share;
+        `change`: the paired differences from before to after, each with its `p`.
     """
-    return _compare(before, after, FORM, shares={"finished"})
+    return _compare(before, after, target, FORM, shares={"finished"})
 
 
-def rules(before: Sequence[dict], after: Sequence[dict], checks: dict[str, Callable[[dict], bool]]) -> dict[str, dict]:
-    """Share of answers that keep each rule: `before`, `after` as `rate`; `change` as `paired_difference`, with `p`."""
-    return _compare(before, after, checks, shares=set(checks))
+def rules(
+    before: Sequence[dict],
+    after: Sequence[dict],
+    checks: dict[str, Callable[[dict], bool]],
+    target: Sequence[dict] = (),
+) -> dict[str, dict]:
+    """Share of answers that keep each rule, as `rate`; arguments and parts as of `form`."""
+    return _compare(before, after, target, checks, shares=set(checks))
 
 
 def equal_length(before: Sequence[dict], after: Sequence[dict]) -> tuple[list[dict], list[dict]]:
@@ -297,12 +305,17 @@ def equal_length(before: Sequence[dict], after: Sequence[dict]) -> tuple[list[di
     return cut
 
 
-def _compare(before, after, values: dict[str, Callable], shares: set[str]) -> dict[str, dict]:
-    found: dict[str, dict] = {"before": {}, "after": {}, "change": {}}
+def _compare(before, after, target, values: dict[str, Callable], shares: set[str]) -> dict[str, dict]:
+    found: dict[str, dict] = {"before": {}, "after": {}, "change": {}} | ({"target": {}} if target else {})
     for name, value in values.items():
-        old, new = ([float(value(answer)) for answer in answers] for answers in (before, after))
-        for when, column in (("before", old), ("after", new)):
+        columns = {
+            when: [float(value(answer)) for answer in answers]
+            for when, answers in (("before", before), ("after", after), ("target", target))
+            if answers
+        }
+        for when, column in columns.items():
             found[when][name] = share(column) if name in shares else mean(column)
+        old, new = columns["before"], columns["after"]
         test = sign_test if name in shares else permutation_test
         found["change"][name] = paired_difference(old, new) | {"p": test(old, new)}
     return found
