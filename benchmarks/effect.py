@@ -70,7 +70,7 @@ def answers(cfg, model, tokenizer, pairs) -> dict:
     prompts = pairs["prompt"][: cfg.compare_prompts]
     greedy = generation.generate(cfg, model, tokenizer, prompts)
     return {
-        "kl": generation.kl_from_reference(cfg, model, tokenizer, prompts),
+        "kl": generation.kl_from_base(cfg, model, tokenizer, prompts),
         "rules": {name: stats.rate(sum(map(check, greedy)), len(greedy)) for name, check in house_style.RULES.items()},
         "tokens": stats.mean([a["tokens"] for a in greedy]),
         "distinct_2": stats.mean([stats.distinct(a["text"]) for a in greedy]),

@@ -1,6 +1,6 @@
 """Which layers mind 4 bits? Loss and samples of the untrained base on validation pairs, and what each choice costs.
 
-    python benchmarks/four_bit.py search
+    python benchmarks/four_bit.py search samples
 
 The rule, written before any figure was seen (`choose`): of the choices that take at most a fifth more memory than all
 layers in 4 bits, the one with the lowest loss; where a cheaper one is within 1.96 standard errors of it, paired by
@@ -36,8 +36,8 @@ def measure(task: dict, folder: Path) -> dict:
     """The untrained base on the validation pairs' chosen answers.
 
     Returns:
-        `mb` of its weights; `nll` per token, nats, and `nlls` of each answer (sums) with their `tokens`; of greedy
-        answers to as many prompts: mean `distinct_2`, and the share that `finished`; three `samples`.
+        `mb` of its weights; `nll` per token, nats, and `nlls` of each answer (sums) with their `tokens`. Where the task
+        asks for `answers`, of so many greedy ones: mean `distinct_2`, the share `finished`, and three `samples`.
     """
     import torch
 
@@ -61,20 +61,33 @@ def measure(task: dict, folder: Path) -> dict:
             batch = scoring.collate(encoded[start : start + 8], tokenizer.pad_token_id, model.device)
             logits = scoring.logits_of(cfg, model, batch)
             nlls += [-log_probs.sum().item() for log_probs in scoring.log_probs_of(logits, batch)]
-    answers = generation.generate(cfg, model, tokenizer, val["prompt"][: task["answers"]])
     tokens = [len(answer) for _, answer in encoded]
-    return {
+    found = {
         "mb": sum(sizes.weight_bytes(model).values()) / 1e6,
         "nll": sum(nlls) / sum(tokens), "nlls": [round(n, 3) for n in nlls], "tokens": tokens,
+    }  # fmt: skip
+    if not task["answers"]:
+        return found
+    answers = generation.generate(cfg, model, tokenizer, val["prompt"][: task["answers"]])
+    return found | {
         "distinct_2": stats.mean([stats.distinct(a["text"]) for a in answers])["mean"],
         "finished": sum(a["finished"] for a in answers) / len(answers),
         "samples": [a["text"] for a in answers[:3]],
-    }  # fmt: skip
+    }
 
 
 def search(record: Record, options) -> None:
+    """The loss of every choice."""
     for name, keep in CHOICES.items():
-        record.write("search", name, **child(__file__, {"kind": "measure", "keep": keep, "answers": 24}))
+        record.write("search", name, **child(__file__, {"kind": "measure", "keep": keep, "answers": 0}))
+
+
+def samples(record: Record, options) -> None:
+    """Answers of all in 4 bits, of the choice, and of all in 16 bits."""
+    found = {name: runs[-1] for name, runs in latest(record.lines(), "search")[1].items()}
+    for name in ("all in 4 bits", choose(found), "all in 16 bits"):
+        task = {"kind": "measure", "keep": CHOICES[name], "answers": 24}
+        record.write("samples", name, **child(__file__, task))
 
 
 def difference(one: dict, other: dict) -> dict:
@@ -105,20 +118,18 @@ def tables(lines: list[dict]) -> dict[str, str]:
     for name, one in found.items():
         gap = difference(one, exact) if one is not exact else None
         above = f"{gap['mean']:+.3f} ({gap['low']:+.3f} to {gap['high']:+.3f})" if gap else ""
-        shown = f"**{name}**" if name == chosen else name
-        rows.append(
-            [
-                shown,
-                f"{one['mb']:.0f}",
-                f"{one['nll']:.3f}",
-                above,
-                f"{one['finished']:.0%}",
-                f"{one['distinct_2']:.2f}",
-            ]
-        )
-    head = ["in 16 bits", "MB", "nats per token", "above 16 bits", "finished", "distinct-2"]
-    return {"search": table(head, rows), "search on": machine(about)}
+        rows.append([f"**{name}**" if name == chosen else name, f"{one['mb']:.0f}", f"{one['nll']:.3f}", above])
+    made = {"search": table(["in 16 bits", "MB", "nats per token", "above 16 bits"], rows), "search on": machine(about)}
+    answered = {name: runs[-1] for name, runs in latest(lines, "samples")[1].items()}
+    made["samples"] = table(
+        ["in 16 bits", "finished", "distinct-2", "first answer"],
+        [
+            [name, f"{one['finished']:.0%}", f"{one['distinct_2']:.2f}", " ".join(one["samples"][0].split())]
+            for name, one in answered.items()
+        ],
+    )
+    return made
 
 
 if __name__ == "__main__":
-    main(__file__, {"search": search}, tables, {"measure": measure})
+    main(__file__, {"search": search, "samples": samples}, tables, {"measure": measure})

@@ -107,6 +107,7 @@ class Config:
     )
     label_smoothing: float = _knob(0.1, "dpo", "for loss_type robust only: share of labels taken to be flipped")
     ld_alpha: float = _knob(1.0, "dpo", "weight of the tokens that the longer answer has more (LD-DPO); 1: plain DPO")
+    start_from: str = _knob("", "dpo", "folder of an adapter to go on from, which is then the reference; empty: none")
     learning_rate: float = _knob(5e-5, "dpo", "peak learning rate of AdamW")
     lr_scheduler: str = _knob("linear", "dpo", "learning-rate schedule after the warm-up")
     warmup_ratio: float = _knob(0.1, "dpo", "share of the steps with a rising learning rate")
@@ -177,7 +178,7 @@ _HUB = dict(data=ULTRAFEEDBACK[0], data_revision=ULTRAFEEDBACK[1])
 PROFILES: dict[str, dict] = {
     "smoke": _CPU
     | dict(
-        max_train=8, max_val=2, max_test=8, max_steps=2, grad_accum=2, compare_prompts=2, instructions=2,
+        max_train=8, max_val=2, max_test=8, max_steps=2, batch_size=2, grad_accum=2, compare_prompts=2, instructions=2,
         max_new_tokens=12,
     ),
     "cpu": _CPU,

@@ -71,7 +71,7 @@ def test_the_estimate_meets_the_exact_kl_of_one_token_answers(cfg, policy, token
         with policy.disable_adapter():
             q = policy(input_ids=ids).logits[0, -1].log_softmax(-1)
     exact = (p.exp() * (p - q)).sum().item()
-    found = generation.kl_from_reference(cfg, policy, tokenizer, [prompt] * 200, max_new_tokens=1)["per_answer"]
+    found = generation.kl_from_base(cfg, policy, tokenizer, [prompt] * 200, max_new_tokens=1)["per_answer"]
     assert exact > 0.05 and found["n"] == 200
     assert abs(found["mean"] - exact) < 4 * found["standard_error"] < exact
 
@@ -81,7 +81,7 @@ def test_kl_per_answer_and_per_token_are_the_means_worked_by_hand(cfg, policy, t
     policy_logps = [torch.full((10,), -0.8), torch.full((30,), -2 / 3)]  # sums -8 and -20
     base_logps = [torch.full((10,), -1.0), torch.full((30,), -28 / 30)]  # sums -10 and -28
     monkeypatch.setattr(scoring, "answer_log_probs", lambda *a: (policy_logps, base_logps))
-    kl = generation.kl_from_reference(cfg, policy, tokenizer, pairs["prompt"][:2])
+    kl = generation.kl_from_base(cfg, policy, tokenizer, pairs["prompt"][:2])
     # log-ratios 2 and 8: mean 5, standard error 3; 10 nats over 40 tokens; residuals (2 - 2.5)/20 and (8 - 7.5)/20
     assert (kl["per_answer"]["mean"], kl["per_answer"]["standard_error"]) == pytest.approx((5.0, 3.0), abs=1e-5)
     assert (kl["per_token"]["mean"], kl["per_token"]["standard_error"]) == pytest.approx((0.25, 0.025), abs=1e-5)
@@ -91,8 +91,8 @@ def test_kl_per_answer_and_per_token_are_the_means_worked_by_hand(cfg, policy, t
 def test_the_draw_for_the_kl_follows_the_seed_and_leaves_the_generator_alone(cfg, policy, tokenizer, pairs):
     torch.manual_seed(5)
     state = torch.get_rng_state()
-    first, second = (generation.kl_from_reference(cfg, policy, tokenizer, pairs["prompt"]) for _ in range(2))
-    other = generation.kl_from_reference(dataclasses.replace(cfg, seed=1), policy, tokenizer, pairs["prompt"])
+    first, second = (generation.kl_from_base(cfg, policy, tokenizer, pairs["prompt"]) for _ in range(2))
+    other = generation.kl_from_base(dataclasses.replace(cfg, seed=1), policy, tokenizer, pairs["prompt"])
     assert first == second != other
     assert torch.equal(state, torch.get_rng_state())
 

@@ -39,7 +39,7 @@ def compare(
     prompts = test[: config.compare_prompts]["prompt"]
     records = scoring.score_pairs(config, policy, tokenizer, test, beta)
     noise = scoring.noise_floor(config, policy, tokenizer, test, records, beta)
-    kl = generation.kl_from_reference(config, policy, tokenizer, prompts)
+    kl = generation.kl_from_base(config, policy, tokenizer, prompts)
     before, after = generation.answers_of_both(config, policy, tokenizer, prompts)
     instructions = generation.instruction_check(config, policy, tokenizer)
     verdicts = baselines.judges(records, baselines.bag_of_words(splits["train"], test))

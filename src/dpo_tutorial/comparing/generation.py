@@ -67,14 +67,14 @@ def _answer_ids(
     return answers
 
 
-def kl_from_reference(
+def kl_from_base(
     config: Config,
     model: PeftModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[list[dict]],
     max_new_tokens: int | None = None,
 ) -> dict:
-    """Estimate KL(policy ‖ reference): how far training has moved the model, on answers that it would now give.
+    """Estimate KL(policy ‖ base): how far training has moved the model, on answers that it would now give.
 
     One answer per prompt is drawn from the policy (temperature 1, whole vocabulary, `config.seed`). Along it, the KL of
     the next token is summed exactly over the vocabulary: unbiased as the mean log-ratio of the drawn tokens is, never
@@ -126,7 +126,7 @@ def instruction_check(config: Config, policy: PeftModel, tokenizer: PreTrainedTo
 
     Returns:
         As `instructions.summary`; with `requests`, `answers` (`before`, `after`), `followed` (likewise), and `kl` from
-        the reference on these requests, as `kl_from_reference`.
+        the reference on these requests, as `kl_from_base`.
     """
     requests = instructions.load()
     step = max(1, len(requests) // config.instructions)
@@ -138,5 +138,5 @@ def instruction_check(config: Config, policy: PeftModel, tokenizer: PreTrainedTo
         "requests": requests,
         "answers": answers,
         "followed": followed,
-        "kl": kl_from_reference(config, policy, tokenizer, prompts[: config.compare_prompts]),
+        "kl": kl_from_base(config, policy, tokenizer, prompts[: config.compare_prompts]),
     }

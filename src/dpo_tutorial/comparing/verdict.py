@@ -23,7 +23,7 @@ def verdict(
     Args:
         held_out: as `summarise`; rules: as `rules`; noise: as `scoring.noise_floor`; form: as `form`.
         against: as `baselines.against`.
-        kl: as `generation.kl_from_reference`.
+        kl: as `generation.kl_from_base`.
         instructions: as `instructions.summary`.
         same_length, same_form: as `rules` and `form`, of the answers that `equal_length` gives.
     """

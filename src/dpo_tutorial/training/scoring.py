@@ -86,7 +86,7 @@ def answer_log_probs(
 
 @torch.no_grad()
 def answer_kl(config: Config, model: PeftModel, tokenizer: PreTrainedTokenizerBase, encoded) -> list[Tensor]:
-    """KL(policy ‖ reference) of the next token, summed over the whole vocabulary, at each token of the answers.
+    """KL(policy ‖ base) of the next token, summed over the whole vocabulary, at each token of the answers.
 
     Args:
         encoded: (prompt ids, answer ids) each.
@@ -102,7 +102,7 @@ def answer_kl(config: Config, model: PeftModel, tokenizer: PreTrainedTokenizerBa
         chosen = order[start : start + size]
         batch = collate([encoded[i] for i in chosen], tokenizer.pad_token_id, model.device)
         ours = logits_of(config, model, batch)
-        with reference_of(model):
+        with model.disable_adapter():
             theirs = logits_of(config, model, batch)
         for i, row, other, mask in zip(chosen, ours, theirs, batch["completion_mask"], strict=True):
             before = mask[1:].bool()  # position t predicts token t + 1

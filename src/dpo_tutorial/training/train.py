@@ -76,6 +76,8 @@ def build_trainer(
 ) -> faster.FastDPOTrainer:
     """A trainer over a fresh adapter, whose reference is the same model with the adapter switched off.
 
+    With `config.start_from` it goes on with that adapter instead, and a frozen copy of it is the reference.
+
     Args:
         model: the base model, without adapter. TRL attaches the one that `peft_config` describes; a second model in
             memory (`ref_model`) is not needed.
@@ -83,14 +85,15 @@ def build_trainer(
         changes: arguments of `DPOConfig` that differ from `config`; where they do not say so, no checkpoint is saved.
     """
     lora.check_lora_targets(model, config)
+    given = lora.go_on_from(config, model, config.start_from) if config.start_from else None
     quiet = {"save_strategy": "no"} | ({} if val else {"eval_strategy": "no"})
     return faster.FastDPOTrainer(
-        model=model,
+        model=given or model,
         args=dpo_config(config, output_dir, **(quiet | changes)),
         train_dataset=train,
         eval_dataset=val,
         processing_class=tokenizer,
-        peft_config=lora.lora_config(config),
+        peft_config=None if given else lora.lora_config(config),
         share_prefixes=config.prefix_sharing,
     )
 
