@@ -13,7 +13,7 @@ from pathlib import Path
 
 from harness import Record, child, latest, machine, main, table
 
-BLOCK = r"model\.layers\.({})"  # from the start of a name up to a dot
+BLOCK = r"model\.layers\.({})\."  # with the last dot: older transformers would take 0 for 01 too
 DOWN = r"model\.layers\.({})\.mlp\.down_proj"
 
 #: What stays in 16 bits. First kinds of layers, then blocks, then what these suggest together.

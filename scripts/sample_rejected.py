@@ -1,6 +1,6 @@
 """Draw the embedded set's on-policy rejected answers anew from the base that is trained: `provenance.jsonl` says which.
 
-python scripts/sample_rejected.py --seed 11 > samples.jsonl      # {"prompt_id", "text", "cut", "sample_seed"} a line
+python scripts/sample_rejected.py samples.jsonl --seed 11      # {"prompt_id", "text", "cut", "sample_seed"} a line
 
 Temperature 0.8, top-p 0.95, at most 96 tokens, in batches of 24 in the order of `provenance.jsonl`; the first batch has
 the seed given, each further one the next. Rounding differs between processors, and a sample with it.
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from pathlib import Path
 
 import torch
 
@@ -35,11 +36,11 @@ def asked() -> dict[str, list[dict]]:
 
 
 @torch.no_grad()
-def main(seed: int) -> None:
+def main(target: Path, seed: int) -> None:
     cfg = config.resolve(profile="cpu")
     tokenizer, model = models.load_tokenizer(cfg), models.load_base(cfg).eval()
     tokenizer.padding_side = "left"
-    rows = list(asked().items())
+    rows, found = list(asked().items()), []
     for start in range(0, len(rows), BATCH):
         batch, drawn_with = rows[start : start + BATCH], seed + start // BATCH
         texts = [tokenizer.apply_chat_template(c, tokenize=False, add_generation_prompt=True) for _, c in batch]
@@ -53,10 +54,13 @@ def main(seed: int) -> None:
         for (prompt_id, _), answer in zip(batch, out[:, ids["input_ids"].shape[1] :], strict=True):
             text = tokenizer.decode(answer, skip_special_tokens=True).strip()
             cut = tokenizer.eos_token_id not in answer.tolist()
-            print(json.dumps({"prompt_id": prompt_id, "text": text, "cut": cut, "sample_seed": drawn_with}))
+            found.append({"prompt_id": prompt_id, "text": text, "cut": cut, "sample_seed": drawn_with})
+    target.write_text("".join(json.dumps(row) + "\n" for row in found), encoding="utf-8")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("target", type=Path)
     parser.add_argument("--seed", type=int, required=True)
-    main(parser.parse_args().seed)
+    given = parser.parse_args()
+    main(given.target, given.seed)

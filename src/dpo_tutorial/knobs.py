@@ -84,7 +84,7 @@ class Config:
     profile: str = _knob("cpu", "run", "named set of defaults")
     model: str = _knob(EMBEDDED, "model", "hub id, folder, or 'embedded'")
     model_revision: str | None = _knob(None, "model", "commit of the hub model")
-    keep_16bit: tuple[str, ...] = _knob((), "model", "linear layers that stay in 16 bits, by name or part of it")
+    keep_16bit: tuple[str, ...] = _knob((), "model", "linear layers that stay in 16 bits: ends of names, regular expressions")
     dtype: str = _knob("fp32", "model", "type of the matmuls: bf16, fp16 or fp32")
     lora_r: int = _knob(16, "lora", "rank of the update BA")
     lora_alpha: int = _knob(32, "lora", "scale: the update is multiplied by alpha / r")
@@ -170,7 +170,8 @@ class Config:
 
 
 _CPU = dict(
-    max_tokens=256, max_train=400, max_val=60, max_test=120, learning_rate=1.5e-4, batch_size=4, grad_accum=2,
+    keep_16bit=("k_proj", "v_proj", r"model\.layers\.(0|29)\."),  # of the embedded model; benchmarks/four_bit.md
+    max_tokens=256, max_train=400, max_val=90, max_test=200, learning_rate=1.5e-4, batch_size=4, grad_accum=2,
     compare_prompts=24, max_new_tokens=96,
 )  # fmt: skip
 _HUB = dict(data=ULTRAFEEDBACK[0], data_revision=ULTRAFEEDBACK[1])
