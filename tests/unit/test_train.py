@@ -381,6 +381,8 @@ def stopped(changed, tokenizer, pairs):
     return run
 
 
+@pytest.mark.filterwarnings("error:Unable to fetch remote file")  # a base's name in its record is no address
+@pytest.mark.filterwarnings("error:Could not find a config file")
 def test_a_stopped_training_from_an_adapter_ends_as_an_undisturbed_one(cfg, tokenizer, pairs, sft, tmp_path, capsys):
     runs = []
     for name in ("undisturbed", "stopped"):
