@@ -131,5 +131,7 @@ def tables(lines: list[dict]) -> dict[str, str]:
     return made
 
 
+STAGES = {"search": search, "samples": samples}
+
 if __name__ == "__main__":
-    main(__file__, {"search": search, "samples": samples}, tables, {"measure": measure})
+    main(__file__, STAGES, tables, {"measure": measure})

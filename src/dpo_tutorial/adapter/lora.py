@@ -114,7 +114,9 @@ def go_on_from(config: Config, base: PreTrainedModel, adapter: str | Path) -> Pe
     """
     check_adapter(config, adapter)
     with _adapter_errors(Path(adapter)):
-        return PeftModel.from_pretrained(base, str(adapter), is_trainable=True, torch_device=hardware.device())
+        policy = PeftModel.from_pretrained(base, str(adapter), is_trainable=True, torch_device=hardware.device())
+    policy.peft_config["default"].base_model_name_or_path = base.name_or_path  # else a checkpoint asks the hub
+    return policy
 
 
 def attach_reference(policy: PeftModel, adapter: str | Path) -> None:
