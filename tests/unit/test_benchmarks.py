@@ -24,7 +24,7 @@ from conftest import pair
 from datasets import Dataset
 
 from dpo_tutorial import config, run_folder
-from dpo_tutorial.knobs import PROFILES, Config
+from dpo_tutorial.knobs import PROFILES
 from dpo_tutorial.loading import models
 from dpo_tutorial.training import train
 
