@@ -94,7 +94,7 @@ def test_measured_bytes_match_the_arithmetic(cfg):
         (("down_proj",), r"layers\.\d\.mlp\.down_proj"),
         ((r"model\.layers\.(0|1)",), r"layers\.\d\."),
         ((r"model\.layers\.1",), r"layers\.1\."),
-        (("q_proj", r"model\.layers\.0"), r"layers\.0\.|q_proj"),
+        (("k_proj", "v_proj", r"model\.layers\.(0|29)\."), r"layers\.0\.|[kv]_proj"),
         ((r"model\.layers\.0\.mlp",), r"layers\.0\.mlp"),
     ],
 )
