@@ -39,6 +39,8 @@ def measure(task: dict, folder: Path) -> dict:
         `mb` of its weights; `nll` per token, nats, and `nlls` of each answer (sums) with their `tokens`. Where the task
         asks for `answers`, of so many greedy ones: mean `distinct_2`, the share `finished`, and three `samples`.
     """
+    import dataclasses
+
     import torch
 
     from dpo_tutorial import config
@@ -49,7 +51,7 @@ def measure(task: dict, folder: Path) -> dict:
     from dpo_tutorial.training import scoring
 
     keep = task["keep"]
-    cfg = config.resolve(profile="cpu", keep_16bit=",".join(keep or []), **task.get("knobs", {}))
+    cfg = dataclasses.replace(config.resolve(profile="cpu", **task.get("knobs", {})), keep_16bit=tuple(keep or ()))
     hardware.seed_everything(cfg.seed)
     tokenizer = models.load_tokenizer(cfg)
     val = prepare.prepare(cfg, tokenizer).splits["val"]

@@ -84,7 +84,7 @@ class Config:
     profile: str = _knob("cpu", "run", "named set of defaults")
     model: str = _knob(EMBEDDED, "model", "hub id, folder, or 'embedded'")
     model_revision: str | None = _knob(None, "model", "commit of the hub model")
-    keep_16bit: tuple[str, ...] = _knob((), "model", "linear layers in 16 bits: ends of names, regular expressions")
+    keep_16bit: tuple[str, ...] = _knob((), "model", "linear layers in 16 bits, by end of name or regular expression")
     dtype: str = _knob("fp32", "model", "type of the matmuls: bf16, fp16 or fp32")
     lora_r: int = _knob(16, "lora", "rank of the update BA")
     lora_alpha: int = _knob(32, "lora", "scale: the update is multiplied by alpha / r")
