@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,12 +28,21 @@ LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", 
 
 SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup")
 
+
+def _compiles(pattern: str) -> bool:
+    try:
+        return bool(re.compile(pattern))
+    except re.error:
+        return False
+
+
 _COUNT = (lambda v: v >= 1, "1 or more")
 _POSITIVE = (lambda v: 0 < v < math.inf, "a number above 0")  # also false for not-a-number
 _SHARE = (lambda v: 0 <= v < 1, "a number from 0 up to, but not including, 1")
 
 #: Knob → (is this value right?, the right ones in words).
 RANGES = {
+    "keep_16bit": (lambda v: all(map(_compiles, v)), "ends of layers' names or regular expressions, or none"),
     "dtype": (lambda v: v in hardware.DTYPES, "bf16, fp16 or fp32"),
     "lora_r": _COUNT,
     "lora_alpha": _COUNT,
@@ -84,7 +94,7 @@ class Config:
     profile: str = _knob("cpu", "run", "named set of defaults")
     model: str = _knob(EMBEDDED, "model", "hub id, folder, or 'embedded'")
     model_revision: str | None = _knob(None, "model", "commit of the hub model")
-    keep_16bit: tuple[str, ...] = _knob((), "model", "linear layers in 16 bits, by end of name or regular expression")
+    keep_16bit: tuple[str, ...] = _knob((), "model", "linear layers in 16 bits: ends of names, patterns; none")
     dtype: str = _knob("fp32", "model", "type of the matmuls: bf16, fp16 or fp32")
     lora_r: int = _knob(16, "lora", "rank of the update BA")
     lora_alpha: int = _knob(32, "lora", "scale: the update is multiplied by alpha / r")

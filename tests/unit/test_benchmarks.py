@@ -110,7 +110,7 @@ def test_recorded_speed_is_two_and_a_half_times_stock_trl_in_less_memory():
 
 def test_the_cpu_profile_keeps_the_layers_that_the_search_chose():
     found = {name: runs[-1] for name, runs in harness.latest(lines_of("four_bit"), "search")[1].items()}
-    assert set(found) == set(four_bit.CHOICES) and len(found["all in 4 bits"]["nlls"]) == 85
+    assert set(found) == set(four_bit.CHOICES) and len(found["all in 4 bits"]["nlls"]) == 86
     assert PROFILES["cpu"]["keep_16bit"] == tuple(four_bit.CHOICES[four_bit.choose(found)])
     worst, kept, best = (found[n]["nll"] for n in ("all in 4 bits", four_bit.choose(found), "all in 16 bits"))
     assert best < kept < worst

@@ -65,7 +65,7 @@ def kinds_of(config: Config, pairs: Dataset) -> list[str] | None:
     if config.data != knobs.EMBEDDED:
         return None
     kinds = sources.rejected_kinds()
-    return [kinds[prompt_id] for prompt_id in pairs["prompt_id"]]
+    return [kinds.get(prompt_id, "not noted") for prompt_id in pairs["prompt_id"]]
 
 
 def derive(records, prompts, before, after, *, noise, kl, instructions, verdicts, kinds, shown, target=()) -> dict:

@@ -46,8 +46,8 @@ def verdict(
             else f"As a judge the policy is not shown to be above: {', '.join(n for n in gaps if n not in beaten)}"
         )
         said.append(
-            f"Simple judges of the same pairs: {scores}. {judged} (the nearest is {name}: policy "
-            f"{gap['difference']:+.2f}, {gap['low']:+.2f} to {gap['high']:+.2f})."
+            f"Simple judges of the same pairs: {scores}. {judged} (the smallest difference: "
+            f"{gap['difference']:+.2f}, {gap['low']:+.2f} to {gap['high']:+.2f}, to {name})."
         )
     if noise:
         said.append(
