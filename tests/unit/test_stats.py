@@ -326,8 +326,11 @@ HELD_OUT = {"accuracy": stats.rate(58, 60), "reward_chosen": {"mean": 1.0}, "rew
 @pytest.mark.parametrize(
     ("low", "words"),
     [
-        (0.05, "As a judge the policy is above each of them (the nearest is shorter: policy +0.10, +0.05 to +0.20)."),
-        (-0.05, "As a judge the policy is not shown to be above: shorter (the nearest is shorter: policy +0.10, -0.05"),
+        (
+            0.05,
+            "As a judge the policy is above each of them (the smallest difference: +0.10, +0.05 to +0.20, to shorter).",
+        ),
+        (-0.05, "As a judge the policy is not shown to be above: shorter (the smallest difference: +0.10, -0.05"),
     ],
 )
 def test_the_verdict_names_the_judges_the_distance_and_what_is_left_at_equal_length(low, words):
