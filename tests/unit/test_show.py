@@ -189,15 +189,15 @@ def test_the_change_table_writes_shares_means_and_signed_changes():
         },
     }  # fmt: skip
     cells = Page(show.change_table(found, "form")).cells
-    kept = ["kept", "0.25 (0.10 to 0.40)", "0.75 (0.60 to 0.90)", "+0.50 (+0.30 to +0.70)", "0.002"]
-    tokens = ["tokens", "80.00 (70.00 to 90.00)", "50.00 (40.00 to 60.00)", "-30.00 (-40.00 to -20.00)", "0.041"]
-    assert cells[5:10] == kept and cells[10:] == tokens
+    kept = ["kept", "0.25 → 0.75", "+0.50 (+0.30 to +0.70)", "0.002, moved"]
+    tokens = ["tokens", "80.00 → 50.00", "-30.00 (-40.00 to -20.00)", "0.041, moved"]
+    assert cells[4:8] == kept and cells[8:] == tokens
     found["target"] = {"kept": {"rate": 1.0}, "tokens": {"mean": 40.0}}
     found["change"]["kept"]["corrected"], found["change"]["tokens"]["corrected"] = 0.004, 0.082
     cells = Page(show.change_table(found, "form")).cells
-    assert cells[:7] == ["form", "before", "after", "chosen answers", "change, same prompts", "p", "corrected p"]
-    assert cells[7:14] == [*kept[:3], "1.00", *kept[3:], "0.004, moved"]
-    assert cells[14:] == [*tokens[:3], "40.00", *tokens[3:], "0.082"]
+    assert cells[:5] == ["form", "before → after", "chosen answers", "change, same prompts", "corrected p"]
+    assert cells[5:10] == [*kept[:2], "1.00", kept[2], "0.004, moved"]
+    assert cells[10:] == [*tokens[:2], "40.00", tokens[2], "0.082"]
 
 
 def test_the_judges_stand_below_the_policy_with_the_paired_difference():
@@ -208,9 +208,10 @@ def test_the_judges_stand_below_the_policy_with_the_paired_difference():
     assert cells[6:] == ["shorter", "0.50 (0.60 to 0.90)", "+0.25 (+0.10 to +0.40)"]
 
 
-def test_a_kind_of_rejected_answer_has_a_row_and_each_judge_a_column():
-    cells = Page(show.kinds_table({"form": {"n": 9, "policy": {"rate": 1.0}, "shorter": {"rate": 0.5}}})).cells
-    assert cells == ["rejected answer", "pairs", "policy", "shorter", "form", "9", "1.00", "0.50"]
+def test_a_kind_of_rejected_answer_has_a_row_and_each_judge_of_words_a_column():
+    judges = {"policy": 1.0, "word counts": 0.5, "shorter": 0.6, "likelier per token": 0.7}
+    cells = Page(show.kinds_table({"form": {"n": 9} | {name: {"rate": rate} for name, rate in judges.items()}})).cells
+    assert cells == ["rejected answer", "pairs", "policy", "word counts", "form", "9", "1.00", "0.50"]
 
 
 def test_the_table_of_instructions_leaves_out_a_part_without_requests():
@@ -220,8 +221,8 @@ def test_the_table_of_instructions_leaves_out_a_part_without_requests():
         "gained": 0, "lost": 2, "p": 0.5, "smallest": {"power_80": None},
     }  # fmt: skip
     cells = Page(show.instructions_table(part | {"within_style": part, "against_style": None})).cells
-    row = ["8", "0.50 (0.30 to 0.70)", "0.25 (0.10 to 0.50)", "0", "2", "0.5", "nothing"]
-    assert cells[8:] == ["all", *row, "within the style", *row]
+    row = ["8", "0.50 (0.30 to 0.70)", "0.25 (0.10 to 0.50)", "0, 2", "0.5", "nothing"]
+    assert cells[7:] == ["all", *row, "within the style", *row]
 
 
 def test_each_request_is_shown_with_both_answers_and_whether_they_follow():

@@ -82,18 +82,17 @@ def held_out_table(before: dict, after: dict) -> HTML:
 def change_table(found: dict[str, dict], what: str) -> HTML:
     """`stats.rules` or `stats.form` as a table: before, after, the chosen answers if given, and the paired change."""
 
-    def written(value):
-        return share(value) if "rate" in value else average(value)
+    def written(when: str, name: str) -> str:
+        value = found[when][name]
+        return f"{value['rate'] if 'rate' in value else value['mean']:.2f}"
 
     rows = []
     for name, changed in found["change"].items():
-        row = {what: name, "before": written(found["before"][name]), "after": written(found["after"][name])}
-        if "target" in found:
-            row["chosen answers"] = f"{found['target'][name].get('rate', found['target'][name].get('mean')):.2f}"
-        row["change, same prompts"] = change(changed)
-        row["p"] = f"{changed['p']:.2g}"
-        if "corrected" in changed:
-            row["corrected p"] = f"{changed['corrected']:.2g}" + (", moved" if changed["corrected"] < 0.05 else "")
+        p = changed.get("corrected", changed["p"])
+        row = {what: name, "before → after": f"{written('before', name)} → {written('after', name)}"}
+        row |= {"chosen answers": written("target", name)} if "target" in found else {}
+        row |= {"change, same prompts": change(changed)}
+        row["corrected p" if "corrected" in changed else "p"] = f"{p:.2g}" + (", moved" if p < 0.05 else "")
         rows.append(row)
     return table(rows)
 
@@ -109,10 +108,14 @@ def against_table(against: dict[str, dict], accuracy: dict) -> HTML:
 
 
 def kinds_table(found: dict[str, dict]) -> HTML:
-    """`baselines.by_kind` as a table."""
+    """`baselines.by_kind` as a table, without the judges that go by length or per token."""
+
+    def shown(name: str) -> bool:
+        return name not in ("n", "longer", "shorter") and "per token" not in name
+
     return table([
         {"rejected answer": kind, "pairs": row["n"]}
-        | {name: f"{value['rate']:.2f}" for name, value in row.items() if name != "n"}
+        | {name: f"{value['rate']:.2f}" for name, value in row.items() if shown(name)}
         for kind, row in found.items()
     ])  # fmt: skip
 
@@ -126,9 +129,9 @@ def instructions_table(found: dict) -> HTML:
             continue
         seen = part["smallest"]["power_80"]
         rows.append({
-            "requests": name, "n": part["before"]["n"], "base follows": share(part["before"]),
-            "policy follows": share(part["after"]), "gained": part["gained"], "lost": part["lost"],
-            "p": f"{part['p']:.2g}", "would find, 4 times in 5": "nothing" if seen is None else f"{seen:.2f}",
+            "requests": name, "n": part["before"]["n"], "base": share(part["before"]), "policy": share(part["after"]),
+            "gained, lost": f"{part['gained']}, {part['lost']}", "p": f"{part['p']:.2g}",
+            "would find, 4 times in 5": "nothing" if seen is None else f"{seen:.2f}",
         })  # fmt: skip
     return table(rows)
 
