@@ -161,7 +161,8 @@ _HUB = dict(data=ULTRAFEEDBACK[0], data_revision=ULTRAFEEDBACK[1])
 PROFILES: dict[str, dict] = {
     "smoke": _CPU
     | dict(
-        max_train=8, max_val=2, max_test=8, max_steps=2, grad_accum=2, compare_prompts=2, max_new_tokens=12,
+        max_train=8, max_val=2, max_test=8, max_steps=2, batch_size=2, grad_accum=2, compare_prompts=2,
+        max_new_tokens=12,
     ),
     "cpu": _CPU,
     "t4": _HUB

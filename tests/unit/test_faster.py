@@ -23,7 +23,7 @@ from dpo_tutorial.training import faster, train
 def built(kind, folder: str, **kwargs):
     """A trainer over the tiny model in its folder, written as a reader would write it."""
     args = DPOConfig(
-        f"{folder}/out", per_device_train_batch_size=2, max_steps=4, learning_rate=1e-2, use_cpu=True, bf16=False,
+        f"{folder}-trained", per_device_train_batch_size=2, max_steps=4, learning_rate=1e-2, use_cpu=True, bf16=False,
         logging_steps=1, save_strategy="no", disable_tqdm=True,
     )  # fmt: skip
     lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
