@@ -4,7 +4,8 @@ VENV   := .venv
 PY     := $(VENV)/bin/python
 STAMP  := $(VENV)/.installed
 GUIDE  := build/guide
-LONGEST := tests/end_to_end/test_ultrafeedback.py tests/notebooks/test_quickstart.py
+# Each of two workers takes two files at the start: the longest one should get a short one beside it.
+FIRST  := tests/end_to_end/test_ultrafeedback.py tests/notebooks/test_quickstart.py tests/unit/test_report.py
 UNIT   := tests -m 'not (end_to_end or slow or gpu or guide or colab)' -n auto --dist loadfile
 
 # A typed value as one word of the shell, whatever is in it; neither make nor the shell may read it as a command.
@@ -13,7 +14,7 @@ quoted = '$(subst ','\'',$(value $(1)))'
 # What reaches the notebooks: make run PROFILE=cpu BETA=0.3. Every variable that is typed, but make's own and never the
 # shell's; the command knows which names there are.
 TYPED := $(sort $(foreach name,$(.VARIABLES),$(if $(filter command,$(origin $(name))),$(name))))
-TYPED := $(filter-out PYTHON VENV PY STAMP GUIDE LONGEST UNIT REPO SHELL MAKEFLAGS,$(TYPED))
+TYPED := $(filter-out PYTHON VENV PY STAMP GUIDE FIRST UNIT REPO SHELL MAKEFLAGS,$(TYPED))
 PARAMETERS := $(foreach name,$(TYPED),-p '$(name)' $(call quoted,$(name)))
 unexport $(TYPED) REPO
 
@@ -55,7 +56,7 @@ check: $(STAMP) lint  ## the quick loop: style, types, unit tests; under two min
 	OMP_NUM_THREADS=1 $(PY) -m pytest $(UNIT)
 
 test: check  ## all of check, then the end-to-end tests and all six notebooks in the smoke profile
-	OMP_NUM_THREADS=1 $(PY) -m pytest $(LONGEST) tests -m 'end_to_end and not slow' -n auto --dist loadfile --no-loadscope-reorder --durations=15
+	OMP_NUM_THREADS=1 $(PY) -m pytest $(FIRST) tests -m 'end_to_end and not slow' -n auto --dist loadfile --no-loadscope-reorder --durations=15
 	rm -rf artifacts/smoke
 	mkdir -p artifacts/smoke
 	$(PY) -m papermill notebooks/00_quickstart.ipynb artifacts/smoke/00_quickstart.ipynb -p PROFILE smoke -p ARTIFACTS artifacts/smoke

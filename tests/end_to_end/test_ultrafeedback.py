@@ -56,10 +56,9 @@ def test_the_audit_finds_the_real_dirt_and_loses_no_row(cfg, sample, tokenizer):
 
 @pytest.mark.end_to_end
 def test_all_six_notebooks_run_on_real_rows(sample, tmp_path):
-    """Short pairs, because this is the longest of all tests."""
     done = subprocess.run(
         [sys.executable, "-m", "dpo_tutorial", "run", "-p", "PROFILE", "smoke", "-p", "DATA", str(sample),
-         "-p", "MAX_TOKENS", "160", "-p", "ARTIFACTS", str(tmp_path)],
+         "-p", "ARTIFACTS", str(tmp_path)],
         cwd=ROOT, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
