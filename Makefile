@@ -51,7 +51,7 @@ quickstart: $(STAMP)  ## one page, minutes: PROFILE=smoke MODEL= DATA= PAIRS= AR
 	mkdir -p $(FOLDER)
 	$(PY) -m papermill notebooks/00_quickstart.ipynb $(FOLDER)/00_quickstart.ipynb $(foreach name,$(KNOBS),$(if $(and $(filter command,$(origin $(name))),$(value $(name))),-p $(name) $(call quoted,$(name))))
 
-check: $(STAMP) lint  ## the quick loop: style, types, unit tests; under two minutes
+check: $(STAMP) lint  ## the quick loop: style, types, unit tests; two minutes
 	$(PY) -m mypy
 	OMP_NUM_THREADS=1 $(PY) -m pytest $(UNIT)
 
