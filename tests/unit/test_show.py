@@ -17,6 +17,7 @@ from IPython.display import Image
 from matplotlib.figure import Figure
 
 from dpo_tutorial import config, knobs, show
+from dpo_tutorial.pairs import sources
 from dpo_tutorial.training import dpo, memory_plan
 
 HOSTILE = """<script>alert(1)</script><img src=x onerror=alert(2)>"'&amp;</td></table><a href="javascript:alert(3)">"""
@@ -426,3 +427,12 @@ def test_the_memory_plan_stacks_the_terms_of_the_peak_and_sets_the_measured_one_
     axis = show.memory_plan(PLANNED, 1100 * 2**20).axes[0]
     assert [(p.get_x(), p.get_width()) for p in axis.patches] == [(0, 160), (160, 900), (0, 1100)]
     assert [p.get_width() for p in show.memory_plan(PLANNED).axes[0].patches] == [160, 900], "nothing measured yet"
+
+
+def test_what_ultrafeedback_is_adds_up_and_holds_no_text():
+    counts = sources.ultrafeedback_counts()
+    assert counts["tied"] + sum(counts["gaps"]) == counts["rows"], "no pair has its scores the wrong way round"
+    assert all(sum(n) == counts["rows"] for n in counts["words"].values())
+    figure = show.ultrafeedback(counts)
+    assert len(figure.axes[0].patches) == 1 + len(counts["gaps"])
+    assert f"{counts['tied']} have equal scores" in show.alt_text(figure)

@@ -62,6 +62,12 @@ def dirty_rows() -> list[dict]:
     return [json.loads(line) for line in embedded_file("dirty_rows").read_text(encoding="utf-8").splitlines()]
 
 
+def ultrafeedback_counts() -> dict:
+    """Counts of 1,000 rows of UltraFeedback, no text of any row; made by `scripts/ultrafeedback_counts.py`."""
+    path = embedded_file("train_prefs").with_name("ultrafeedback_counts.json")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
 def source(config: Config) -> tuple[str, dict | None, str | None]:
     """What `load_dataset` is called with for `config.data`: hub id, folder or kind of file; files; revision.
 

@@ -15,6 +15,7 @@ from .figures import (  # noqa: F401
     nf4_levels,
     picture,
     pipeline,
+    ultrafeedback,
 )
 from .highlight import heat_map, heat_map_figure, tokens  # noqa: F401
 from .result_figures import (  # noqa: F401

@@ -94,6 +94,32 @@ def lengths(values: Sequence[int], limit: int) -> Figure:
     return figure
 
 
+def ultrafeedback(counts: dict) -> Figure:
+    """What UltraFeedback's pairs are like: how far apart their scores lie, and how long both answers are.
+
+    Args:
+        counts: as `sources.ultrafeedback_counts`.
+    """
+    rows, words, tied = counts["rows"], counts["words"], counts["tied"]
+    medians = ", ".join(f"{side} {n:.0f}" for side, n in counts["median_words"].items())
+    figure, (left, right) = new_figure(
+        columns=2,
+        alt=f"{rows} pairs of UltraFeedback. {tied} have equal scores, {counts['gaps'][0]} a gap below 1. "
+        f"Median words: {medians}",
+    )
+    left.bar(-0.75, tied, width=0.45, color=ORANGE, label="no gap: a tie")
+    left.bar(np.array(counts["gap_edges"][:-1]) + 0.5, counts["gaps"], width=0.9, color=BLUE)
+    left.set(xlabel="score of chosen minus rejected, of 10", ylabel="pairs", title="How sure is the label?")
+    left.legend()
+    place = np.arange(len(words["chosen"]))
+    for offset, (side, color) in zip((-0.2, 0.2), (("chosen", BLUE), ("rejected", ORANGE)), strict=True):
+        right.bar(place + offset, words[side], width=0.4, color=color, label=side)
+    right.set_xticks(place[::2], [f"{edge}+" for edge in counts["word_edges"][::2]])
+    right.set(xlabel="words of the answer", title="How long are the answers?")
+    right.legend()
+    return figure
+
+
 def nf4_levels(weights: np.ndarray, levels: np.ndarray) -> Figure:
     """The 16 NF4 levels over a histogram of weights scaled by the largest absolute value of their block."""
     figure, (axis,) = new_figure(
