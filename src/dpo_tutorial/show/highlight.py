@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import re
 from collections.abc import Sequence
 
 import matplotlib.pyplot as plt
@@ -12,12 +13,20 @@ from transformers import PreTrainedTokenizerBase
 
 from . import figures, tables
 
+#: What turns round the direction of the text behind it.
+_BIDI = re.compile("[\u202a-\u202e\u2066-\u2069]")
+
+
+def _visible(text: str) -> str:
+    """Line breaks and changes of direction as signs, so that each token stands where it is."""
+    return _BIDI.sub(lambda found: f"[U+{ord(found[0]):X}]", text).replace("\n", "⏎\n")
+
 
 def tokens(tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[int], answer_ids: Sequence[int]) -> HTML:
     """The tokens of prompt (grey) and answer (blue, underlined): what the completion mask tells apart."""
 
     def spans(ids, kind):
-        parts = (html.escape(tokenizer.decode([i])).replace("\n", "⏎\n") for i in ids)
+        parts = (html.escape(_visible(tokenizer.decode([i]))) for i in ids)
         return "".join(
             f"<span class='dpo-{kind}' title='{kind} token {i}'>{p}</span>" for i, p in zip(ids, parts, strict=True)
         )
@@ -76,7 +85,7 @@ def _shaded(text: str, reward: float, largest: float) -> str:
     )
     strength = 0.6 * abs(reward) / largest  # translucent: the page's own text colour stays readable, light or dark
     kind = " class='dpo-down'" if reward < -0.15 * largest else ""
-    written = html.escape(text).replace("\n", "⏎\n")
+    written = html.escape(_visible(text))
     return (
         f"<span{kind} title='{reward:+.3f}' style='background: rgba({red}, {green}, {blue}, {strength:.2f})'>"
         f"{written}</span>"
@@ -110,7 +119,7 @@ def _lay_out(tokens: Sequence[tuple[str, float]], columns: int) -> list[tuple[st
     """(text, reward, column, line) of each token, wrapped; a line break is shown and broken at."""
     cells, column, line = [], 0, 0
     for text, reward in tokens:
-        written = text.replace("\n", "⏎")
+        written = _visible(text).replace("\n", "")
         if column + len(written) > columns and column:
             column, line, written = 0, line + 1, written.lstrip(" ") or written
         cells.append((written, reward, column, line))
