@@ -113,7 +113,24 @@ ROW_CASES = {
         GOOD | {"score_chosen": float("nan")},
     ],
     "empty conversation": [GOOD | {"chosen": []}, GOOD | {"rejected": []}],
-    "bad role": [conversation([{"role": "human", "content": "hi"}]), conversation([{"role": "tool", "content": "hi"}])],
+    "unreadable line": [
+        GOOD | {"problem": "unreadable line"},
+        {"problem": "unreadable line", "place": "a.jsonl, line 3"},
+    ],
+    "tool call": [
+        conversation([{"role": "tool", "content": "hi"}]),
+        conversation([{"role": "function", "content": "hi"}]),
+        conversation([user("hi"), assistant("") | {"tool_calls": [{"function": {"name": "f"}}]}, user("and?")]),
+        GOOD | {"chosen": [user("hi"), assistant(None) | {"tool_calls": [{"function": {"name": "f"}}]}]},
+        GOOD | {"rejected": [user("hi"), assistant("ho") | {"function_call": {"name": "f"}}]},
+    ],
+    "empty turn": [
+        conversation([user("")]),
+        conversation([user(" \n")]),
+        conversation([system(""), user("hi")]),
+        conversation([user("hi"), assistant("\t"), user("still there?")]),
+    ],
+    "bad role": [conversation([{"role": "human", "content": "hi"}])],
     "roles out of order": [
         conversation([]),
         conversation([system("Be brief.")]),
@@ -184,6 +201,11 @@ def test_a_row_that_clashes_with_the_set_gets_its_reason(prepared, reason):
         conversation([user("hi")], chosen="tab\tand line\nand é 漢 🙂\x85\u200d\u2028", rejected="no"),
         conversation([user("hi") | {"name": None}]),
         without(GOOD, "prompt_id"),
+        without(GOOD, "score_chosen", "score_rejected"),
+        GOOD | {"score_chosen": None, "score_rejected": None},
+        GOOD | {"problem": "", "place": "pairs.jsonl, line 7"},
+        GOOD | {"problem": "Prove that 2 + 2 = 4."},
+        conversation([user("hi") | {"tool_calls": None}]),
     ],
 )
 def test_a_sound_row_has_no_problem(row):
@@ -645,6 +667,7 @@ def test_each_dirty_row_gets_the_reason_it_was_made_for():
     rows = sources.dirty_rows()
     assert [row_checks.row_problem(row) for row in rows] == [row["expected"] for row in rows]
     alone = set(row_checks.REASONS) - {"prompt in test", "duplicate prompt", "too long"}
+    alone -= {"unreadable line", "control token"}  # of a file, of a tokenizer
     alone -= {reason for reason in row_checks.REASONS if reason.startswith("template")}
     assert {row["expected"] for row in rows} == alone | {None}
 
