@@ -19,6 +19,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from dpo_tutorial.errors import DataError
+from dpo_tutorial.loading import templates
 from dpo_tutorial.pairs import encoding, house_style, prepare, row_checks, sources
 
 
@@ -601,6 +602,24 @@ def test_an_empty_split_is_an_error_that_says_so(cfg, tokenizer, monkeypatch):
     monkeypatch.setattr(sources, "load_preferences", lambda config: (splits, []))
     with pytest.raises(DataError, match=r"\(val\): it has no row"):
         prepare.prepare(cfg, tokenizer)
+
+
+def test_rows_without_scores_are_kept_and_the_account_says_what_could_not_be_looked_for(cfg, tokenizer, monkeypatch):
+    unscored = [row | {"score_chosen": None, "score_rejected": None} for row in numbered("train", 4)]
+    splits = splits_of(train=3, val=3, test=3)
+    splits["train"] = Dataset.from_list(unscored)
+    monkeypatch.setattr(sources, "load_preferences", lambda config: (splits, ["chosen"]))
+    made = prepare.prepare(cfg, tokenizer)
+    assert made.report["train"]["kept"] == 4
+    assert len(made.choices) == 2 and made.choices[1].startswith("train: no scores")
+
+
+def test_the_account_says_what_was_settled_in_the_template(cfg, tokenizer):
+    thinking = copy.deepcopy(tokenizer)
+    thinking.chat_template = "{% if enable_thinking %}{{ strftime_now('%Y') }}{% endif %}" + tokenizer.chat_template
+    templates.settle(thinking)
+    made = prepare.prepare(dataclasses.replace(cfg, max_tokens=512), thinking)
+    assert {"chat template: enable_thinking is False", "chat template: date is 2024-07-26"} < set(made.choices)
 
 
 def test_a_template_that_spoils_every_row_is_an_error_that_shows_one_decoded(cfg, tokenizer):

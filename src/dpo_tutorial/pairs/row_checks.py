@@ -10,6 +10,7 @@ import sys
 from collections import Counter
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -67,7 +68,8 @@ def row_problem(row: dict, characters: float = math.inf) -> str | None:
     """
     if (found := row.get("problem")) in [*REASONS]:
         return found
-    prompt, *sides, chosen, rejected = (row.get(c) for c in COLUMNS)
+    values: list[Any] = [row.get(c) for c in COLUMNS]
+    prompt, *sides, chosen, rejected = values
     if None in (prompt, *sides) or (chosen is None) != (rejected is None):
         return "missing column"
     if any(calls_tool(m) for s in sides if isinstance(s, list) for m in s):

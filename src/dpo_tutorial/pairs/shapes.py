@@ -128,7 +128,7 @@ def _conversations(asked: str, prompt: str | list | None, sides: dict) -> tuple[
     if texts and prompt is None:
         prompt = _common_start(*texts)
         texts = [text[len(prompt) :] for text in texts]
-    before = _turns(asked, prompt) if isinstance(prompt, list) else [_message("user", prompt)] if asked or texts else []
+    before = _turns(asked, prompt) if isinstance(prompt, list) else [] if prompt is None else [_message("user", prompt)]
     if texts:
         return [[*before, _message("assistant", text)] for text in texts], f"{layout}, answers as text"
     answers = [_turns(name, side) for name, side in sides.items()]
