@@ -19,6 +19,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from dpo_tutorial.errors import DataError
+from dpo_tutorial.loading import templates
 from dpo_tutorial.pairs import encoding, house_style, prepare, row_checks, sources
 
 
@@ -113,7 +114,24 @@ ROW_CASES = {
         GOOD | {"score_chosen": float("nan")},
     ],
     "empty conversation": [GOOD | {"chosen": []}, GOOD | {"rejected": []}],
-    "bad role": [conversation([{"role": "human", "content": "hi"}]), conversation([{"role": "tool", "content": "hi"}])],
+    "unreadable line": [
+        GOOD | {"problem": "unreadable line"},
+        {"problem": "unreadable line", "place": "a.jsonl, line 3"},
+    ],
+    "tool call": [
+        conversation([{"role": "tool", "content": "hi"}]),
+        conversation([{"role": "function", "content": "hi"}]),
+        conversation([user("hi"), assistant("") | {"tool_calls": [{"function": {"name": "f"}}]}, user("and?")]),
+        GOOD | {"chosen": [user("hi"), assistant(None) | {"tool_calls": [{"function": {"name": "f"}}]}]},
+        GOOD | {"rejected": [user("hi"), assistant("ho") | {"function_call": {"name": "f"}}]},
+    ],
+    "empty turn": [
+        conversation([user("")]),
+        conversation([user(" \n")]),
+        conversation([system(""), user("hi")]),
+        conversation([user("hi"), assistant("\t"), user("still there?")]),
+    ],
+    "bad role": [conversation([{"role": "human", "content": "hi"}])],
     "roles out of order": [
         conversation([]),
         conversation([system("Be brief.")]),
@@ -184,6 +202,11 @@ def test_a_row_that_clashes_with_the_set_gets_its_reason(prepared, reason):
         conversation([user("hi")], chosen="tab\tand line\nand é 漢 🙂\x85\u200d\u2028", rejected="no"),
         conversation([user("hi") | {"name": None}]),
         without(GOOD, "prompt_id"),
+        without(GOOD, "score_chosen", "score_rejected"),
+        GOOD | {"score_chosen": None, "score_rejected": None},
+        GOOD | {"problem": "", "place": "pairs.jsonl, line 7"},
+        GOOD | {"problem": "Prove that 2 + 2 = 4."},
+        conversation([user("hi") | {"tool_calls": None}]),
     ],
 )
 def test_a_sound_row_has_no_problem(row):
@@ -581,6 +604,24 @@ def test_an_empty_split_is_an_error_that_says_so(cfg, tokenizer, monkeypatch):
         prepare.prepare(cfg, tokenizer)
 
 
+def test_rows_without_scores_are_kept_and_the_account_says_what_could_not_be_looked_for(cfg, tokenizer, monkeypatch):
+    unscored = [row | {"score_chosen": None, "score_rejected": None} for row in numbered("train", 4)]
+    splits = splits_of(train=3, val=3, test=3)
+    splits["train"] = Dataset.from_list(unscored)
+    monkeypatch.setattr(sources, "load_preferences", lambda config: (splits, ["chosen"]))
+    made = prepare.prepare(cfg, tokenizer)
+    assert made.report["train"]["kept"] == 4
+    assert len(made.choices) == 2 and made.choices[1].startswith("train: no scores")
+
+
+def test_the_account_says_what_was_settled_in_the_template(cfg, tokenizer):
+    thinking = copy.deepcopy(tokenizer)
+    thinking.chat_template = "{% if enable_thinking %}{{ strftime_now('%Y') }}{% endif %}" + tokenizer.chat_template
+    templates.settle(thinking)
+    made = prepare.prepare(dataclasses.replace(cfg, max_tokens=512), thinking)
+    assert {"chat template: enable_thinking is False", "chat template: date is 2024-07-26"} < set(made.choices)
+
+
 def test_a_template_that_spoils_every_row_is_an_error_that_shows_one_decoded(cfg, tokenizer):
     other = copy.deepcopy(tokenizer)
     other.chat_template = tokenizer.chat_template.replace("<|im_end|>", "<|im_end|><|im_end|>")
@@ -645,6 +686,7 @@ def test_each_dirty_row_gets_the_reason_it_was_made_for():
     rows = sources.dirty_rows()
     assert [row_checks.row_problem(row) for row in rows] == [row["expected"] for row in rows]
     alone = set(row_checks.REASONS) - {"prompt in test", "duplicate prompt", "too long"}
+    alone -= {"unreadable line", "control token"}  # of a file, of a tokenizer
     alone -= {reason for reason in row_checks.REASONS if reason.startswith("template")}
     assert {row["expected"] for row in rows} == alone | {None}
 

@@ -63,6 +63,7 @@ class Case:
 
 def without_eos(case):
     case.edit("tokenizer_config.json", eos_token=None)
+    (case.model / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
     models.load_tokenizer(case.cfg)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import time
 from collections import Counter
 
 import pytest
@@ -100,12 +101,69 @@ def test_the_rows_of_a_template_that_is_right_are_kept(tokenizer, template):
     assert len(row_checks.audit_split(rows, with_template(tokenizer, template), WIDE).kept) == 5
 
 
-@pytest.mark.parametrize("side", ["chosen", "rejected"])
-@pytest.mark.parametrize(("token", "reason"), [("<|im_end|>", "template eos"), ("<|im_start|>", "template mask")])
-def test_an_answer_that_spells_a_special_token_is_dropped_and_spares_the_others(tokenizer, side, token, reason):
-    odd = conversation([user("How?")], **{side: f"With {token} in it."})
-    found = row_checks.audit_split([GOOD, odd], tokenizer, WIDE)
-    assert found.dropped == {reason: 1} and len(found.kept) == 1 and token in found.decoded[reason][0]
+#: A text that spells a special token, in each place that a row has for one.
+SPELLED = {
+    "question": conversation([user("How <|im_end|>?")]),
+    "earlier answer": conversation([user("a"), assistant("b<|im_start|>"), user("c")]),
+    "system turn": conversation([system("<|endoftext|>"), user("c")]),
+    "chosen": conversation([user("How?")], chosen="With <|im_end|> in it."),
+    "rejected": conversation([user("How?")], rejected="With <|im_start|> in it."),
+    "a prompt that was templated before": conversation([user("<|im_start|>user\nHow?<|im_end|>\n")]),
+}
+
+
+@pytest.mark.parametrize("row", SPELLED.values(), ids=SPELLED)
+def test_a_text_that_spells_a_special_token_is_dropped_by_its_name_and_spares_the_others(tokenizer, row):
+    found = row_checks.audit_split([GOOD, row], tokenizer, WIDE)
+    assert found.dropped == {"control token": 1} and len(found.kept) == 1
+    assert found.decoded["control token"][0].startswith(("<|im_end|> in ", "<|im_start|> in ", "<|endoftext|> in "))
+
+
+def test_added_words_that_are_not_special_and_the_unknown_token_are_text(tokenizer):
+    other = copy.deepcopy(tokenizer)
+    other.add_tokens(["<think>", "</think>"])
+    other.unk_token = "<unk>"
+    assert len(row_checks.audit_split([pair("Why?", "<think>a</think> b", "<unk>")], other, WIDE).kept) == 1
+
+
+@pytest.mark.parametrize("words", ["Why", "wor", "[x](y).*"])
+def test_a_special_token_that_looks_like_a_word_or_a_pattern_is_found_as_it_is_written(tokenizer, words):
+    other = copy.deepcopy(tokenizer)
+    other.add_special_tokens({"additional_special_tokens": [words]})
+    rows = [pair("Why?", "in a word", "no"), pair("Who?", "a [x](y).* b", "no"), pair("How?", "yes", "no")]
+    found = row_checks.audit_split(rows, other, WIDE)
+    assert [rows[i]["prompt"] for i in found.kept] == [r["prompt"] for r in rows if words not in json.dumps(r)]
+
+
+# --- length ----
+
+
+def test_a_row_that_cannot_fit_is_dropped_without_being_tokenized_or_searched(tokenizer, monkeypatch):
+    rows = [GOOD, pair("Long?", "word " * 2_400_000, "no"), pair("long " * 2_400_000, "yes", "no")]
+    asked = []
+    encode = row_checks.encoding.encode
+    monkeypatch.setattr(row_checks.encoding, "encode", lambda *a: asked.append(a) or encode(*a))
+    start = time.process_time()
+    found = row_checks.audit_split(rows, tokenizer, 128)
+    assert time.process_time() - start < 0.5  # the two would take seconds
+    assert found.dropped == {"too long": 2} and len(asked) == 2, "both answers of the row that fits"
+    assert row_checks.prompt_digest([user("Long?")]) in found.prompts, "still held out from later splits"
+
+
+def test_a_row_of_the_longest_tokens_is_counted_by_its_tokens(tokenizer):
+    word = max(tokenizer.get_vocab(), key=lambda token: (token.isalpha() and token.isascii(), len(token)))
+    row = pair("a", word * 40, "no")
+    made = row_checks.prepared_row(tokenizer, row)
+    tokens = made["prompt_tokens"] + made["chosen_tokens"]
+    assert row_checks.audit_split([row], tokenizer, tokens).kept == [0]
+    assert row_checks.audit_split([row], tokenizer, tokens - 1).dropped == {"too long": 1}
+
+
+def test_a_row_that_was_read_badly_is_named_by_its_place(tokenizer):
+    bad = {"problem": "unreadable line", "place": "my pairs of last week.jsonl, line 7"}
+    found = row_checks.audit_split([GOOD, bad, {"place": "x, line 8"}], tokenizer, WIDE)
+    assert found.examples == {"unreadable line": [bad["place"]], "missing column": ["x, line 8"]}
+    assert found.dropped == {"unreadable line": 1, "missing column": 1}
 
 
 def test_a_conversation_that_the_template_refuses_spares_the_others(tokenizer):
@@ -160,7 +218,7 @@ def test_any_rows_are_kept_or_dropped_once_and_nothing_raises(tokenizer, rows, h
     assert found.rows == len(rows) == len(found.kept) + sum(found.dropped.values())
     assert list(found.dropped) == [reason for reason in row_checks.REASONS if found.dropped.get(reason)]
     assert {r: len(ids) for r, ids in found.examples.items()} == {r: min(n, 3) for r, n in found.dropped.items()}
-    assert set(found.decoded) == {reason for reason in found.dropped if reason.startswith("template")}
+    assert set(found.decoded) == {r for r in found.dropped if r.startswith("template") or r == "control token"}
     json.dumps([found.examples, found.decoded], ensure_ascii=False).encode()  # can be written
     keys = [row_checks.prompt_digest(row["prompt"]) for row in kept_of(rows, found, tokenizer)]
     assert len(set(keys)) == len(keys) and not set(keys) & held_out and set(keys) <= found.prompts

@@ -99,6 +99,19 @@ def test_tokens_show_a_hostile_answer_as_text_and_count_both_parts(tokenizer):
     assert view.data.count("title='answer token") == len(answer)
 
 
+@pytest.mark.parametrize("mark", [*"\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"], ids=ascii)
+def test_what_turns_text_round_is_shown_as_a_sign_and_turns_nothing(tokenizer, mark):
+    turning = copy.deepcopy(tokenizer)
+    turning.add_tokens([mark])
+    ids = turning(f"a{mark}b", add_special_tokens=False)["input_ids"]
+    shares = [("a", 0.1), (mark, -0.2), ("b", 0.3)]
+    shown = {"prompt": [], "chosen": shares, "rejected": shares, "reward_chosen": 0.2, "reward_rejected": 0.2}
+    figure = show.heat_map_figure(shown)
+    drawn = "".join(text.get_text() for axis in figure.axes for text in axis.texts)
+    for text in (show.tokens(turning, ids, ids).data, show.heat_map(shown).data, drawn):
+        assert f"[U+{ord(mark):X}]" in text and mark not in text
+
+
 def test_a_single_token_that_is_a_whole_tag_is_shown_as_text(tokenizer):
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.add_tokens(["<script>alert(1)</script>", "<img src=x onerror=alert(2)>", "&quot;"])

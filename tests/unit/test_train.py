@@ -194,6 +194,7 @@ def test_the_adapter_is_saved_with_its_base_and_scores_the_same_after_reloading(
     assert {"adapter_model.safetensors", "adapter_config.json", "training.json", "README.md", "tokenizer.json"} <= saved
     assert not any(name.endswith((".bin", ".pt", ".pkl")) for name in saved)
     record = save.read_training_record(run.adapter)
+    assert record["template"] == {"turn_end": "<|im_end|>"}
     assert record["base"]["name"] == "tiny-llama" and record["history"]["train"] and record["versions"]["trl"]
     card = (run.adapter / "README.md").read_text()
     assert "tiny-llama" in card and "beta 0.1" in card and "| Base revision | not pinned |" in card

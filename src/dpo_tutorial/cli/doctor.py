@@ -200,7 +200,7 @@ def template(config: Config) -> str:
     """The audit's question about every row, asked once of a conversation of two rounds."""
     if not model_here(config):
         raise Odd("not checked: the model is not here yet", "Run the doctor again once notebook 02 has fetched it.")
-    from ..loading import models
+    from ..loading import models, templates
     from ..pairs import encoding, row_checks
 
     tokenizer = models.load_tokenizer(config)
@@ -210,7 +210,9 @@ def template(config: Config) -> str:
     if problem := encoding.template_problem(tokenizer, prompt, [answer], ids):
         fix = "Take an instruct model, or set eos_token to the token with which its template ends a turn."
         raise Broken(f"{problem}: {row_checks.REASONS[problem]}", fix)
-    return f"one {tokenizer.eos_token} per answer, nothing of the prompt in its mask"
+    options = templates.template_options(tokenizer)
+    settled = "".join(f", {name}={value}" for name, value in options.items() if name != "turn_end")
+    return f"one {tokenizer.eos_token} per answer, nothing of the prompt in its mask{settled}"
 
 
 CHECKS = (packages, gpu, four_bit, free_memory, disk, model, data, template)

@@ -29,9 +29,9 @@ def generate(
     Returns:
         One `{"text", "tokens", "finished"}` per prompt, in order; `finished` is False where the limit cut the answer.
     """
-    answers = []
+    answers, ends = [], _ends(model, tokenizer)
     for ids in _answer_ids(config, model, tokenizer, prompts, max_new_tokens or config.max_new_tokens, sample=False):
-        finished = ids[-1:] == [tokenizer.eos_token_id]
+        finished = ids[-1] in ends
         ids = ids[:-1] if finished else ids
         text = tokenizer.decode(ids, skip_special_tokens=True).strip()
         answers.append({"text": text, "tokens": len(ids), "finished": finished})
@@ -44,6 +44,7 @@ def _answer_ids(
 ) -> list[list[int]]:
     """Token ids of one answer per prompt, the EOS included where there is one; greedy, or drawn from the model."""
     model.eval()
+    ends = _ends(model, tokenizer)
     texts = [tokenizer.apply_chat_template(p, tokenize=False, add_generation_prompt=True) for p in prompts]
     order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
     side, tokenizer.padding_side = tokenizer.padding_side, "left"  # every answer starts at the same column
@@ -57,14 +58,20 @@ def _answer_ids(
                 out = model.generate(
                     **batch.to(model.device), **how, max_new_tokens=limit, use_cache=True,
                     repetition_penalty=1.0,  # a checkpoint may ship its own, which acts under greedy decoding too
-                    pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
+                    pad_token_id=tokenizer.pad_token_id, eos_token_id=ends,
                 )  # fmt: skip
             for i, ids in zip(chosen, out[:, batch["input_ids"].shape[1] :].tolist(), strict=True):
-                end = ids.index(tokenizer.eos_token_id) + 1 if tokenizer.eos_token_id in ids else len(ids)
+                end = next((n for n, token in enumerate(ids, 1) if token in ends), len(ids))
                 answers[i] = ids[:end]
     finally:
         tokenizer.padding_side = side
     return answers
+
+
+def _ends(model: PeftModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What an answer stops at: the end of a turn, and what the checkpoint itself names, such as the end of a text."""
+    own = model.generation_config.eos_token_id
+    return sorted({tokenizer.eos_token_id, *([own] if isinstance(own, int) else own or [])})
 
 
 def kl_from_reference(

@@ -27,7 +27,7 @@ from .. import knobs
 from ..errors import ModelCorruptError, ModelFetchError, ModelUnsuitableError, disk_error, first_line
 from ..knobs import Config
 from ..machine import hardware, memory
-from . import embedded
+from . import embedded, templates
 
 _EMBEDDED_NAME = f"{embedded.NAME} ({embedded.REQUIREMENT})"
 
@@ -108,7 +108,7 @@ def _fetch_errors(config: Config) -> Iterator[None]:
 
 
 def load_tokenizer(config: Config) -> PreTrainedTokenizerBase:
-    """Load the tokenizer and check what DPO needs of it.
+    """Load the tokenizer, settle what its template leaves open (`templates`), and check what DPO needs of it.
 
     Raises:
         ModelFetchError: not found or no network.
@@ -122,9 +122,11 @@ def load_tokenizer(config: Config) -> PreTrainedTokenizerBase:
             f"The tokenizer of {config.model} has no chat template.",
             "Use an instruct model, or set tokenizer.chat_template yourself.",
         )
+    templates.settle(tokenizer)
     if tokenizer.eos_token is None:
         raise ModelUnsuitableError(
-            f"The tokenizer of {config.model} has no EOS token.", "Set tokenizer.eos_token to the end-of-turn token."
+            f"The tokenizer of {config.model} has no EOS token, and its template ends an answer with none.",
+            "Set tokenizer.eos_token to the end-of-turn token.",
         )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token  # safe: padding is masked out by attention and completion masks

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import re
+
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
@@ -50,7 +53,7 @@ def template_problem(
     if after.count(tokenizer.eos_token_id) != 1:
         return "template eos"
     end = after.index(tokenizer.eos_token_id)
-    if tokenizer.decode(after[end + 1 :]).strip():
+    if tokenizer.decode(after[end + 1 :], skip_special_tokens=True).strip():
         return "template eos"
     added = tokenizer.added_tokens_decoder
     if any(i in added and added[i].special and i != tokenizer.unk_token_id for i in after[:end]):
@@ -63,6 +66,47 @@ def template_problem(
     if asked == opened and not whole[len(opened) :].lstrip().startswith(answer[0]["content"].strip()):
         return "template mask"
     return None
+
+
+def token_problem(
+    tokenizer: PreTrainedTokenizerBase, example: dict, max_tokens: int, controls: re.Pattern | None = None
+) -> tuple[str | None, str]:
+    """What the tokens of a pair say against it, and an excerpt that shows it; (None, "") for a sound pair.
+
+    Args:
+        example: `prompt`, `chosen` and `rejected` as lists of messages; gets their token counts.
+        controls: as `control_tokens` makes it; without it, control tokens in a text are not looked for.
+    """
+    for text in (m["content"] for part in ("prompt", "chosen", "rejected") for m in example[part]):
+        if controls and (found := controls.search(text)):
+            return "control token", f"{found[0]} in {text[max(0, found.start() - 40) : found.end() + 40]!r}"
+    for side in ("chosen", "rejected"):
+        try:
+            before, after = encode(tokenizer, example["prompt"], example[side])
+        except DataError as error:
+            return ("template refuses" if error.__cause__ else "template border"), error.cause
+        problem = template_problem(tokenizer, example["prompt"], example[side], after)
+        if problem:
+            return problem, f"{tokenizer.decode(before[-8:])}¦{short(tokenizer.decode(after))}"
+        example |= {"prompt_tokens": len(before), f"{side}_tokens": len(after)}
+    longest = example["prompt_tokens"] + max(example["chosen_tokens"], example["rejected_tokens"])
+    return ("too long" if longest > max_tokens else None), ""
+
+
+def control_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern:
+    """Finds text that the tokenizer reads as one of its special tokens: such text opens and ends turns by itself.
+
+    Added words that are not special, such as `<think>`, are text; so is the unknown token.
+    """
+    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    words = sorted(special - {tokenizer.unk_token}, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, words)) or r"(?!)")
+
+
+@functools.lru_cache(maxsize=4)
+def longest_token(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Characters of the longest token of the vocabulary: so many times n hold all that n tokens can say."""
+    return max(map(len, tokenizer.get_vocab()))
 
 
 def short(text: str, n: int = 80) -> str:

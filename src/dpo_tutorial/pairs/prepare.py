@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..errors import DataError
 from ..knobs import Config
+from ..loading import templates
 from . import sources
 from .row_checks import REASONS, Audit, audit_split, prepared_row
 
@@ -36,6 +37,7 @@ def prepare(config: Config, tokenizer: PreTrainedTokenizerBase) -> Prepared:
         DataError: as `load_preferences`; no row of a split is usable; or `config.strict` and a row was dropped.
     """
     raw, choices = sources.load_preferences(config)
+    choices = [*choices, *_notes(raw, tokenizer)]
     splits, report, held_out = {}, {}, set()
     limits = {"train": config.max_train, "val": config.max_val, "test": config.max_test}
     for name in ("test", "val", "train"):  # held-out splits first: a shared prompt is dropped from the other side
@@ -60,6 +62,15 @@ def prepare(config: Config, tokenizer: PreTrainedTokenizerBase) -> Prepared:
     if config.strict:
         refuse_dropped(report)
     return Prepared(DatasetDict({k: splits[k] for k in order}), report, choices)
+
+
+def _notes(raw: DatasetDict, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """What the account says once: what was settled in the template, and splits without a score."""
+    options = templates.template_options(tokenizer)
+    said = [f"chat template: {name} is {value}" for name, value in options.items() if name != "turn_end"]
+    unscored = [name for name, rows in raw.items() if not any(score is not None for score in rows["score_chosen"])]
+    why = "no scores, so chosen is taken at its word: ties and flipped labels could not be looked for"
+    return said + [f"{', '.join(unscored)}: {why}"] * bool(unscored)
 
 
 def running_example(config: Config, tokenizer: PreTrainedTokenizerBase) -> dict:

@@ -6,39 +6,47 @@ import hashlib
 import json
 import math
 import re
+import sys
 from collections import Counter
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from ..errors import DataError
 from . import encoding
 
 COLUMNS = ("prompt", "chosen", "rejected", "score_chosen", "score_rejected")
 
 #: Reasons a row is dropped, in the order they are checked. One row has one reason.
 REASONS = {
-    "missing column": "a needed column is absent or null",
+    "unreadable line": "this place of the source holds no row: no JSON, not UTF-8, or cut short",
+    "missing column": "a needed column is absent or null; scores may be absent, but only both",
+    "tool call": "a turn holds more than text: a call of a tool, what a tool said, an image",
     "wrong type": "prompt is not text, a conversation not a list of {role, content} texts, or a score not a number",
     "empty conversation": "a side has no turn at all",
     "bad role": "a role other than system, user, assistant",
     "roles out of order": "user and assistant do not alternate, starting with the user",
     "last turn not assistant": "there is no answer to prefer",
     "empty answer": "the last turn is empty or white space",
+    "empty turn": "a turn before the answer is empty or white space",
     "invalid text": "control characters or broken Unicode",
     "prompts differ": "the two answers belong to different conversations",
     "chosen equals rejected": "nothing to prefer",
     "tied scores": "the annotator had no preference",
     "inverted scores": "the rejected answer has the higher score",
     "prompt in test": "the conversation is also in a held-out split",
+    "control token": "a text spells a special token of this tokenizer, which would open or end a turn by itself",
     "template refuses": "the chat template stops at this conversation with an error of its own",
     "template border": "the prompt's tokens change once an answer follows: no clean cut between the two",
-    "template eos": "the answer does not end in exactly one EOS (white space may follow it)",
+    "template eos": "the answer does not end in exactly one EOS (white space or the end of the text may follow it)",
     "template mask": "the answer's tokens hold a special token or the opening of the turn, which belongs to the prompt",
     "too long": "prompt and answer exceed max_tokens; never cut silently",
     "duplicate prompt": "the same conversation again in this split; the row with the smallest content hash stays",
 }
+
+#: Roles of what a tool is asked and says.
+TOOLS = ("tool", "function", "function_call", "observation", "ipython")
 
 #: C0 and C1 controls except tab, line feed, carriage return and U+0085 (a line break); surrogates; noncharacters;
 #: U+FFFD, which stands where a decoder failed.
@@ -51,15 +59,25 @@ _INVALID = re.compile(
 # --- one row ------------------------------------------------------------------------------------------------------
 
 
-def row_problem(row: dict) -> str | None:
-    """The first of `REASONS` that applies to this row alone, or None."""
-    if any(row.get(c) is None for c in COLUMNS):
+def row_problem(row: dict, characters: float = math.inf) -> str | None:
+    """The first of `REASONS` that applies to this row alone, or None.
+
+    Args:
+        row: its `problem`, where it is one of `REASONS`, is what reading it found.
+        characters: a side of more than so many is "too long", and its text is looked at no further.
+    """
+    if (found := row.get("problem")) in [*REASONS]:
+        return found
+    values: list[Any] = [row.get(c) for c in COLUMNS]
+    prompt, *sides, chosen, rejected = values
+    if None in (prompt, *sides) or (chosen is None) != (rejected is None):
         return "missing column"
-    sides = (row["chosen"], row["rejected"])
+    if any(calls_tool(m) for s in sides if isinstance(s, list) for m in s):
+        return "tool call"
     if (
-        not isinstance(row["prompt"], str)
+        not isinstance(prompt, str)
         or not all(isinstance(s, list) and all(_is_message(m) for m in s) for s in sides)
-        or not all(_is_number(row[c]) for c in ("score_chosen", "score_rejected"))
+        or not all(score is None or is_number(score) for score in (chosen, rejected))
     ):
         return "wrong type"
     if not all(sides):
@@ -72,6 +90,10 @@ def row_problem(row: dict) -> str | None:
         return "last turn not assistant"
     if any(not s[-1]["content"].strip() for s in sides):
         return "empty answer"
+    if any(not m["content"].strip() for s in sides for m in s[:-1]):
+        return "empty turn"
+    if max(_characters(s) for s in sides) > characters:
+        return "too long"
     texts = [str(row.get("prompt_id") or ""), *(m["content"] for s in sides for m in s)]
     if any(_INVALID.search(text) for text in texts):
         return "invalid text"
@@ -79,15 +101,23 @@ def row_problem(row: dict) -> str | None:
         return "prompts differ"
     if sides[0][-1]["content"].strip() == sides[1][-1]["content"].strip():
         return "chosen equals rejected"
-    if row["score_chosen"] == row["score_rejected"]:
-        return "tied scores"
-    if row["score_chosen"] < row["score_rejected"]:
-        return "inverted scores"
-    return None
+    if chosen is None or chosen > rejected:  # without scores, chosen is taken at its word
+        return None
+    return "tied scores" if chosen == rejected else "inverted scores"
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and -math.inf < value < math.inf
+def is_number(value: object) -> bool:
+    """Whether it is a finite number that a float can hold."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+
+
+def calls_tool(m: object) -> bool:
+    """Whether a turn calls a tool, or tells what one said; its text alone would be another turn."""
+    return isinstance(m, dict) and bool(m.get("tool_calls") or m.get("function_call") or m.get("role") in TOOLS)
+
+
+def _characters(turns: list[dict]) -> int:
+    return sum(len(m["content"]) for m in turns)
 
 
 def _is_message(m: object) -> bool:
@@ -125,7 +155,7 @@ def prompt_key(prompt: list[dict]) -> str:
 
 def prompt_digest(prompt: list[dict]) -> bytes:
     """SHA-256 of `prompt_key`: 32 bytes, however long the prompt."""
-    return hashlib.sha256(prompt_key(prompt).encode()).digest()
+    return hashlib.sha256(prompt_key(prompt).encode(errors="surrogatepass")).digest()
 
 
 # --- a split ------------------------------------------------------------------------------------------------------
@@ -135,8 +165,9 @@ def prompt_digest(prompt: list[dict]) -> bytes:
 class Audit:
     """What became of every row of one split: the numbers of those `kept`, in order; the rest counted by reason.
 
-    `examples`: up to three ids per reason; `decoded`: up to three excerpts per template reason; `prompts`: digests of
-    all prompts that a later split must not have. No row itself: a source may be larger than memory.
+    `examples`: up to three ids per reason; `decoded`: up to three excerpts per template reason and control token;
+    `prompts`: digests of all prompts that a later split must not have. No row itself: a source may be larger than
+    memory.
     """
 
     rows: int
@@ -158,6 +189,7 @@ def audit_split(
         held_out: `prompts` of the splits that these rows must not repeat.
     """
     total, sound, prompts, dropped, examples, decoded = 0, [], set(), Counter(), {}, {}
+    controls, most = encoding.control_tokens(tokenizer), max_tokens * encoding.longest_token(tokenizer)
 
     def drop(reason, name):
         dropped[reason] += 1
@@ -166,15 +198,17 @@ def audit_split(
 
     for index, row in enumerate(rows):
         total += 1
-        name = _name(row, index)
-        problem, excerpt = ("invalid text" if row is None else row_problem(row)), ""
-        if row is not None and problem is None:
+        row = {"problem": "invalid text"} if row is None else row
+        name, problem, excerpt = _name(row, index), row_problem(row, most), ""
+        if problem == "too long" and _characters(row["chosen"][:-1]) <= most:
+            prompts.add(prompt_digest(extract(row)["prompt"]))
+        if problem is None:
             example = extract(row)
             key = prompt_digest(example["prompt"])
             problem = "prompt in test" if key in held_out else None
         if problem is None:
             prompts.add(key)
-            problem, excerpt = _add_token_counts(tokenizer, example, max_tokens)
+            problem, excerpt = encoding.token_problem(tokenizer, example, max_tokens, controls)
         if problem is None:
             sound.append((index, key, _content_hash(example), name))
             continue
@@ -197,32 +231,18 @@ def audit_split(
     return Audit(total, kept, ordered, {r: examples[r] for r in ordered}, decoded, prompts)
 
 
-def _name(row: dict | None, index: int) -> str:
-    """The id a person finds the row by; broken Unicode in it is written as an escape."""
-    return str((row or {}).get("prompt_id") or f"row {index}").encode(errors="backslashreplace").decode()[:16]
+def _name(row: dict, index: int) -> str:
+    """What a person finds the row by: its id, or its place in the source; broken Unicode is written as an escape."""
+    name = str(row.get("prompt_id") or "")[:16] or row.get("place") or f"row {index}"
+    return name.encode(errors="backslashreplace").decode()
 
 
 def prepared_row(tokenizer: PreTrainedTokenizerBase, row: dict) -> dict:
     """A row that the audit kept, as training wants it: extracted, with its token counts."""
     example = extract(row)
-    problem, _ = _add_token_counts(tokenizer, example, max_tokens=2**62)
+    problem, _ = encoding.token_problem(tokenizer, example, max_tokens=2**62)
     assert problem is None, problem
     return example
-
-
-def _add_token_counts(tokenizer: PreTrainedTokenizerBase, example: dict, max_tokens: int) -> tuple[str | None, str]:
-    """Add the token counts to `example`; returns the problem of its tokens, and an excerpt that shows it."""
-    for side in ("chosen", "rejected"):
-        try:
-            before, after = encoding.encode(tokenizer, example["prompt"], example[side])
-        except DataError as error:
-            return ("template refuses" if error.__cause__ else "template border"), error.cause
-        problem = encoding.template_problem(tokenizer, example["prompt"], example[side], after)
-        if problem:
-            return problem, f"{tokenizer.decode(before[-8:])}¦{encoding.short(tokenizer.decode(after))}"
-        example |= {"prompt_tokens": len(before), f"{side}_tokens": len(after)}
-    longest = example["prompt_tokens"] + max(example["chosen_tokens"], example["rejected_tokens"])
-    return ("too long" if longest > max_tokens else None), ""
 
 
 def _content_hash(example: dict) -> bytes:

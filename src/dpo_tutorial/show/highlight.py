@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import re
 from collections.abc import Sequence
 
 import matplotlib.pyplot as plt
@@ -17,7 +18,7 @@ def tokens(tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[int], answer
     """The tokens of prompt (grey) and answer (blue, underlined): what the completion mask tells apart."""
 
     def spans(ids, kind):
-        parts = (html.escape(tokenizer.decode([i])).replace("\n", "⏎\n") for i in ids)
+        parts = (html.escape(_upright(tokenizer.decode([i]))).replace("\n", "⏎\n") for i in ids)
         return "".join(
             f"<span class='dpo-{kind}' title='{kind} token {i}'>{p}</span>" for i, p in zip(ids, parts, strict=True)
         )
@@ -28,6 +29,11 @@ def tokens(tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[int], answer
     )
     text = spans(prompt_ids, "prompt") + spans(answer_ids, "answer")
     return HTML(f"{tables._STYLE}<div class='dpo-tokens tex2jax_ignore mathjax_ignore'>{legend}<p>{text}</p></div>")
+
+
+def _upright(text: str) -> str:
+    """Text whose changes of direction are written as signs: as they are, they would turn round what follows."""
+    return re.sub("[\u202a-\u202e\u2066-\u2069]", lambda found: f"[U+{ord(found[0]):X}]", text)
 
 
 def heat_map(shown: dict) -> HTML:
@@ -43,7 +49,7 @@ def heat_map(shown: dict) -> HTML:
     parts = [f"<p class='dpo-tokens'>{_shaded('less likely', -largest, largest)} · 0 · "
              f"{_shaded('more likely', largest, largest)} (full colour: ±{largest:.2f})</p>"]  # fmt: skip
     for side in ("chosen", "rejected"):
-        tokens = shown[side]
+        tokens = [(_upright(text), reward) for text, reward in shown[side]]
         title = _heat_title(shown, side)
         rows = tables.html_table([{"token": text, "reward": f"{reward:+.3f}"} for text, reward in tokens])
         parts.append(
@@ -86,12 +92,13 @@ def _shaded(text: str, reward: float, largest: float) -> str:
 def heat_map_figure(shown: dict, columns: int = 92) -> Figure:
     """The heat map as a figure, for slides and papers: both answers, one scale, the reward in each title."""
     largest = _largest(shown)
-    laid = {side: _lay_out(shown[side], columns) for side in ("chosen", "rejected")}
+    sides = {side: [(_upright(text), reward) for text, reward in shown[side]] for side in ("chosen", "rejected")}
+    laid = {side: _lay_out(tokens, columns) for side, tokens in sides.items()}
     heights = {side: 1 + max((line for *_, line in cells), default=0) for side, cells in laid.items()}
     figure, axes = figures.new_figure(
         width=0.079 * columns, height=1.3 + 0.24 * sum(heights.values()), rows=2, height_ratios=list(heights.values()),
         alt="Token heat map. "
-        + " ".join(f"{_heat_title(shown, side)}. {_strongest(shown[side])}" for side in laid),
+        + " ".join(f"{_heat_title(shown, side)}. {_strongest(tokens)}" for side, tokens in sides.items()),
     )  # fmt: skip
     for axis, (side, cells) in zip(axes, laid.items(), strict=True):
         for text, reward, column, line in cells:

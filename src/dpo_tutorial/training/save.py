@@ -13,7 +13,7 @@ from trl import DPOTrainer
 from .. import run_folder
 from ..errors import ArtifactError
 from ..knobs import Config
-from ..loading import models
+from ..loading import models, templates
 from ..machine import hardware, memory, session
 from . import checkpoints
 
@@ -83,6 +83,7 @@ def saving(config: Config, run: run_folder.Run, trainer: DPOTrainer, seconds: fl
     record = {
         "config": config.identity(),
         "base": {"name": where.name, "revision": where.revision, "pin": where.pin},
+        "template": templates.template_options(trainer.processing_class),
         "seconds": round(seconds, 1),
         "peak_memory_gib": round(memory.peak_memory_gib(), 2),
         "versions": session.versions(),
