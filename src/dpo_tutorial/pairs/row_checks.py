@@ -19,6 +19,7 @@ COLUMNS = ("prompt", "chosen", "rejected", "score_chosen", "score_rejected")
 
 #: Reasons a row is dropped, in the order they are checked. One row has one reason.
 REASONS = {
+    "unreadable line": "no JSON, not UTF-8, or a line that was cut",
     "missing column": "a needed column is absent or null",
     "wrong type": "prompt is not text, a conversation not a list of {role, content} texts, or a score not a number",
     "empty conversation": "a side has no turn at all",
@@ -53,6 +54,8 @@ _INVALID = re.compile(
 
 def row_problem(row: dict) -> str | None:
     """The first of `REASONS` that applies to this row alone, or None."""
+    if row.get("problem"):
+        return row["problem"]
     if any(row.get(c) is None for c in COLUMNS):
         return "missing column"
     sides = (row["chosen"], row["rejected"])
@@ -199,7 +202,9 @@ def audit_split(
 
 def _name(row: dict | None, index: int) -> str:
     """The id a person finds the row by; broken Unicode in it is written as an escape."""
-    return str((row or {}).get("prompt_id") or f"row {index}").encode(errors="backslashreplace").decode()[:16]
+    row = row or {}
+    own = str(row.get("prompt_id") or "").encode(errors="backslashreplace").decode()[:16]
+    return own or row.get("place") or f"row {index}"
 
 
 def prepared_row(tokenizer: PreTrainedTokenizerBase, row: dict) -> dict:
