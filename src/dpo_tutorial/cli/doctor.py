@@ -180,15 +180,13 @@ def data(config: Config) -> str:
 
     if not sources.files(config)[0]:
         return _from_hub("dataset", config.data, config.data_revision)
-    rows = [(row_checks.row_problem(pair), pair, said) for _, pair, said in itertools.islice(sources.read(config), 50)]
-    odd = [
-        f"{pair['place']}, {problem}" + f": {said}" * bool(pair["problem"]) for problem, pair, said in rows if problem
-    ]
+    rows = [pair for _, pair, _ in itertools.islice(sources.read(config), 50)]
+    odd = [f"{pair['place']}: {problem}" for pair in rows if (problem := row_checks.row_problem(pair))]
     found = f"{len(rows) - len(odd)} of the first {len(rows)} rows of {config.data} are sound pairs"
     if len(odd) == len(rows):
-        raise Broken(f"{found}; {odd[0] if odd else 'it holds no row'}", sources.NO_PAIR)
+        raise Broken(f"{found}, {''.join(odd[:1])}", sources.NO_PAIR)
     if 2 * len(odd) > len(rows):
-        raise Odd(f"{found}; {odd[0]}", sources.NO_PAIR)
+        raise Odd(f"{found}, {odd[0]}", sources.NO_PAIR)
     return found
 
 

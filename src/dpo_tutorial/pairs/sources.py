@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import secrets
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from functools import partial
@@ -133,7 +134,8 @@ def _dataset(pairs: Iterator[dict]) -> Dataset:
     schema, batches = FEATURES.arrow_schema, []
     while batch := list(islice(pairs, 256)):
         batches.append(pa.RecordBatch.from_pylist(batch, schema=schema))
-    return Dataset(pa.Table.from_batches(batches, schema=schema))
+    table = pa.Table.from_batches(batches, schema=schema)
+    return Dataset(table, fingerprint=secrets.token_hex(8))  # else `datasets` makes one of a copy of all bytes
 
 
 # --- where rows are -----------------------------------------------------------------------------------------------

@@ -97,7 +97,9 @@ def choose_splits(raw: Mapping[str, Dataset], seed: int, judge: bool = False) ->
     found = {ours: raw[name] for ours, name in names.items()}
     missing = [ours for ours in ("val", "test") if ours not in found]
     if missing:
-        keys = [row_checks.prompt_digest(turns[:-1]) if turns[1:] else b"" for turns in found["train"]["chosen"]]
+        batches = found["train"].select_columns("chosen").iter(batch_size=256)
+        sides = (side for batch in batches for side in batch["chosen"])
+        keys = [row_checks.prompt_digest(side[:-1]) if side[1:] else b"" for side in sides]
         left = sorted(set(keys) - {b""}, key=lambda key: hashlib.sha256(f"{seed} ".encode() + key).digest())
         train = found["train"]
     for ours in missing:
