@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import errno
 import hashlib
 import itertools
 import json
 import re
 from collections import Counter
+from types import SimpleNamespace
 
 import datasets
 import huggingface_hub
@@ -445,12 +447,86 @@ def test_a_held_out_split_without_a_needed_column_is_an_error_that_names_the_spl
         prepared(test=[without(row, "score_rejected") for row in numbered("test", 3)])
 
 
+# --- the hub ------------------------------------------------------------------------------------------------------
+
+
 def test_an_unknown_hub_id_without_a_network_is_an_error_that_names_it(cfg, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(DataError, match="DATA=nobody/no-such-preferences could not be read") as caught:
+    with pytest.raises(DataError, match="DATA=nobody/no-such-preferences could not be read: .*HF_HUB_OFF") as caught:
         load(cfg, "nobody/no-such-preferences")
     assert "DATA=embedded" in caught.value.fix
+
+
+def test_a_hub_id_is_loaded_at_its_revision_and_each_row_read_like_any_other(cfg, monkeypatch):
+    raw, asked = splits_of(train_prefs=12, test_prefs=3, train_sft=2), []
+    raw["test_prefs"] = Dataset.from_list([*numbered("test", 3), without(GOOD, "chosen")])
+
+    def load_dataset(name, revision):
+        asked.append((name, revision))
+        return raw
+
+    monkeypatch.setattr(sources, "load_dataset", load_dataset)
+    found, said = sources.load_preferences(dataclasses.replace(cfg, data="someone/pairs", data_revision="abc"))
+    assert asked == [("someone/pairs", "abc")] and sizes(found) == {"train": 10, "val": 2, "test": 4}
+    assert found["test"][3]["place"] == "test_prefs, row 4" and found["test"][3]["problem"] == "missing column"
+    assert "left alone: train_sft" in said
+
+
+def refused(kind, status=404):
+    """An error of the hub's client as a response of this status gives it."""
+    error = kind.__new__(kind)
+    error.response = SimpleNamespace(status_code=status)
+    return error
+
+
+class TransportError(Exception):
+    """What the client's HTTP library calls every failure below HTTP."""
+
+
+HUB = huggingface_hub.errors
+
+
+@pytest.mark.parametrize(
+    ("error", "token", "cause", "fix"),
+    [
+        (HUB.OfflineModeIsEnabled("offline"), None, "HF_HUB_OFFLINE", "Unset HF_HUB_OFFLINE"),
+        (TransportError("no route to host"), None, "cannot be reached (no route to host)", "network"),
+        (refused(HUB.RepositoryNotFoundError, 401), "hf_x", "token, which has expired", "hf auth login"),
+        (refused(HUB.HfHubHTTPError, 401), "hf_x", "token, which has expired", "HF_TOKEN"),
+        (refused(HUB.RepositoryNotFoundError, 401), None, "no such name, or it is private", "Check the name"),
+        (refused(HUB.RepositoryNotFoundError), "hf_x", "no such name, or it is private", "Check the name"),
+        (refused(HUB.GatedRepoError, 403), "hf_x", "gated", "Accept its terms"),
+        (refused(HUB.RevisionNotFoundError), None, "not this revision", "@revision"),
+        (
+            PermissionError(errno.EACCES, "Permission denied"),
+            None,
+            "could not be stored (Permission denied)",
+            "HF_HOME",
+        ),
+        (OSError(errno.ENOSPC, "No space left on device"), None, "could not be stored (No space", "Free space"),
+        (ValueError("Config name is missing."), None, "Config name is missing.", "Check the name"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
+)
+def test_what_keeps_rows_on_the_hub_is_told_apart(cfg, monkeypatch, error, token, cause, fix):
+    def load_dataset(name, revision):
+        raise ConnectionError(f"Couldn't reach {name!r}") from error  # `datasets` wraps what happened
+
+    monkeypatch.setattr(sources, "load_dataset", load_dataset)
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: token)
+    with pytest.raises(DataError) as caught:
+        load(cfg, "someone/pairs")
+    assert cause in caught.value.cause and fix in caught.value.fix
+
+
+def test_local_pairs_need_no_cache_of_the_hub(cfg, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "file" / "cache"))
+    assert load(cfg, "embedded")[0] and load(cfg, write_jsonl(tmp_path / "a.jsonl", numbered("row", 12)))[0]
+
+
+# --- one odd row --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

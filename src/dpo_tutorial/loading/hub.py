@@ -23,8 +23,6 @@ def why(error: BaseException) -> tuple[str, str]:
 
     unreached = [e for e in chain if "TransportError" in [k.__name__ for k in type(e).__mro__]]  # of httpx or httpx2
     status = {getattr(getattr(e, "response", None), "status_code", None) for e in chain}
-    if found(errors.OfflineModeIsEnabled):
-        return "not in the cache, and HF_HUB_OFFLINE forbids to ask the hub", "Unset HF_HUB_OFFLINE."
     if unreached:
         return f"the hub cannot be reached ({first_line(unreached[-1])})", "Check the network and the proxy."
     if 401 in status and huggingface_hub.get_token():
@@ -35,10 +33,13 @@ def why(error: BaseException) -> tuple[str, str]:
         return "the hub has it, but not this revision", "Give another @revision, or none."
     if found(errors.RepositoryNotFoundError):
         return "the hub has no such name, or it is private", "Check the name; for a private one, run `hf auth login`."
-    for e in reversed(chain):
-        if refused := disk_error(e):
-            return f"it could not be stored ({refused})", "Free space, or set HF_HOME to a folder you may write to."
-    return first_line(chain[-1]), "Check the name and the revision."
+    if refused := next(filter(None, map(disk_error, reversed(chain))), None):
+        return f"it could not be stored ({refused})", "Free space, or set HF_HOME to a folder you may write to."
+    if found(errors.OfflineModeIsEnabled) or huggingface_hub.constants.HF_HUB_OFFLINE:
+        return "not in the cache, and HF_HUB_OFFLINE forbids to ask the hub", "Unset HF_HUB_OFFLINE."
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return first_line(error), "Check the name and the revision."
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
