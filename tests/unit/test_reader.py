@@ -37,6 +37,8 @@ ODD_TEXTS = [
 ROWS = [pair(f"{text} question {i}?", text, f"{text} no", prompt_id=text) for i, text in enumerate(ODD_TEXTS)]
 ROWS += [pair(f"Question {i}?", f"Yes {i}.", f"No {i}.") for i in range(20)]
 
+SHAPE = shapes.to_pair(ROWS[0])[1]
+
 
 def jsonl(rows):
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
@@ -113,22 +115,22 @@ def test_every_format_is_prepared_end_to_end_and_no_text_is_changed(cfg, tokeniz
     path = write(tmp_path / name, FORMATS[name](ROWS))
     rows, said = every_row(cfg, path)
     assert texts(rows) == texts(ROWS) and [row["prompt_id"] for row in rows] == [row["prompt_id"] for row in ROWS]
-    assert f"read as: UltraFeedback binarized: {len(ROWS)} rows" in said
+    assert f"read as: {SHAPE}: {len(ROWS)} rows" in said
     made = prepare.prepare(at(cfg, path), tokenizer)
     assert sum(split["kept"] for split in made.report.values()) == len(ROWS)
 
 
 @pytest.mark.parametrize("name", ["pairs.csv", "pairs.TSV", "pairs.csv.gz"])
-def test_a_table_of_text_keeps_each_cell_but_makes_its_scores_numbers(cfg, tmp_path, monkeypatch, name):
-    header = ["question", "good", "score_chosen"]
-    cells = [[text, text + "\nsecond line", str(i)] for i, text in enumerate(ODD_TEXTS)]
+def test_a_table_of_text_keeps_each_cell_but_makes_its_scores_numbers(cfg, tmp_path, name):
+    cells = [[text, text + "\nsecond line", str(i), "N/A"] for i, text in enumerate(ODD_TEXTS)]
     table = io.StringIO(newline="")
     writer = csv.writer(table, delimiter="\t" if "TSV" in name else ",")
-    writer.writerows([header, *cells])
+    writer.writerows([["question", "good", "points", "score_rejected"], *cells])
     data = b"\xef\xbb\xbf" + table.getvalue().encode()
-    found = list(reader.rows(write(tmp_path / name, gzip.compress(data) if name.endswith("gz") else data)))
-    assert [list(row.values()) for _, row in found] == [[q, a, float(s)] for q, a, s in cells]
-    assert [place for place, _ in found][:2] == [f"{name}, line 2", f"{name}, line 4"]
+    path = write(tmp_path / name, gzip.compress(data) if name.endswith("gz") else data)
+    found = list(sources.read(at(cfg, path, data_columns="score_chosen=points")))
+    assert [list(row.values()) for row, _, _ in found] == [[q, a, float(s), no] for q, a, s, no in cells]
+    assert [pair["place"] for _, pair, _ in found][:2] == [f"{name}, line 2", f"{name}, line 4"]
 
 
 def test_a_folder_that_datasets_saved_is_read_by_its_splits(cfg, tmp_path):
@@ -269,7 +271,7 @@ def test_any_bytes_are_rows_or_an_error_with_cause_and_fix(tmp_path, data, suffi
         ("pairs.zip", zipped("a.txt", b"a"), "no known format"),
         ("pairs.xlsx", b"PK", "no known format"),
         ("pairs", SOUND, "no known format"),
-        ("pairs.jsonl", b"{not json\n" * 3, "3 unreadable line. pairs.jsonl, line 1: It is no JSON"),
+        ("pairs.jsonl", b"{not json\n" * 3, "3 unreadable line. pairs.jsonl, line 1: no JSON"),
     ],
 )
 def test_a_file_that_is_no_data_is_refused_with_its_true_cause(cfg, tmp_path, monkeypatch, name, data, cause):
@@ -321,7 +323,7 @@ def test_the_name_of_a_source_is_no_part_of_what_prepared_data_depends_on(cfg, t
 def test_the_first_pair_is_shown_before_and_after(cfg, tmp_path):
     path = write(tmp_path / "pairs.jsonl", b"{bad\n" + SOUND)
     before, after, shape = sources.before_and_after(at(cfg, path))
-    assert before == ROWS[0] and after["chosen"] == ROWS[0]["chosen"] and shape == "UltraFeedback binarized"
+    assert before == ROWS[0] and after["chosen"] == ROWS[0]["chosen"] and shape == SHAPE
     assert after["place"] == "pairs.jsonl, line 2"
     with pytest.raises(DataError, match="no preference pair"):
         sources.before_and_after(at(cfg, write(tmp_path / "none.jsonl", b"{}\n")))

@@ -25,8 +25,6 @@ PACKED = (".gz", ".zst", ".zip")
 SUFFIXES = TEXT + BINARY + PACKED
 FORMATS = f"Known are {', '.join(TEXT + BINARY)}; each may be packed as {', '.join(PACKED)}."
 
-#: Columns of a table of text whose cells are numbers.
-_NUMBER = re.compile(r"(^|[_\W])(scores?|ratings?|margin)($|[_\W])", re.IGNORECASE)
 _BROKEN = (OSError, EOFError, zlib.error, zipfile.BadZipFile, pa.ArrowException)
 _HEAD = 1024  # bytes that tell what a file is
 _BATCH = 256  # rows that are made Python objects at once
@@ -61,7 +59,7 @@ def rows(path: Path, numbers: Collection[str] = ()) -> Iterator[tuple[str, objec
     What cannot be read is a row too, a `NotAPair` of reason "unreadable line". Blank lines are no rows.
 
     Args:
-        numbers: columns of a table of text whose cells are numbers, besides those named after a score or a rating.
+        numbers: columns of a table of text whose cells are numbers.
 
     Raises:
         DataError: no file of a known format, none that may be read, or no data in it.
@@ -74,7 +72,7 @@ def rows(path: Path, numbers: Collection[str] = ()) -> Iterator[tuple[str, objec
             _refuse(stream.read(_HEAD), path.name)
         with _opened(path) as stream:
             if suffix in BINARY:
-                yield from tables(_batches(path, stream, suffix), path.name)
+                yield from _tables(_batches(path, stream, suffix), path.name)
                 return
             _refuse(stream.peek(_HEAD)[:_HEAD], path.name, text=True)
             if stream.peek(3).startswith(codecs.BOM_UTF8):
@@ -87,26 +85,6 @@ def rows(path: Path, numbers: Collection[str] = ()) -> Iterator[tuple[str, objec
                 yield from _lines(stream, path.name)
     except (*_BROKEN, csv.Error) as error:
         raise _unreadable(path, error) from error
-
-
-def tables(batches: Iterable[pa.RecordBatch], name: str) -> Iterator[tuple[str, object]]:
-    """The rows of Arrow tables, likewise; text that is not UTF-8 costs its own row only."""
-    number = itertools.count(1)
-    for batch in batches:
-        for start in range(0, batch.num_rows, _BATCH):
-            part = batch.slice(start, _BATCH)
-            try:
-                found: list = part.to_pylist()
-            except UnicodeDecodeError:
-                found = [_row(part.slice(i, 1)) for i in range(part.num_rows)]
-            yield from ((f"{name}, row {next(number)}", row) for row in found)
-
-
-def _row(batch: pa.RecordBatch) -> object:
-    try:
-        return batch.to_pylist()[0]
-    except UnicodeDecodeError as error:
-        return _not_utf8(error)
 
 
 _OPEN = {
@@ -138,7 +116,7 @@ def _unreadable(path: Path, error: BaseException) -> DataError:
 
 
 def _not_utf8(error: UnicodeDecodeError) -> NotAPair:
-    return NotAPair("unreadable line", f"It is not UTF-8: byte {error.object[error.start]:#04x} at {error.start + 1}.")
+    return NotAPair("unreadable line", f"not UTF-8: byte {error.object[error.start]:#04x} at {error.start + 1}")
 
 
 # --- the formats --------------------------------------------------------------------------------------------------
@@ -157,7 +135,7 @@ def _parsed(line: bytes) -> object:
     except UnicodeDecodeError as error:
         return _not_utf8(error)
     except (ValueError, RecursionError) as error:
-        return NotAPair("unreadable line", f"It is no JSON: {first_line(error)}.")
+        return NotAPair("unreadable line", f"no JSON: {first_line(error)}")
 
 
 def _document(data: bytes, name: str) -> Iterator[tuple[str, object]]:
@@ -176,20 +154,17 @@ def _document(data: bytes, name: str) -> Iterator[tuple[str, object]]:
             )
         yield from ((f"{name}, row {number}", row) for number, row in enumerate(lists[0], 1))
         return
-    decoder, at = json.JSONDecoder(), text.index("[") + 1
+    decoder, between, at = json.JSONDecoder(), re.compile(r"[\s,]*"), text.index("[") + 1
     for number in itertools.count(1):
-        at = _BETWEEN.match(text, at).end()  # type: ignore[union-attr]  # it matches anywhere
+        at = between.match(text, at).end()  # type: ignore[union-attr]  # it matches anywhere
         if text.startswith("]", at):
             return
         try:
             row, at = decoder.raw_decode(text, at)
         except (ValueError, RecursionError) as error:  # nobody can tell where the next row begins
-            yield f"{name}, row {number}", NotAPair("unreadable line", f"The array breaks off: {first_line(error)}.")
+            yield f"{name}, row {number}", NotAPair("unreadable line", f"the array breaks off: {first_line(error)}")
             return
         yield f"{name}, row {number}", row
-
-
-_BETWEEN = re.compile(r"[\s,]*")
 
 
 def _cells(stream: io.BufferedReader, name: str, delimiter: str, numbers: Collection[str]) -> Iterator:
@@ -200,7 +175,6 @@ def _cells(stream: io.BufferedReader, name: str, delimiter: str, numbers: Collec
     header = next(filter(None, reader), [])
     if len(set(header)) < len(header):
         raise DataError(f"{name} has two columns of one name: {', '.join(header)}.", "Give each a name of its own.")
-    scores = {name for name in header if name in numbers or _NUMBER.search(name)}
     while True:
         place = f"{name}, line {reader.line_num + 1}"
         try:
@@ -208,12 +182,12 @@ def _cells(stream: io.BufferedReader, name: str, delimiter: str, numbers: Collec
         except StopIteration:
             return
         except csv.Error as error:
-            yield place, NotAPair("unreadable line", f"It is no row of a table: {error}.")
+            yield place, NotAPair("unreadable line", f"no row of a table: {error}")
             continue
         if len(cells) == len(header):
-            yield place, {n: _number(c) if n in scores else c for n, c in zip(header, cells, strict=True)}
+            yield place, {n: _number(c) if n in numbers else c for n, c in zip(header, cells, strict=True)}
         elif cells:
-            yield place, NotAPair("unreadable line", f"It has {len(cells)} cells, the header {len(header)}.")
+            yield place, NotAPair("unreadable line", f"{len(cells)} cells where the header has {len(header)}")
 
 
 def _number(cell: str) -> float | str | None:
@@ -234,3 +208,23 @@ def _batches(path: Path, stream: io.BufferedReader, suffix: str) -> Iterator[pa.
     except pa.ArrowInvalid:  # the other kind of Arrow file, which `datasets` writes
         source.seek(0)
         return iter(pa.ipc.open_stream(source))
+
+
+def _tables(batches: Iterable[pa.RecordBatch], name: str) -> Iterator[tuple[str, object]]:
+    """The rows of Arrow tables; text that is not UTF-8 costs its own row only."""
+    number = itertools.count(1)
+    for batch in batches:
+        for start in range(0, batch.num_rows, _BATCH):
+            part = batch.slice(start, _BATCH)
+            try:
+                found: list = part.to_pylist()
+            except UnicodeDecodeError:
+                found = [_row(part.slice(i, 1)) for i in range(part.num_rows)]
+            yield from ((f"{name}, row {next(number)}", row) for row in found)
+
+
+def _row(batch: pa.RecordBatch) -> object:
+    try:
+        return batch.to_pylist()[0]
+    except UnicodeDecodeError as error:
+        return _not_utf8(error)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+SCORES = (("score_chosen", "score_rejected"),)
 COLUMNS = ("prompt", "chosen", "rejected", "score_chosen", "score_rejected")
 
 

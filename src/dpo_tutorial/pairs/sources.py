@@ -25,14 +25,15 @@ from .shapes import NotAPair
 
 EMBEDDED_SPLITS = ("train_prefs", "val_prefs", "test_prefs")
 
+_SCORES = ("score_chosen", "score_rejected")
 _TURNS = [{"role": Value("string"), "content": Value("string")}]
 #: A row of a split: both sides whole, the reason why it is no pair or "", and where it stands in the source.
 FEATURES = Features(
     {"prompt_id": Value("string"), "prompt": Value("string"), "chosen": _TURNS, "rejected": _TURNS}
-    | dict.fromkeys(("score_chosen", "score_rejected"), Value("float64"))
+    | dict.fromkeys(_SCORES, Value("float64"))
     | dict.fromkeys(("problem", "place"), Value("string"))
 )
-_NOTHING = {"prompt_id": "", "prompt": "", "chosen": [], "rejected": [], "score_chosen": None, "score_rejected": None}
+_NOTHING = {"prompt_id": "", "prompt": "", "chosen": [], "rejected": []} | dict.fromkeys(_SCORES)
 
 Rows = Iterable[tuple[str, object]]  # as `reader.rows` gives them
 
@@ -125,7 +126,11 @@ def _pair(place: str, row: object, columns: Mapping[str, str]) -> tuple[dict, st
     except NotAPair as error:
         pair, said, problem = _NOTHING, error.detail, error.reason
     except UnicodeEncodeError:
-        pair, said, problem = _NOTHING, "It holds half a character or a byte that is not UTF-8.", "invalid text"
+        pair, said, problem = (
+            _NOTHING,
+            "a lone surrogate, or a byte that is not UTF-8",
+            "invalid text",
+        )
     return pair | {"problem": problem, "place": place}, said
 
 
@@ -166,8 +171,8 @@ def _parts(config: Config) -> tuple[dict[str, Callable[[], Rows]], list[str]]:
     """What gives the rows of each split of the source, and the files of a folder that are left alone."""
     local, other = files(config)
     if local:
-        columns = shapes.columns(config.data_columns)
-        numbers = {columns.get("score_chosen"), columns.get("score_rejected")} - {None}
+        by_hand = shapes.columns(config.data_columns)
+        numbers = {name for names in shapes.SCORES for name in names} | {by_hand.get(name, name) for name in _SCORES}
         return {name: partial(_of_files, paths, numbers) for name, paths in local.items()}, other
     try:
         loaded = load_dataset(config.data, revision=config.data_revision)
@@ -188,7 +193,7 @@ def _of_hub(split: Dataset, name: str) -> Rows:
         try:
             yield place, split[index]
         except UnicodeDecodeError:
-            yield place, NotAPair("unreadable line", "It is not UTF-8.")
+            yield place, NotAPair("unreadable line", "not UTF-8")
 
 
 def embedded_file(split: str) -> Path:
