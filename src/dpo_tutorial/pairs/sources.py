@@ -73,9 +73,9 @@ def load_preferences(config: Config, judge: bool = False) -> tuple[DatasetDict, 
     if not any(raw.values()):
         raise DataError(f"DATA={config.data} holds no row.", "Give a source with rows.")
     if not shape_of:
-        row = next(row for row, _, _ in read(config, judge))
+        row = next((row for row, _, _ in read(config, judge) if not isinstance(row, NotAPair)), None)
         counts = ", ".join(f"{n:,} {reason}" for reason, n in odd.most_common())
-        told = next(iter(first.values())) if isinstance(row, NotAPair) else shapes.describe(row)
+        told = next(iter(first.values())) if row is None else shapes.describe(row)
         raise DataError(f"DATA={config.data} holds no preference pair: {counts}. {told}", NO_PAIR)
     chosen, said = splits.choose_splits(raw, config.seed, judge)
     if other := [*sorted(set(parts) - set(used)), *other]:
@@ -126,11 +126,7 @@ def _pair(place: str, row: object, columns: Mapping[str, str]) -> tuple[dict, st
     except NotAPair as error:
         pair, said, problem = _NOTHING, error.detail, error.reason
     except UnicodeEncodeError:
-        pair, said, problem = (
-            _NOTHING,
-            "a lone surrogate, or a byte that is not UTF-8",
-            "invalid text",
-        )
+        pair, said, problem = _NOTHING, "a lone surrogate or a byte that is not UTF-8", "invalid text"
     return pair | {"problem": problem, "place": place}, said
 
 

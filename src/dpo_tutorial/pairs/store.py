@@ -74,8 +74,8 @@ VERSION = 3  # raise it when the same source would give other rows: prepared dat
 
 def source_identity(config: Config) -> dict:
     """What the prepared data depends on; artifacts made from other values are not reused."""
-    names = ("model", "model_revision", "data_revision", "data_columns", "seed")
-    names += ("max_tokens", "max_train", "max_val", "max_test")
+    limits = ("max_tokens", "max_train", "max_val", "max_test")
+    names = ("model", "model_revision", "data_revision", "data_columns", "seed", *limits)
     values = dataclasses.asdict(config)
     return {n: values[n] for n in names} | {"data": _content(config), "code": VERSION}
 
