@@ -492,6 +492,7 @@ HUB = huggingface_hub.errors
     [
         (HUB.OfflineModeIsEnabled("offline"), None, "HF_HUB_OFFLINE", "Unset HF_HUB_OFFLINE"),
         (TransportError("no route to host"), None, "cannot be reached (no route to host)", "network"),
+        (ConnectionError("Couldn't reach it (LocalEntry)"), None, "cannot be reached (Couldn't reach it", "proxy"),
         (refused(HUB.RepositoryNotFoundError, 401), "hf_x", "token, which has expired", "hf auth login"),
         (refused(HUB.HfHubHTTPError, 401), "hf_x", "token, which has expired", "HF_TOKEN"),
         (refused(HUB.RepositoryNotFoundError, 401), None, "no such name, or it is private", "Check the name"),
@@ -511,7 +512,7 @@ HUB = huggingface_hub.errors
 )
 def test_what_keeps_rows_on_the_hub_is_told_apart(cfg, monkeypatch, error, token, cause, fix):
     def load_dataset(name, revision):
-        raise ConnectionError(f"Couldn't reach {name!r}") from error  # `datasets` wraps what happened
+        raise RuntimeError("failed") from error  # `datasets` wraps what happened
 
     monkeypatch.setattr(sources, "load_dataset", load_dataset)
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: token)

@@ -21,10 +21,7 @@ def why(error: BaseException) -> tuple[str, str]:
     def found(kind: type[BaseException]) -> bool:
         return any(isinstance(e, kind) for e in chain)
 
-    unreached = [e for e in chain if "TransportError" in [k.__name__ for k in type(e).__mro__]]  # of httpx or httpx2
     status = {getattr(getattr(e, "response", None), "status_code", None) for e in chain}
-    if unreached:
-        return f"the hub cannot be reached ({first_line(unreached[-1])})", "Check the network and the proxy."
     if 401 in status and huggingface_hub.get_token():
         return "the hub refuses your token, which has expired or is wrong", "Run `hf auth login`, or unset HF_TOKEN."
     if found(errors.GatedRepoError) or 403 in status:
@@ -37,6 +34,8 @@ def why(error: BaseException) -> tuple[str, str]:
         return f"it could not be stored ({refused})", "Free space, or set HF_HOME to a folder you may write to."
     if found(errors.OfflineModeIsEnabled) or huggingface_hub.constants.HF_HUB_OFFLINE:
         return "not in the cache, and HF_HUB_OFFLINE forbids to ask the hub", "Unset HF_HUB_OFFLINE."
+    if unreached := [e for e in chain if {"ConnectionError", "TransportError"} & {k.__name__ for k in type(e).__mro__}]:
+        return f"the hub cannot be reached ({first_line(unreached[-1])})", "Check the network and the proxy."
     while error.__cause__ is not None:
         error = error.__cause__
     return first_line(error), "Check the name and the revision."
