@@ -80,8 +80,9 @@ class Config:
     lora_targets: tuple[str, ...] = _knob(LORA_TARGETS, "lora", "layers that get an adapter")
     gradient_checkpointing: bool = _knob(True, "lora", "recompute activations where memory is too short to store them")
 
-    data: str = _knob(EMBEDDED, "data", "hub id[@revision], folder, .parquet, .jsonl, or 'embedded'")
+    data: str = _knob(EMBEDDED, "data", "hub id[@revision], folder, file (.jsonl, .csv, …), or 'embedded'")
     data_revision: str | None = _knob(None, "data", "commit of the hub dataset")
+    data_columns: str = _knob("", "data", "columns by hand where DATA's have other names: prompt=question,chosen=good")
     max_tokens: int = _knob(512, "data", "longest prompt + answer kept; longer pairs are dropped", "tokens")
     max_train: int = _knob(1000, "data", "training pairs kept after the shuffle", "pairs")
     max_val: int = _knob(100, "data", "validation pairs, for choosing hyper-parameters", "pairs")

@@ -18,13 +18,13 @@ from dpo_tutorial.adapter import lora
 from dpo_tutorial.comparing import baselines, compare, generation, stats
 from dpo_tutorial.loading import models
 from dpo_tutorial.machine import hardware, memory
-from dpo_tutorial.pairs import encoding, house_style, prepare, row_checks, sources, store
+from dpo_tutorial.pairs import encoding, house_style, prepare, row_checks, sources, splits, store
 from dpo_tutorial.training import scoring
 
 #: What the notebooks' own cells import, by the names they give it.
 MODULES = [
     baselines, compare, encoding, generation, hardware, house_style, lora, memory, models, prepare, row_checks,
-    scoring, show, sources, stats, store,
+    scoring, show, sources, splits, stats, store,
 ]  # fmt: skip
 FOLDER = Path(__file__).parents[2] / "notebooks"
 
@@ -105,15 +105,10 @@ def rows(request, tmp_path):
 def test_04_loads_what_the_package_loads(cfg, package, rows):
     for source in (str(rows), str(rows.parent), knobs.EMBEDDED):
         package["cfg"] = here = dataclasses.replace(cfg, data=source)
-        found = execute("04", "load_dataset(where, data_files=", **package)
-        splits, choices = sources.load_preferences(here)
+        found = execute("04", "sources.before_and_after(cfg)", **package)
+        raw, choices = sources.load_preferences(here)
         assert found["choices"] == choices
-        assert {k: v.to_list() for k, v in found["raw"].items()} == {k: v.to_list() for k, v in splits.items()}
-
-
-def test_a_hub_id_is_loaded_at_its_revision(cfg):
-    here = dataclasses.replace(cfg, data="someone/pairs", data_revision="abc")
-    assert sources.source(here) == ("someone/pairs", None, "abc")
+        assert {k: v.to_list() for k, v in found["raw"].items()} == {k: v.to_list() for k, v in raw.items()}
 
 
 def test_04_prepares_by_hand_what_the_package_prepares(cfg, package, rows, tokenizer):

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import errno
 import hashlib
 import itertools
 import json
 import re
 from collections import Counter
+from types import SimpleNamespace
 
 import datasets
 import huggingface_hub
@@ -20,7 +22,7 @@ from hypothesis import strategies as st
 
 from dpo_tutorial.errors import DataError
 from dpo_tutorial.loading import templates
-from dpo_tutorial.pairs import encoding, house_style, prepare, row_checks, sources
+from dpo_tutorial.pairs import encoding, house_style, prepare, row_checks, sources, splits
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -293,38 +295,78 @@ def splits_of(**sizes):
     return DatasetDict({name: Dataset.from_list(numbered(name, n)) for name, n in sizes.items()})
 
 
-@pytest.mark.parametrize(
-    "names", [("train_prefs", "val_prefs", "test_prefs"), ("train", "validation", "test")], ids=["preferences", "plain"]
-)
-def test_splits_are_found_by_each_usual_name(names):
-    raw = splits_of(**dict(zip(names, (5, 4, 3), strict=True)))
-    found, said = sources.choose_splits(raw, seed=1)
-    for ours, name in zip(("train", "val", "test"), names, strict=True):
-        assert found[ours]["prompt"] == raw[name]["prompt"]
-        assert f"{ours}: split '{name}', {len(raw[name])} rows" in said
-    assert list(found) == ["train", "val", "test"] and len(said) == 3
+def sizes(found):
+    return {name: len(split) for name, split in found.items()}
+
+
+@pytest.mark.parametrize(("ours", "name"), [(ours, n) for ours, names in splits.SPLIT_NAMES.items() for n in names])
+def test_splits_are_found_by_each_usual_name(ours, name):
+    names = {"train": "train", "val": "validation", "test": "test"} | {ours: name}
+    raw = splits_of(**dict(zip(names.values(), (5, 4, 3), strict=True)))
+    found, said = splits.choose_splits(raw, seed=1)
+    assert {ours: split["prompt"] for ours, split in found.items()} == {n: raw[names[n]]["prompt"] for n in names}
+    assert said == [f"{ours}: split '{name}', {len(raw[name])} rows" for ours, name in names.items()]
 
 
 def test_a_preference_split_wins_over_a_split_of_the_plain_name():
-    found, _ = sources.choose_splits(splits_of(train=3, train_prefs=4, test=5, test_prefs=6, validation=2), seed=1)
-    assert {name: len(split) for name, split in found.items()} == {"train": 4, "val": 2, "test": 6}
+    found, _ = splits.choose_splits(splits_of(train=3, train_prefs=4, test=5, test_prefs=6, validation=2), seed=1)
+    assert sizes(found) == {"train": 4, "val": 2, "test": 6}
 
 
 def test_missing_splits_are_cut_from_train_and_said():
     raw = splits_of(train=100)
-    found, said = sources.choose_splits(raw, seed=7)
-    assert {name: len(split) for name, split in found.items()} == {"train": 81, "val": 10, "test": 9}
+    found, said = splits.choose_splits(raw, seed=7)
+    assert sizes(found) == {"train": 81, "val": 10, "test": 9}
     assert sorted(itertools.chain(*(split["prompt"] for split in found.values()))) == sorted(raw["train"]["prompt"])
-    assert [s for s in said if "cut from train with seed 7" in s and "9 rows" in s and s.startswith("test")]
-    assert [s for s in said if "cut from train with seed 7" in s and "10 rows" in s and s.startswith("val")]
+    assert "val: no such split, so 10 of 100 prompts, 10 rows cut from train with seed 7" in said
+    assert "test: no such split, so 9 of 90 prompts, 9 rows cut from train with seed 7" in said
 
 
-def test_the_cut_depends_on_the_seed_alone():
+def prompts(found):
+    return {name: set(split["prompt"]) for name, split in found.items()}
+
+
+def test_the_cut_depends_on_the_seed_and_the_prompts_and_not_on_the_order_of_the_rows():
     raw = splits_of(train=100)
-    first, again, other = (sources.choose_splits(raw, seed=seed)[0] for seed in (1, 1, 2))
-    for name in ("train", "val", "test"):
-        assert first[name]["prompt"] == again[name]["prompt"]
-        assert set(first[name]["prompt"]) != set(other[name]["prompt"])
+    first, again, other = (
+        prompts(splits.choose_splits(rows, seed=seed)[0])
+        for rows, seed in ((raw, 1), (DatasetDict(train=raw["train"].shuffle(seed=0)), 1), (raw, 2))
+    )
+    assert first == again
+    assert all(first[name] != other[name] for name in first)
+
+
+def test_all_rows_of_a_prompt_are_cut_together(cfg, tokenizer, tmp_path):
+    """1,000 rows of 237 prompts once lost 172 as "prompt in test"."""
+    rows = [pair(f"Question {i * i % 237}?", f"Yes {i}.", f"No {i}.") for i in range(300)]
+    path = write_jsonl(tmp_path / "twins.jsonl", rows)
+    report = prepare.prepare(dataclasses.replace(cfg, data=str(path), max_tokens=512), tokenizer).report
+    assert not any("prompt in test" in split["dropped"] for split in report.values())
+    assert sum(split["kept"] for split in report.values()) == len({row["prompt"] for row in rows})
+
+
+@pytest.mark.parametrize(("n", "enough"), [(12, True), (11, False)])
+def test_twelve_prompts_are_enough_to_cut_two_splits_from(n, enough):
+    raw = DatasetDict(train=Dataset.from_list(numbered("row", n) * 2))
+    if enough:
+        assert sizes(splits.choose_splits(raw, seed=1)[0]) == {"train": 18, "val": 4, "test": 2}
+    else:
+        with pytest.raises(DataError, match="9 prompts are too few to cut a test split from"):
+            splits.choose_splits(raw, seed=1)
+
+
+@pytest.mark.parametrize(
+    ("source_sizes", "n"), [(dict(train=60), 60), (dict(train=5), 5), (dict(test=3), 3), (dict(train=9, test=4), 4),
+                            (dict(train=9, val=2), 11)],
+    ids=str,
+)  # fmt: skip
+def test_to_be_judged_a_source_is_all_test_where_it_names_none(cfg, tokenizer, tmp_path, source_sizes, n):
+    for name, size in source_sizes.items():
+        write_jsonl(tmp_path / "set" / f"{name}.jsonl", numbered(name, size))
+    here = dataclasses.replace(cfg, data=str(tmp_path / "set"), max_tokens=512)
+    found, said = sources.load_preferences(here, judge=True)
+    assert sizes(found) == {"test": n} and said[0].startswith("test: ")
+    assert prepare.prepare(here, tokenizer, judge=True).report["test"]["kept"] == n
 
 
 # --- load ---------------------------------------------------------------------------------------------------------
@@ -357,7 +399,7 @@ def test_a_folder_laid_out_as_the_hub_serves_it_is_read_by_its_split_names(cfg, 
     found, said = load(cfg, tmp_path)
     assert {name: len(split) for name, split in found.items()} == {"train": 10, "val": 2, "test": 5}
     assert found["test"]["prompt"] == [row["prompt"] for row in numbered("test_prefs", 5)]
-    assert "left alone: train_sft" in said
+    assert "left alone: train_sft" + ", README.md" * with_readme in said
 
 
 def test_the_repositorys_own_set_is_read_with_its_three_splits(cfg):
@@ -368,95 +410,147 @@ def test_the_repositorys_own_set_is_read_with_its_three_splits(cfg):
     assert not any("cut from train" in sentence for sentence in said)
 
 
-def test_a_folder_without_data_is_an_error_that_names_it(cfg, tmp_path):
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match="empty") as caught:
-        load(cfg, tmp_path / "empty")
-    assert "data files" in caught.value.cause and "embedded" in caught.value.fix
+def folder_of(tmp_path, names):
+    for name in names:
+        if name.endswith(".parquet"):
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            Dataset.from_list(numbered(name, 12)).to_parquet(tmp_path / name)
+        else:
+            write_jsonl(tmp_path / name, numbered(name, 12))
+    return tmp_path
 
 
-def test_another_schema_is_an_error_that_lists_the_columns_found_and_needed(cfg, tmp_path):
-    rows = [{"question": "a", "chosen": "b", "response": "c"} for _ in range(20)]
+@pytest.mark.parametrize(
+    ("names", "found", "left"),
+    [
+        (["train.jsonl", "held_out.jsonl"], {"train": 10, "val": 2, "test": 12}, None),
+        (["train.jsonl", "Held-Out.jsonl", "eval.jsonl"], {"train": 10, "val": 2, "test": 12}, "held_out"),
+        (["train.jsonl", "extra.jsonl", "notes.txt"], {"train": 9, "val": 2, "test": 1}, "extra, notes.txt"),
+        (["train-00000-of-00002.parquet", "train-00001-of-00002.parquet"], {"train": 18, "val": 3, "test": 3}, None),
+        (["a.jsonl", "b.jsonl", ".hidden/train.jsonl"], {"train": 18, "val": 3, "test": 3}, None),
+        (["train/part-0.jsonl", "train/part-1.jsonl", "test/0000.jsonl"], {"train": 21, "val": 3, "test": 12}, None),
+        (
+            ["data/train_prefs-00000-of-00001-6497ae27e0ed2b5f.parquet", "data/train_gen-00000-of-00001.parquet",
+             "data/test_prefs-00000-of-00001-ad7e8d9.parquet", "README.md"],
+            {"train": 10, "val": 2, "test": 12}, "train_gen, README.md",
+        ),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_each_file_of_a_folder_is_read_or_named_as_left_alone(cfg, tmp_path, names, found, left):
+    splits, said = load(cfg, folder_of(tmp_path / "set", names))
+    assert sizes(splits) == found
+    assert [s.removeprefix("left alone: ") for s in said if s.startswith("left alone")] == ([left] if left else [])
+
+
+@pytest.mark.parametrize(
+    ("names", "cause"),
+    [
+        (["train.jsonl", "train.parquet"], "train.jsonl, train.parquet for train, which may be the same rows"),
+        (["train_sft.jsonl", "test_sft.jsonl"], "No training split among test_sft, train_sft"),
+        (["notes.txt"], "holds no file of rows"),
+    ],
+)
+def test_a_folder_that_leaves_a_doubt_is_refused(cfg, tmp_path, names, cause):
+    with pytest.raises(DataError) as caught:
+        load(cfg, folder_of(tmp_path / "set", names))
+    assert cause in caught.value.cause
+
+
+def test_a_source_of_which_no_row_is_a_pair_is_an_error_that_says_what_was_found(cfg, tmp_path):
+    rows = [{"question": "a", "response": "c"} for _ in range(20)]
     with pytest.raises(DataError) as caught:
         load(cfg, write_jsonl(tmp_path / "other.jsonl", rows))
-    assert "no column prompt, rejected, score_chosen, score_rejected" in caught.value.cause
-    assert "it has question, chosen, response" in caught.value.cause
-    assert all(column in caught.value.fix for column in row_checks.COLUMNS)
+    assert "no preference pair: 20 missing column" in caught.value.cause
+    assert "question" in caught.value.cause and "DATA_COLUMNS" in caught.value.fix
 
 
 def test_a_held_out_split_without_a_needed_column_is_an_error_that_names_the_split(prepared):
-    """`datasets` fills the column in from the other splits, with None, so the rows are what shows it."""
     with pytest.raises(DataError, match=r"\(test\): 3 missing column"):
         prepared(test=[without(row, "score_rejected") for row in numbered("test", 3)])
 
 
-@pytest.mark.parametrize(
-    ("name", "text", "columns"),
-    [
-        ("pairs.csv", "prompt,chosen,score\na,b,1\n", "it has prompt, chosen, score."),
-        ("pairs.tsv", "prompt\tchosen\n", "it has prompt, chosen."),
-        ("empty.csv", "", "it has no column."),
-        ("latin.csv", "prompt,r\xe9jected\n", "it has prompt, r\ufffdjected."),
-    ],
-)
-def test_a_table_of_plain_cells_is_an_error_that_lists_the_columns_found_and_needed(cfg, tmp_path, name, text, columns):
-    (tmp_path / name).write_text(text, encoding="latin-1")
-    with pytest.raises(DataError) as caught:
-        load(cfg, tmp_path / name)
-    assert name in caught.value.cause and columns in caught.value.cause
-    assert ".jsonl" in caught.value.fix and all(column in caught.value.fix for column in row_checks.COLUMNS)
-
-
-def test_a_folder_of_csv_files_is_an_error_that_lists_the_columns_found_and_needed(cfg, tmp_path, tokenizer):
-    """With a column missing at once; with all of them when no row is left."""
-    header, row = ",".join(row_checks.COLUMNS[1:]), "b,c,2,1"
-    for columns, cells, cause in (
-        (header, row, "no column prompt; it has " + ", ".join(row_checks.COLUMNS[1:])),
-        ("prompt," + header, "a," + row, "4 wrong type. It has the columns " + ", ".join(row_checks.COLUMNS)),
-    ):
-        folder = tmp_path / str(len(columns))
-        folder.mkdir()
-        for name in ("train", "validation", "test"):
-            (folder / f"{name}.csv").write_text("\n".join([columns, *[cells] * 4]))
-        with pytest.raises(DataError) as caught:
-            prepare.prepare(dataclasses.replace(cfg, data=str(folder)), tokenizer)
-        assert cause in caught.value.cause and all(column in caught.value.fix for column in row_checks.COLUMNS)
-
-
-def test_a_row_that_is_not_utf8_is_dropped_as_invalid_text_and_spares_the_others(cfg, tokenizer, tmp_path):
-    """pyarrow takes the bytes as they come and fails when the row is read."""
-    folder = source(tmp_path / "latin")
-    odd = json.dumps(pair("caf#?", "yes", "no")).encode().replace(b"#", b"\xe9")
-    with (tmp_path / "latin" / "train.jsonl").open("ab") as stream:
-        stream.write(odd + b"\n")
-    report = prepare.prepare(dataclasses.replace(cfg, data=folder), tokenizer).report["train"]
-    assert report["dropped"] == {"invalid text": 1} and report["examples"] == {"invalid text": ["row 4"]}
-    assert report["kept"] == 4
+# --- the hub ------------------------------------------------------------------------------------------------------
 
 
 def test_an_unknown_hub_id_without_a_network_is_an_error_that_names_it(cfg, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(DataError, match="DATA=nobody/no-such-preferences could not be read") as caught:
+    with pytest.raises(DataError, match="DATA=nobody/no-such-preferences could not be read: .*HF_HUB_OFF") as caught:
         load(cfg, "nobody/no-such-preferences")
     assert "DATA=embedded" in caught.value.fix
 
 
+def test_a_hub_id_is_loaded_at_its_revision_and_each_row_read_like_any_other(cfg, monkeypatch):
+    raw, asked = splits_of(train_prefs=12, test_prefs=3, train_sft=2), []
+    raw["test_prefs"] = Dataset.from_list([*numbered("test", 3), without(GOOD, "chosen")])
+
+    def load_dataset(name, revision):
+        asked.append((name, revision))
+        return raw
+
+    monkeypatch.setattr(sources, "load_dataset", load_dataset)
+    found, said = sources.load_preferences(dataclasses.replace(cfg, data="someone/pairs", data_revision="abc"))
+    assert asked == [("someone/pairs", "abc")] and sizes(found) == {"train": 10, "val": 2, "test": 4}
+    assert found["test"][3]["place"] == "test_prefs, row 4" and found["test"][3]["problem"] == "missing column"
+    assert "left alone: train_sft" in said
+
+
+def refused(kind, status=404):
+    """An error of the hub's client as a response of this status gives it."""
+    error = kind.__new__(kind)
+    error.response = SimpleNamespace(status_code=status)
+    return error
+
+
+class TransportError(Exception):
+    """What the client's HTTP library calls every failure below HTTP."""
+
+
+HUB = huggingface_hub.errors
+
+
 @pytest.mark.parametrize(
-    ("text", "named"),
+    ("error", "token", "cause", "fix"),
     [
-        ("{not json\n" * 3, "JSON parse error"),
-        (json.dumps(GOOD)[:-5], "JSON parse error"),
-        ("", "empty|no row"),
+        (HUB.OfflineModeIsEnabled("offline"), None, "HF_HUB_OFFLINE", "Unset HF_HUB_OFFLINE"),
+        (TransportError("no route to host"), None, "cannot be reached (no route to host)", "network"),
+        (ConnectionError("Couldn't reach it (LocalEntry)"), None, "cannot be reached (Couldn't reach it", "proxy"),
+        (refused(HUB.RepositoryNotFoundError, 401), "hf_x", "token, which has expired", "hf auth login"),
+        (refused(HUB.HfHubHTTPError, 401), "hf_x", "token, which has expired", "HF_TOKEN"),
+        (refused(HUB.RepositoryNotFoundError, 401), None, "no such name, or it is private", "Check the name"),
+        (refused(HUB.RepositoryNotFoundError), "hf_x", "no such name, or it is private", "Check the name"),
+        (refused(HUB.GatedRepoError, 403), "hf_x", "gated", "Accept its terms"),
+        (refused(HUB.RevisionNotFoundError), None, "not this revision", "@revision"),
+        (
+            PermissionError(errno.EACCES, "Permission denied"),
+            None,
+            "could not be stored (Permission denied)",
+            "HF_HOME",
+        ),
+        (OSError(errno.ENOSPC, "No space left on device"), None, "could not be stored (No space", "Free space"),
+        (ValueError("Config name is missing."), None, "Config name is missing.", "Check the name"),
     ],
-    ids=["no json", "cut short", "empty"],
+    ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
 )
-def test_an_unreadable_file_is_an_error_that_says_why(cfg, tmp_path, text, named):
-    (tmp_path / "broken.jsonl").write_text(text)
+def test_what_keeps_rows_on_the_hub_is_told_apart(cfg, monkeypatch, error, token, cause, fix):
+    def load_dataset(name, revision):
+        raise RuntimeError("failed") from error  # `datasets` wraps what happened
+
+    monkeypatch.setattr(sources, "load_dataset", load_dataset)
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: token)
     with pytest.raises(DataError) as caught:
-        load(cfg, tmp_path / "broken.jsonl")
-    assert "broken.jsonl" in caught.value.cause
-    assert re.search(named, caught.value.cause)
+        load(cfg, "someone/pairs")
+    assert cause in caught.value.cause and fix in caught.value.fix
+
+
+def test_local_pairs_need_no_cache_of_the_hub(cfg, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "file" / "cache"))
+    assert load(cfg, "embedded")[0] and load(cfg, write_jsonl(tmp_path / "a.jsonl", numbered("row", 12)))[0]
+
+
+# --- one odd row --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -470,8 +564,7 @@ def test_an_unreadable_file_is_an_error_that_says_why(cfg, tmp_path, text, named
         ("empty conversation", dict(chosen=[])),
     ],
 )
-def test_one_odd_row_read_through_datasets_is_dropped_and_spares_the_others(prepared, reason, changes):
-    """`datasets` gives one type to a whole column, and None to a key that only other rows have."""
+def test_one_odd_row_is_dropped_and_spares_the_others(prepared, reason, changes):
     report = prepared(train=[*numbered("train", 4), pair("odd?", "yes", "no") | changes]).report["train"]
     assert report["dropped"] == {reason: 1} and report["kept"] == 4
 
@@ -597,9 +690,9 @@ def test_strict_turns_a_dropped_row_into_an_error_with_counts_and_ids(prepared):
 
 
 def test_an_empty_split_is_an_error_that_says_so(cfg, tokenizer, monkeypatch):
-    splits = splits_of(train=3, val=3, test=3)
-    splits["val"] = splits["val"].select([])
-    monkeypatch.setattr(sources, "load_preferences", lambda config: (splits, []))
+    empty = splits_of(train=3, val=3, test=3)
+    empty["val"] = empty["val"].select([])
+    monkeypatch.setattr(sources, "load_preferences", lambda config, judge: (empty, []))
     with pytest.raises(DataError, match=r"\(val\): it has no row"):
         prepare.prepare(cfg, tokenizer)
 

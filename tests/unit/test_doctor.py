@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import importlib.metadata
+import json
 import os
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import bitsandbytes
 import huggingface_hub
 import pytest
 import torch
+from conftest import pair
 
 from dpo_tutorial import config, knobs
 from dpo_tutorial.cli import doctor
@@ -184,8 +186,18 @@ def test_the_hub_is_asked_for_what_is_not_on_disk(monkeypatch, nothing_here, ans
         if cached:
             doctor._hub_cache(kind, name).mkdir(parents=True)
         assert words in found(check, config, status)
-    for check in (doctor.model, doctor.data):
-        found(check, of_profile("t4", model=str(nothing_here), data=str(nothing_here)), "ok")
+    found(doctor.model, of_profile("t4", model=str(nothing_here)), "ok")
+
+
+@pytest.mark.parametrize(
+    ("sound", "odd", "status", "words"),
+    [(60, 0, "ok", "50 of the first 50"), (12, 10, "ok", "12 of the first 22"), (2, 5, "warn", "pairs.jsonl, line 3"),
+     (0, 3, "fail", "line 1: missing column"), (0, 0, "fail", "is empty")],
+)  # fmt: skip
+def test_the_first_rows_of_a_local_source_are_looked_at(tmp_path, sound, odd, status, words):
+    rows = [pair(f"Question {i}?", "Yes.", "No.") for i in range(sound)] + [{"question": "?"}] * odd
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert words in found(doctor.data, of_profile("t4", data=str(tmp_path / "pairs.jsonl")), status)
 
 
 @pytest.mark.parametrize(

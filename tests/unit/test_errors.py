@@ -19,7 +19,7 @@ from dpo_tutorial.cli import main as cli
 from dpo_tutorial.cli import run
 from dpo_tutorial.loading import embedded, models
 from dpo_tutorial.machine import session
-from dpo_tutorial.pairs import encoding, prepare, sources, store
+from dpo_tutorial.pairs import encoding, prepare, sources, splits, store
 from dpo_tutorial.training import save, train
 
 # --- what a user sees: each is set off once, names what was found, and says what to do ----
@@ -227,13 +227,13 @@ SEEN = [
     (a_template_that_refuses, errors.DataError, "no system turn", "template"),
     (
         lambda c: sources.load_preferences(c.changed(data=c.rows({"question": 1}))),
-        errors.DataError, "it has question", "score_chosen",
+        errors.DataError, "question", "DATA_COLUMNS",
     ),
     (
         lambda c: sources.load_preferences(c.changed(data=c.rows(*[pair(*t) for t in TEXTS]))),
-        errors.DataError, "4 rows are too few", "12 rows",
+        errors.DataError, "4 prompts are too few", "12 rows",
     ),
-    (lambda c: sources.choose_splits(DatasetDict(), 0), errors.DataError, "No training split", "train_prefs"),
+    (lambda c: splits.choose_splits(DatasetDict(), 0), errors.DataError, "No training split", "train_prefs"),
     (a_kernel_that_dies, errors.NotebookError, "05_train_dpo.ipynb", "MAX_TOKENS"),
     (lambda c: run.notebooks(c.tmp), errors.ArtifactError, "No numbered notebook", "checkout"),
     (lambda c: config.named([("BTA", "1")]), errors.ConfigError, "BTA", "BETA"),

@@ -323,7 +323,7 @@ def test_missing_data_is_prepared_saved_and_said(cfg, tokenizer, source, capsys)
 
 @pytest.mark.parametrize(
     "change",
-    [dict(seed=43), dict(max_train=7), dict(max_tokens=64), dict(data="other.jsonl"), dict(model="other/model")],
+    [dict(seed=43), dict(max_train=7), dict(max_tokens=64), dict(data="someone/pairs"), dict(model="other/model")],
 )
 def test_a_change_that_alters_the_data_gives_another_data_folder(run, change):
     assert store.data_dir(Run(dataclasses.replace(run.config, **change))) != store.data_dir(run)

@@ -121,7 +121,7 @@ def test_a_script_in_a_dataset_folder_is_not_run(cfg, tmp_path):
     folder = tmp_path / "pairs"
     folder.mkdir()
     (folder / "pairs.py").write_text(f"open({str(tmp_path / 'sprung')!r}, 'w')")
-    with pytest.raises(DataError, match="could not be read"):
+    with pytest.raises(DataError, match="holds no file of rows"):
         sources.load_preferences(dataclasses.replace(cfg, data=str(folder)))
     assert not (tmp_path / "sprung").exists()
 

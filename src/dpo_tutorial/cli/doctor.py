@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import itertools
 import os
 import re
 import shutil
@@ -21,7 +22,7 @@ from packaging.requirements import Requirement
 from .. import config, knobs
 from ..errors import TutorialError, first_line
 from ..knobs import Config
-from ..loading import embedded
+from ..loading import embedded, hub
 from ..machine import hardware, memory, paths, session
 
 #: Memory at the peak in GiB, disk for what is fetched in GB: the README's table of profiles.
@@ -172,9 +173,21 @@ def model(config: Config) -> str:
 
 
 def data(config: Config) -> str:
+    """Whether the pairs are here; of a file or folder also whether its first rows are pairs."""
     if config.data == knobs.EMBEDDED:
         return "the embedded pairs are here, no network needed"
-    return _from_hub("dataset", config.data, config.data_revision)
+    from ..pairs import row_checks, sources
+
+    if not sources.files(config)[0]:
+        return _from_hub("dataset", config.data, config.data_revision)
+    rows = [pair for _, pair, _ in itertools.islice(sources.read(config), 50)]
+    odd = [f"{pair['place']}: {problem}" for pair in rows if (problem := row_checks.row_problem(pair))]
+    found = f"{len(rows) - len(odd)} of the first {len(rows)} rows of {config.data} are sound pairs"
+    if len(odd) == len(rows):
+        raise Broken(f"{found}, {''.join(odd[:1])}", sources.NO_PAIR)
+    if 2 * len(odd) > len(rows):
+        raise Odd(f"{found}, {odd[0]}", sources.NO_PAIR)
+    return found
 
 
 def _from_hub(kind: str, name: str, revision: str | None) -> str:
@@ -186,11 +199,10 @@ def _from_hub(kind: str, name: str, revision: str | None) -> str:
     try:
         record = HfApi().repo_info(name, revision=revision, repo_type=kind, timeout=SECONDS)
     except Exception as error:  # a dozen types: offline, no such id or revision, no access, no network
-        fix = "Check path or name@revision, network and proxy; for a gated or private one, `hf auth login`."
+        cause, fix = hub.why(error)
         if _hub_cache(kind, name).exists():
-            raise Odd(f"{name} is in the cache, the hub says: {first_line(error)}", fix) from error
-        fix += " Without a hub, PROFILE=cpu needs only the package index."
-        raise Broken(f"{name}: {first_line(error)}", fix) from error
+            raise Odd(f"{name} is in the cache, but: {cause}", fix) from error
+        raise Broken(f"{name}: {cause}", fix + " Without a hub, PROFILE=cpu needs only the package index.") from error
     if getattr(record, "gated", False):  # its record is public, its files are not
         raise Odd(f"{name} is gated", "Accept its terms on the hub and run `hf auth login`, else it is denied.")
     return f"the hub is reachable and has {name}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from datasets import Dataset, DatasetDict
@@ -28,23 +27,23 @@ class Prepared:
     choices: list[str]
 
 
-def prepare(config: Config, tokenizer: PreTrainedTokenizerBase) -> Prepared:
-    """Load, audit, shuffle and subsample: notebook 04 in one call.
+def prepare(config: Config, tokenizer: PreTrainedTokenizerBase, judge: bool = False) -> Prepared:
+    """Load, audit, shuffle and subsample: notebook 04 in one call. With `judge`, the split `test` alone.
 
     The report has for each split: `rows`, `dropped` by reason, `examples` (ids), `decoded` (excerpts), `kept`, `used`.
 
     Raises:
         DataError: as `load_preferences`; no row of a split is usable; or `config.strict` and a row was dropped.
     """
-    raw, choices = sources.load_preferences(config)
+    raw, choices = sources.load_preferences(config, judge)
     choices = [*choices, *_notes(raw, tokenizer)]
     splits, report, held_out = {}, {}, set()
     limits = {"train": config.max_train, "val": config.max_val, "test": config.max_test}
-    for name in ("test", "val", "train"):  # held-out splits first: a shared prompt is dropped from the other side
-        rows = tqdm(_rows(raw[name]), desc=f"checking {name}", total=len(raw[name]), unit="row", leave=False)
+    for name in reversed(raw):  # held-out splits first: a shared prompt is dropped from the other side
+        rows = tqdm(raw[name], desc=f"checking {name}", unit="row", leave=False)
         found = audit_split(rows, tokenizer, config.max_tokens, held_out)
         if not found.kept:
-            raise _nothing_left(f"{config.data} ({name})", found, raw[name].column_names)
+            raise _nothing_left(f"{config.data} ({name})", found)
         held_out |= found.prompts
         shuffled = raw[name].select(found.kept).shuffle(seed=config.seed)
         used = shuffled.select(range(min(limits[name], len(shuffled))))
@@ -57,11 +56,10 @@ def prepare(config: Config, tokenizer: PreTrainedTokenizerBase) -> Prepared:
             "kept": len(found.kept),
             "used": len(splits[name]),
         }
-    order = ("train", "val", "test")
-    report = {k: report[k] for k in order}
+    report = {k: report[k] for k in raw}
     if config.strict:
         refuse_dropped(report)
-    return Prepared(DatasetDict({k: splits[k] for k in order}), report, choices)
+    return Prepared(DatasetDict({k: splits[k] for k in raw}), report, choices)
 
 
 def _notes(raw: DatasetDict, tokenizer: PreTrainedTokenizerBase) -> list[str]:
@@ -82,35 +80,22 @@ def running_example(config: Config, tokenizer: PreTrainedTokenizerBase) -> dict:
         DataError: as `prepare`.
     """
     split = sources.load_preferences(config)[0]["test"]
-    for row in _rows(split):
-        if row is not None and audit_split([row], tokenizer, config.max_tokens).kept:
+    for row in split:
+        if audit_split([row], tokenizer, config.max_tokens).kept:
             return prepared_row(tokenizer, row)
-    found = audit_split(_rows(split), tokenizer, config.max_tokens)
-    raise _nothing_left(f"{config.data} (test)", found, split.column_names)
+    raise _nothing_left(f"{config.data} (test)", audit_split(split, tokenizer, config.max_tokens))
 
 
-def _rows(split: Dataset) -> Iterator[dict | None]:
-    """Every row by its number, None where its bytes are not UTF-8: iterating a `Dataset` would stop there."""
-    for index in range(len(split)):
-        try:
-            yield split[index]
-        except UnicodeDecodeError:
-            yield None
-
-
-def _nothing_left(where: str, found: Audit, columns: list[str]) -> DataError:
-    dropped = ", ".join(f"{n} {reason}" for reason, n in Counter(found.dropped).most_common())
-    shown = [f"{reason}, for example {texts[0]!r}" for reason, texts in found.decoded.items()]
-    fix = (
-        "Take a model whose chat template ends an answer with the tokenizer's EOS and takes these turns. "
-        if shown
-        else "Fix the rows, or raise MAX_TOKENS if most are too long. "
-    )
-    return DataError(
-        f"No usable pair is left in {where}: {dropped or 'it has no row'}. "
-        f"It has the columns {sources.listed(columns)}." + "".join(f" {text}." for text in shown),
-        fix + sources.SCHEMA,
-    )
+def _nothing_left(where: str, found: Audit) -> DataError:
+    most = Counter(found.dropped).most_common()
+    dropped = ", ".join(f"{n} {reason}" for reason, n in most) or "it has no row"
+    shown = "".join(f" {reason}, for example {texts[0]!r}." for reason, texts in found.decoded.items())
+    fix = "Mend the rows in the source; docs/data.md shows what a row may look like."
+    if most and most[0][0] == "too long":
+        fix = "Raise MAX_TOKENS, or take shorter pairs."
+    elif most and most[0][0].startswith("template"):
+        fix = "Take a model whose chat template ends an answer with the tokenizer's EOS and takes these turns."
+    return DataError(f"No usable pair is left in {where}: {dropped}.{shown}", fix)
 
 
 # --- the account --------------------------------------------------------------------------------------------------

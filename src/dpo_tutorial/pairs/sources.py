@@ -1,52 +1,195 @@
-"""Read preference pairs from a hub id, a folder, a file or the package, and choose the splits."""
+"""Read preference pairs from a file, a folder, a hub id or the package, and choose its splits."""
 
 from __future__ import annotations
 
-import csv
-import glob
 import json
+import re
+import secrets
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from functools import partial
 from importlib import resources
+from itertools import chain, islice
 from pathlib import Path
 
-from datasets import Dataset, DatasetDict, load_dataset
+import pyarrow as pa
+from datasets import Dataset, DatasetDict, Features, Value, load_dataset
 
 from .. import knobs
-from ..errors import DataError, first_line
+from ..errors import DataError
 from ..knobs import Config
-from ..loading import embedded
+from ..loading import embedded, hub
 from ..machine import hardware
-from .row_checks import COLUMNS
-
-#: Where each split is looked for, first hit wins. What is missing is cut from the training split, by seed.
-SPLIT_NAMES = {
-    "train": ("train_prefs", "train"),
-    "val": ("val_prefs", "validation", "val"),
-    "test": ("test_prefs", "test"),
-}
+from . import reader, shapes, splits
+from .shapes import NotAPair
 
 EMBEDDED_SPLITS = ("train_prefs", "val_prefs", "test_prefs")
+
+_SCORES = ("score_chosen", "score_rejected")
+_TURNS = [{"role": Value("string"), "content": Value("string")}]
+#: A row of a split: both sides whole, the reason why it is no pair or "", and where it stands in the source.
+FEATURES = Features(
+    {"prompt_id": Value("string"), "prompt": Value("string"), "chosen": _TURNS, "rejected": _TURNS}
+    | dict.fromkeys(_SCORES, Value("float64"))
+    | dict.fromkeys(("problem", "place"), Value("string"))
+)
+_NOTHING = {"prompt_id": "", "prompt": "", "chosen": [], "rejected": []} | dict.fromkeys(_SCORES)
+
+Rows = Iterable[tuple[str, object]]  # as `reader.rows` gives them
 
 
 # --- load ---------------------------------------------------------------------------------------------------------
 
 
-def load_preferences(config: Config) -> tuple[DatasetDict, list[str]]:
-    """Read `config.data` and choose its train, val and test splits.
+def load_preferences(config: Config, judge: bool = False) -> tuple[DatasetDict, list[str]]:
+    """Read `config.data` and choose its splits. Every row read is a row of one split, in the schema of `FEATURES`.
 
-    Accepts `embedded`, a hub id, a folder laid out as the hub serves it, a `.parquet` or a `.jsonl` file. Not CSV: a
-    cell of it holds no list of messages.
+    Accepts `embedded`, a file of `reader`'s formats, a folder of such files, or a hub id.
+
+    Args:
+        judge: for judging only: the one split `test`, which is all rows where the source has no test split.
 
     Returns:
         (`DatasetDict` with exactly `train`, `val`, `test`; the choices made, one sentence each).
 
     Raises:
-        DataError: no such file or dataset, unreadable, or not the UltraFeedback-binarized schema.
+        DataError: no such file or dataset, unreadable, no row of it is a pair, or too few to cut a split from.
     """
-    raw = _read(config)
-    for name, split in raw.items():
-        if name in {n for names in SPLIT_NAMES.values() for n in names}:
-            _check_columns(split, f"{config.data} ({name})")
-    return choose_splits(raw, config.seed)
+    parts, other = _parts(config)
+    used = splits.used(parts, judge).values()
+    columns, shape_of, odd, first = shapes.columns(config.data_columns), Counter(), Counter(), {}
+
+    def pairs(rows: Rows) -> Iterator[dict]:
+        for place, row in rows:
+            pair, said = _pair(place, row, columns)
+            if problem := pair["problem"]:
+                odd[problem] += 1
+                first.setdefault(problem, f"{place}: {said}")
+            else:
+                shape_of[said] += 1
+            yield pair
+
+    raw = DatasetDict({name: _dataset(pairs(parts[name]())) for name in used})
+    if not any(raw.values()):
+        raise DataError(f"DATA={config.data} holds no row.", "Give a source with rows.")
+    if not shape_of:
+        row = next((row for row, _, _ in read(config, judge) if not isinstance(row, NotAPair)), None)
+        counts = ", ".join(f"{n:,} {reason}" for reason, n in odd.most_common())
+        told = next(iter(first.values())) if row is None else shapes.describe(row)
+        raise DataError(f"DATA={config.data} holds no preference pair: {counts}. {told}", NO_PAIR)
+    chosen, said = splits.choose_splits(raw, config.seed, judge)
+    if other := [*sorted(set(parts) - set(used)), *other]:
+        said.append(f"left alone: {', '.join(other[:9])}" + (f" and {len(other) - 9} more" if other[9:] else ""))
+    said += [f"read as: {shape}: {n:,} rows" for shape, n in shape_of.most_common()]
+    return chosen, said + [f"{reason}: {n:,} rows, first {first[reason]}" for reason, n in odd.most_common()]
+
+
+NO_PAIR = "Change the rows, or name their columns in DATA_COLUMNS; docs/data.md shows each kind that is read."
+
+
+def read(config: Config, judge: bool = False) -> Iterator[tuple[object, dict, str]]:
+    """The rows of a source, one at a time.
+
+    Yields:
+        (the row as it comes; as the splits hold it; the name of its shape, or why it is no pair).
+
+    Raises:
+        DataError: as `load_preferences`, but not for what the rows hold.
+    """
+    parts, _ = _parts(config)
+    columns = shapes.columns(config.data_columns)
+    for name in splits.used(parts, judge).values():
+        for place, row in parts[name]():
+            yield row, *_pair(place, row, columns)
+
+
+def before_and_after(config: Config) -> tuple[object, dict, str]:
+    """The first pair of a source, as `read` gives it.
+
+    Raises:
+        DataError: as `load_preferences`.
+    """
+    found = next((found for found in read(config) if not found[1]["problem"]), None)
+    if not found:
+        raise DataError(f"DATA={config.data} holds no preference pair.", NO_PAIR)
+    return found
+
+
+def _pair(place: str, row: object, columns: Mapping[str, str]) -> tuple[dict, str]:
+    problem = ""
+    try:
+        if isinstance(row, NotAPair):
+            raise row
+        pair, said = shapes.to_pair(row, columns)
+        turns = (text for side in ("chosen", "rejected") for turn in pair[side] for text in turn.values())
+        "".join((pair["prompt_id"], pair["prompt"], *turns)).encode()
+    except NotAPair as error:
+        pair, said, problem = _NOTHING, error.detail, error.reason
+    except UnicodeEncodeError:
+        pair, said, problem = _NOTHING, "a lone surrogate or a byte that is not UTF-8", "invalid text"
+    return pair | {"problem": problem, "place": place}, said
+
+
+def _dataset(pairs: Iterator[dict]) -> Dataset:
+    """The pairs as Arrow, batch by batch: never all of them as Python objects."""
+    schema, batches = FEATURES.arrow_schema, []
+    while batch := list(islice(pairs, 256)):
+        batches.append(pa.RecordBatch.from_pylist(batch, schema=schema))
+    table = pa.Table.from_batches(batches, schema=schema)
+    return Dataset(table, fingerprint=secrets.token_hex(8))  # else `datasets` makes one of a copy of all bytes
+
+
+# --- where rows are -----------------------------------------------------------------------------------------------
+
+
+def files(config: Config) -> tuple[dict[str, list[Path]], list[str]]:
+    """The files of a local source by the name of their split, and what of a folder is left alone; none of a hub id.
+
+    Raises:
+        DataError: no such path, a file of no known format, or files of one split that may hold the same rows.
+    """
+    spec, path = config.data, Path(config.data).expanduser()
+    if spec == knobs.EMBEDDED:
+        return {split: [embedded_file(split)] for split in EMBEDDED_SPLITS}, []
+    if path.is_dir():
+        return splits.of_folder(path)
+    if path.is_file():
+        if not reader.kind(path):
+            raise DataError(f"DATA={spec} is a file of no known format.", reader.FORMATS)
+        return {"train": [path]}, []
+    if path.suffix.lower() in reader.SUFFIXES or not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", spec):
+        fix = "Give the path of an existing file or folder, or a hub id."
+        raise DataError(f"DATA={spec} does not exist (looked in {Path.cwd()}).", fix)
+    return {}, []
+
+
+def _parts(config: Config) -> tuple[dict[str, Callable[[], Rows]], list[str]]:
+    """What gives the rows of each split of the source, and the files of a folder that are left alone."""
+    local, other = files(config)
+    if local:
+        by_hand = shapes.columns(config.data_columns)
+        numbers = {name for names in shapes.SCORES for name in names} | {by_hand.get(name, name) for name in _SCORES}
+        return {name: partial(_of_files, paths, numbers) for name, paths in local.items()}, other
+    try:
+        loaded = load_dataset(config.data, revision=config.data_revision)
+    except Exception as error:  # datasets raises a dozen unrelated types for "cannot read this"
+        cause, fix = hub.why(error)
+        without = " Without a hub, DATA=embedded uses the repository's own pairs."
+        raise DataError(f"DATA={config.data} could not be read: {cause}.", fix + without) from error
+    return {name: partial(_of_hub, split, name) for name, split in loaded.items()}, other
+
+
+def _of_files(paths: list[Path], numbers: Collection[str]) -> Rows:
+    return chain.from_iterable(reader.rows(path, numbers) for path in paths)
+
+
+def _of_hub(split: Dataset, name: str) -> Rows:
+    for index in range(len(split)):
+        place = f"{name}, row {index + 1}"
+        try:
+            yield place, split[index]
+        except UnicodeDecodeError:
+            yield place, NotAPair("unreadable line", "not UTF-8")
 
 
 def embedded_file(split: str) -> Path:
@@ -66,102 +209,6 @@ def ultrafeedback_counts() -> dict:
     """Counts of 1,000 rows of UltraFeedback, no text of any row; made by `scripts/ultrafeedback_counts.py`."""
     path = embedded_file("train_prefs").with_name("ultrafeedback_counts.json")
     return json.loads(path.read_text(encoding="utf-8"))
-
-
-def source(config: Config) -> tuple[str, dict | None, str | None]:
-    """What `load_dataset` is called with for `config.data`: hub id, folder or kind of file; files; revision.
-
-    Raises:
-        DataError: no such file, or a table of plain cells.
-    """
-    spec = config.data
-    path = Path(spec).expanduser()
-    if spec == knobs.EMBEDDED:
-        return "json", {s: str(embedded_file(s)) for s in EMBEDDED_SPLITS}, None
-    if path.is_dir():
-        return str(path), None, None
-    if path.suffix in (".parquet", ".jsonl", ".json"):
-        if not path.is_file():
-            raise DataError(
-                f"DATA={spec} does not exist (looked in {Path.cwd()}).", "Give the path of an existing file."
-            )
-        kind = "parquet" if path.suffix == ".parquet" else "json"
-        return kind, {"train": glob.escape(str(path))}, None  # `[1]` in a name is no pattern
-    if path.suffix in (".csv", ".tsv") and path.is_file():
-        with path.open(encoding="utf-8-sig", errors="replace", newline="") as stream:
-            found = next(csv.reader(stream, delimiter="," if path.suffix == ".csv" else "\t"), [])
-        raise DataError(
-            f"DATA={spec} is a table of plain cells, which hold no conversation; it has {listed(found)}.",
-            f"Write it as .jsonl or .parquet. {SCHEMA}",
-        )
-    return spec, None, config.data_revision
-
-
-def _read(config: Config) -> DatasetDict:
-    try:
-        where, files, revision = source(config)
-        return load_dataset(where, data_files=files, revision=revision)
-    except DataError:
-        raise
-    except Exception as error:  # datasets raises a dozen unrelated types for "cannot read this"
-        raise DataError(
-            f"DATA={config.data} could not be read: {_cause(error)}",
-            "Give a hub id (with @revision), a folder as the hub serves it, a .parquet or a .jsonl file. "
-            "Without a hub, DATA=embedded uses the repository's own pairs.",
-        ) from error
-
-
-def _cause(error: BaseException) -> str:
-    """The innermost reason, in one line: `datasets` wraps it in exceptions that say only that something failed."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    if isinstance(error, StopIteration):
-        return "the file holds no row"
-    return first_line(error)
-
-
-SCHEMA = (
-    "Preference data needs prompt (text), chosen and rejected (lists of {role, content}), "
-    "score_chosen and score_rejected (numbers), as HuggingFaceH4/ultrafeedback_binarized has them."
-)
-
-
-def listed(columns: list[str]) -> str:
-    return ", ".join(columns) or "no column"
-
-
-def _check_columns(split: Dataset, where: str) -> None:
-    missing = [c for c in COLUMNS if c not in split.column_names]
-    if missing:
-        raise DataError(f"{where} has no column {', '.join(missing)}; it has {listed(split.column_names)}.", SCHEMA)
-
-
-def choose_splits(raw: DatasetDict, seed: int) -> tuple[DatasetDict, list[str]]:
-    """Find train, val and test by their usual names; cut a missing one from train, by seed, and say so.
-
-    What is cut follows the order of the source: another order of its rows is another cut.
-    """
-    found, said = {}, []
-    for ours, names in SPLIT_NAMES.items():
-        name = next((n for n in names if n in raw), None)
-        if name:
-            found[ours] = raw[name]
-            said.append(f"{ours}: split '{name}', {len(raw[name]):,} rows")
-    others = sorted(set(raw) - {n for names in SPLIT_NAMES.values() for n in names})
-    if others:
-        said.append(f"left alone: {', '.join(others)}")
-    if "train" not in found:
-        raise DataError(f"No training split among {', '.join(raw)}.", f"Name it {' or '.join(SPLIT_NAMES['train'])}.")
-    for ours in ("val", "test"):
-        if ours not in found:
-            if len(found["train"]) < 10:
-                raise DataError(
-                    f"{len(found['train'])} rows are too few to cut a {ours} split from.", "Give at least 12 rows."
-                )
-            cut = found["train"].train_test_split(test_size=0.1, seed=seed)
-            found["train"], found[ours] = cut["train"], cut["test"]
-            said.append(f"{ours}: no such split, so {len(cut['test']):,} rows cut from train with seed {seed}")
-    return DatasetDict({k: found[k] for k in ("train", "val", "test")}), said
 
 
 def or_hub(model: str = "", data: str = "") -> tuple[tuple[str, str | None], tuple[str, str | None]]:

@@ -10,11 +10,11 @@ from pathlib import Path
 from datasets import Dataset, DatasetDict
 from transformers import PreTrainedTokenizerBase
 
-from .. import knobs, run_folder
+from .. import run_folder
 from ..errors import ArtifactError
 from ..knobs import Config
 from ..loading.embedded import sha256
-from . import prepare, sources
+from . import prepare, sources, splits
 
 
 def data_dir(run: run_folder.Run) -> Path:
@@ -69,25 +69,19 @@ def ensure_data(run: run_folder.Run, tokenizer: PreTrainedTokenizerBase) -> prep
     return prepared
 
 
-VERSION = 2  # raise it when the same source would give other rows: prepared data of another version is not reused
+VERSION = 3  # raise it when the same source would give other rows: prepared data of another version is not reused
 
 
 def source_identity(config: Config) -> dict:
     """What the prepared data depends on; artifacts made from other values are not reused."""
-    names = ("model", "model_revision", "data_revision", "max_tokens", "max_train", "max_val", "max_test", "seed")
+    limits = ("max_tokens", "max_train", "max_val", "max_test")
+    names = ("model", "model_revision", "data_revision", "data_columns", "seed", *limits)
     values = dataclasses.asdict(config)
     return {n: values[n] for n in names} | {"data": _content(config), "code": VERSION}
 
 
-def _content(config: Config) -> str | list[str]:
-    """A hub id names its content by revision; of local files the bytes count, not the name."""
-    path = Path(config.data).expanduser()
-    if config.data == knobs.EMBEDDED:
-        files = [sources.embedded_file(s) for s in sources.EMBEDDED_SPLITS]
-    elif path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.is_file())
-    elif path.is_file():
-        files = [path]
-    else:
-        return config.data
-    return [f"{p.name} {sha256(p)}" for p in files]
+def _content(config: Config) -> str | dict[str, list[str]]:
+    """A hub id names its content by revision; of local files the bytes of each split count, not the names."""
+    found, _ = sources.files(config)
+    names = splits.usual(found).items()
+    return {ours: [sha256(path) for path in found[name]] for ours, name in names} or config.data

@@ -1,0 +1,48 @@
+"""Why something could not be had from the hub: the network, the token, the name, the disk, told apart."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import huggingface_hub
+from huggingface_hub import errors
+
+from ..errors import disk_error, first_line
+
+
+def why(error: BaseException) -> tuple[str, str]:
+    """The true cause of an error of `datasets` or `huggingface_hub`, and what to do about it.
+
+    Returns:
+        (what happened, to stand behind a name and a colon; the fix, in whole sentences).
+    """
+    chain = list(_chain(error))
+
+    def found(kind: type[BaseException]) -> bool:
+        return any(isinstance(e, kind) for e in chain)
+
+    status = {getattr(getattr(e, "response", None), "status_code", None) for e in chain}
+    if 401 in status and huggingface_hub.get_token():
+        return "the hub refuses your token, which has expired or is wrong", "Run `hf auth login`, or unset HF_TOKEN."
+    if found(errors.GatedRepoError) or 403 in status:
+        return "gated, and this token may not read it", "Accept its terms on the hub, then run `hf auth login`."
+    if found(errors.RevisionNotFoundError):
+        return "the hub has it, but not this revision", "Give another @revision, or none."
+    if found(errors.RepositoryNotFoundError):
+        return "the hub has no such name, or it is private", "Check the name; for a private one, run `hf auth login`."
+    if refused := next(filter(None, map(disk_error, reversed(chain))), None):
+        return f"it could not be stored ({refused})", "Free space, or set HF_HOME to a folder you may write to."
+    if found(errors.OfflineModeIsEnabled) or huggingface_hub.constants.HF_HUB_OFFLINE:
+        return "not in the cache, and HF_HUB_OFFLINE forbids to ask the hub", "Unset HF_HUB_OFFLINE."
+    if unreached := [e for e in chain if {"ConnectionError", "TransportError"} & {k.__name__ for k in type(e).__mro__}]:
+        return f"the hub cannot be reached ({first_line(unreached[-1])})", "Check the network and the proxy."
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return first_line(error), "Check the name and the revision."
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """The error, and those it came from: libraries wrap the reason in errors that say only that something failed."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
