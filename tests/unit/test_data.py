@@ -573,9 +573,8 @@ def test_one_odd_row_is_dropped_and_spares_the_others(prepared, reason, changes)
 
 
 def test_every_row_is_kept_or_dropped_for_one_reason(prepared):
-    broken = [
-        rows[0] for reason, rows in ROW_CASES.items() if reason not in ("missing column", "wrong type", "invalid text")
-    ]
+    other = ("missing column", "wrong type", "invalid text", "unreadable line")
+    broken = [rows[-1] for reason, rows in ROW_CASES.items() if reason not in other]
     train = [*numbered("train", 6), *broken, pair("train question 1?", "a", "b"), numbered("test", 1)[0]]
     report = prepared(train=train).report
     for split in report.values():
@@ -701,7 +700,7 @@ def test_rows_without_scores_are_kept_and_the_account_says_what_could_not_be_loo
     unscored = [row | {"score_chosen": None, "score_rejected": None} for row in numbered("train", 4)]
     splits = splits_of(train=3, val=3, test=3)
     splits["train"] = Dataset.from_list(unscored)
-    monkeypatch.setattr(sources, "load_preferences", lambda config: (splits, ["chosen"]))
+    monkeypatch.setattr(sources, "load_preferences", lambda config, judge: (splits, ["chosen"]))
     made = prepare.prepare(cfg, tokenizer)
     assert made.report["train"]["kept"] == 4
     assert len(made.choices) == 2 and made.choices[1].startswith("train: no scores")
