@@ -105,7 +105,8 @@ def rows(request, tmp_path):
 def test_04_loads_what_the_package_loads(cfg, package, rows):
     for source in (str(rows), str(rows.parent), knobs.EMBEDDED):
         package["cfg"] = here = dataclasses.replace(cfg, data=source)
-        found = execute("04", "sources.before_and_after(cfg)", **package)
+        package |= execute("04", 'load_dataset("json", data_files=', **package)
+        found = execute("04", "sources.load_preferences(cfg)", **package)
         raw, choices = sources.load_preferences(here)
         assert found["choices"] == choices
         assert {k: v.to_list() for k, v in found["raw"].items()} == {k: v.to_list() for k, v in raw.items()}
