@@ -14,6 +14,7 @@ from dpo_tutorial.errors import ArtifactError, ConfigError, ModelFetchError, Mod
 from dpo_tutorial.loading import embedded, models, sizes
 from dpo_tutorial.training import save
 
+SEVEN = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 IDS = torch.arange(3, 35).reshape(2, 16)
 
 UNPINNED = {"someone/model": "not pinned", "gpt2": "not pinned", "someone/model@main": "not pinned: main is a name"}
@@ -122,9 +123,7 @@ def test_merging_into_4_bits_is_not_the_same_model(cfg):
 def test_trainable_share_counts_what_the_shapes_say(cfg):
     base = models.load_base(cfg)
     expected = sum(
-        cfg.lora_r * (m.in_features + m.out_features)
-        for n, m in base.named_modules()
-        if n.rsplit(".", 1)[-1] in cfg.lora_targets
+        cfg.lora_r * (m.in_features + m.out_features) for n, m in base.named_modules() if n.rsplit(".", 1)[-1] in SEVEN
     )
     total = sum(sizes.linear_weights(models.load_base(cfg, quantize=False)))
     trainable, all_weights = lora.trainable_share(get_peft_model(base, lora.lora_config(cfg)))

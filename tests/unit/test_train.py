@@ -17,6 +17,7 @@ from trl import DPOTrainer
 from dpo_tutorial import config, run_folder
 from dpo_tutorial.adapter import lora
 from dpo_tutorial.comparing import stats, verdict
+from dpo_tutorial.errors import TrainingError
 from dpo_tutorial.loading import models
 from dpo_tutorial.machine import hardware
 from dpo_tutorial.pairs import encoding, row_checks, store
@@ -117,7 +118,7 @@ def test_one_adapter_no_reference_model_and_ln_2_at_step_0(cfg, tokenizer, pairs
 def test_a_wrong_reference_fails_the_first_loss_check(cfg, tokenizer, pairs, tmp_path):
     trainer = trainer_for(cfg, tokenizer, pairs, tmp_path)
     trainer.state.log_history = [{"loss": 0.5, "step": 1}]
-    with pytest.raises(AssertionError, match="not ln 2"):
+    with pytest.raises(TrainingError, match="not ln 2"):
         train.check_first_loss(trainer)
 
 
@@ -131,7 +132,7 @@ def test_a_reference_computed_before_in_16_bits_may_miss_ln_2_by_rounding(
     trainer.train()
     assert train.check_first_loss(trainer) == pytest.approx(math.log(2), abs=2e-3)
     trainer.state.log_history[0]["loss"] = math.log(2) + 0.0023
-    with nullcontext() if passes else pytest.raises(AssertionError, match="not ln 2"):
+    with nullcontext() if passes else pytest.raises(TrainingError, match="not ln 2"):
         train.check_first_loss(trainer)
 
 

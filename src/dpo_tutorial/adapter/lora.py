@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,10 +15,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
+from .. import knobs
 from ..errors import ArtifactError, ConfigError, ModelUnsuitableError, first_line
 from ..knobs import Config
-from ..loading import models
+from ..loading import models, sizes
 from ..machine import hardware
+
+#: Kinds of model, and of their layers those, in which PEFT refuses an adapter: Mamba's kernels would pass it by.
+MAMBA, MAMBA_BARRED = ("mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h"), ("out_proj",)
 
 
 def pass_over_old_torchao() -> None:
@@ -38,35 +42,68 @@ pass_over_old_torchao()
 
 
 def lora_config(config: Config) -> LoraConfig:
-    """LoRA (Hu et al. 2021) on `config.lora_targets`; the default is every linear layer of a Llama's blocks."""
+    """LoRA (Hu et al. 2021) on `config.lora_targets`; the default is every linear layer but the LM head."""
     return LoraConfig(
         r=config.lora_r,
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
-        target_modules=list(config.lora_targets),
+        target_modules=target_modules(config),
         task_type="CAUSAL_LM",
     )
 
 
+def target_modules(config: Config) -> str | list[str]:
+    """`config.lora_targets` as PEFT takes them: names, or the one word "all-linear"."""
+    names = list(config.lora_targets)
+    return knobs.ALL_LINEAR if names == [knobs.ALL_LINEAR] else names
+
+
+def target_layers(model: PreTrainedModel, config: Config) -> dict[str, torch.nn.Module]:
+    """The layers of a plain base that get an adapter, by full name and in order: what PEFT chooses."""
+    linear, wanted = sizes.linear_layers(model), target_modules(config)
+    if wanted == knobs.ALL_LINEAR:
+        return linear
+    return {name: layer for name, layer in linear.items() if _is_one_of(name, wanted)}
+
+
+def _is_one_of(name: str, wanted: Sequence[str]) -> bool:
+    return f".{name}".endswith(tuple(f".{ending}" for ending in wanted))
+
+
 def check_lora_targets(model: PreTrainedModel | PeftModel, config: Config) -> None:
-    """Fail early, and with names, where `lora_targets` do not exist, or carry an adapter already.
+    """Fail early, and with names, where `lora_targets` cannot carry an adapter, or carry one already.
+
+    Args:
+        model: with its weights or without (`models.load_empty`).
 
     Raises:
         ModelUnsuitableError: an adapter is there, as when the cell that attaches one is run twice.
-        ConfigError: no such layers in this architecture.
+        ConfigError: no such layers in this architecture, its LM head, or a layer whose weights its kernels read alone.
     """
     if any("lora_" in name for name, _ in model.named_parameters()):
         raise ModelUnsuitableError(
             "This model already carries an adapter, and a second one would be stacked on it.",
             "Give it the plain base: models.load_base(cfg) again, or policy.unload().",
         )
-    linear = {n.rsplit(".", 1)[-1] for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
-    missing = sorted(set(config.lora_targets) - linear)
-    if missing:
+    linear, wanted = sizes.linear_layers(model), target_modules(config)
+    barred = MAMBA_BARRED if model.config.model_type in MAMBA else ()
+    names = sorted({name.rsplit(".", 1)[-1] for name in linear if not _is_one_of(name, barred)})
+    fix = f"Set LORA_TARGETS to some of these: {','.join(names)}."
+    head = [name for name, module in model.named_modules() if module is model.get_output_embeddings()]
+    if wanted != knobs.ALL_LINEAR:
+        if named := [w for w in wanted if any(_is_one_of(name, [w]) for name in head)]:
+            raise ConfigError(
+                f"LORA_TARGETS names {named[0]}, the LM head of {config.model}: the loss reads its weights alone.", fix
+            )
+        if missing := sorted(w for w in wanted if not any(_is_one_of(name, [w]) for name in linear)):
+            raise ConfigError(
+                f"LORA_TARGETS names layers that {config.model} does not have: {', '.join(missing)}.", fix
+            )
+    if any(_is_one_of(name, barred) for name in target_layers(model, config)):
         raise ConfigError(
-            f"LORA_TARGETS names layers that {config.model} does not have: {', '.join(missing)}.",
-            f"Its linear layers are: {', '.join(sorted(linear))}.",
-        )
+            f"LORA_TARGETS={','.join(config.lora_targets)} takes in out_proj of {config.model}, whose weights a kernel "
+            "of Mamba reads alone.", fix,
+        )  # fmt: skip
 
 
 def check_adapter(config: Config, adapter: str | Path) -> None:
