@@ -21,8 +21,10 @@ from ..knobs import Config
 from ..loading import models, sizes
 from ..machine import hardware
 
-#: Kinds of model, and of their layers those, in which PEFT refuses an adapter: Mamba's kernels would pass it by.
-MAMBA, MAMBA_BARRED = ("mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h"), ("out_proj",)
+#: Kinds of model in which PEFT refuses an adapter on `out_proj`: Mamba's kernels read its weights alone.
+_MAMBA = ("mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h")
+#: In a mixture of experts PEFT takes these for the experts, which are one tensor here and stay frozen.
+_OF_EXPERTS = ("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
 
 
 def pass_over_old_torchao() -> None:
@@ -41,33 +43,50 @@ def pass_over_old_torchao() -> None:
 pass_over_old_torchao()
 
 
-def lora_config(config: Config) -> LoraConfig:
-    """LoRA (Hu et al. 2021) on `config.lora_targets`; the default is every linear layer but the LM head."""
+def lora_config(config: Config, model: PreTrainedModel | None = None) -> LoraConfig:
+    """LoRA (Hu et al. 2021) on `config.lora_targets`; the default is every linear layer but the LM head.
+
+    Args:
+        model: the base the adapter is for; without one, PEFT is left to find "all-linear".
+    """
     return LoraConfig(
         r=config.lora_r,
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
-        target_modules=target_modules(config),
+        target_modules=target_modules(config, model),
         task_type="CAUSAL_LM",
     )
 
 
-def target_modules(config: Config) -> str | list[str]:
-    """`config.lora_targets` as PEFT takes them: names, or the one word "all-linear"."""
-    names = list(config.lora_targets)
-    return knobs.ALL_LINEAR if names == [knobs.ALL_LINEAR] else names
+def target_modules(config: Config, model: PreTrainedModel | None = None) -> str | list[str]:
+    """`config.lora_targets` as PEFT takes them; of "all-linear" the names that `model` has."""
+    if config.lora_targets != (knobs.ALL_LINEAR,):
+        return list(config.lora_targets)
+    return list(dict.fromkeys(map(_last, target_layers(model, config)))) if model else knobs.ALL_LINEAR
 
 
 def target_layers(model: PreTrainedModel, config: Config) -> dict[str, torch.nn.Module]:
-    """The layers of a plain base that get an adapter, by full name and in order: what PEFT chooses."""
-    linear, wanted = sizes.linear_layers(model), target_modules(config)
-    if wanted == knobs.ALL_LINEAR:
-        return linear
-    return {name: layer for name, layer in linear.items() if _is_one_of(name, wanted)}
+    """The layers of a plain base that get an adapter, by full name and in order: those that PEFT chooses."""
+    every, barred = config.lora_targets == (knobs.ALL_LINEAR,), _barred(model)
+    return {
+        name: layer
+        for name, layer in sizes.linear_layers(model).items()
+        if (_last(name) not in barred if every else _is_one_of(name, config.lora_targets))
+    }
+
+
+def _last(name: str) -> str:
+    return name.rsplit(".", 1)[-1]
 
 
 def _is_one_of(name: str, wanted: Sequence[str]) -> bool:
     return f".{name}".endswith(tuple(f".{ending}" for ending in wanted))
+
+
+def _barred(model: PreTrainedModel | PeftModel) -> tuple[str, ...]:
+    """Names of layers that cannot carry an adapter of their own in this kind of model."""
+    experts = any("experts" in name and p.dim() == 3 for name, p in model.named_parameters())
+    return _OF_EXPERTS if experts else ("out_proj",) if model.config.model_type in _MAMBA else ()
 
 
 def check_lora_targets(model: PreTrainedModel | PeftModel, config: Config) -> None:
@@ -78,32 +97,28 @@ def check_lora_targets(model: PreTrainedModel | PeftModel, config: Config) -> No
 
     Raises:
         ModelUnsuitableError: an adapter is there, as when the cell that attaches one is run twice.
-        ConfigError: no such layers in this architecture, its LM head, or a layer whose weights its kernels read alone.
+        ConfigError: no such layers in this architecture, its LM head, or layers that must stay as they are.
     """
     if any("lora_" in name for name, _ in model.named_parameters()):
         raise ModelUnsuitableError(
             "This model already carries an adapter, and a second one would be stacked on it.",
             "Give it the plain base: models.load_base(cfg) again, or policy.unload().",
         )
-    linear, wanted = sizes.linear_layers(model), target_modules(config)
-    barred = MAMBA_BARRED if model.config.model_type in MAMBA else ()
-    names = sorted({name.rsplit(".", 1)[-1] for name in linear if not _is_one_of(name, barred)})
-    fix = f"Set LORA_TARGETS to some of these: {','.join(names)}."
+    if config.lora_targets == (knobs.ALL_LINEAR,):
+        return
+    linear, barred = sizes.linear_layers(model), _barred(model)
+    names = sorted({_last(name) for name in linear} - set(barred))
     head = [name for name, module in model.named_modules() if module is model.get_output_embeddings()]
-    if wanted != knobs.ALL_LINEAR:
-        if named := [w for w in wanted if any(_is_one_of(name, [w]) for name in head)]:
-            raise ConfigError(
-                f"LORA_TARGETS names {named[0]}, the LM head of {config.model}: the loss reads its weights alone.", fix
-            )
-        if missing := sorted(w for w in wanted if not any(_is_one_of(name, [w]) for name in linear)):
-            raise ConfigError(
-                f"LORA_TARGETS names layers that {config.model} does not have: {', '.join(missing)}.", fix
-            )
-    if any(_is_one_of(name, barred) for name in target_layers(model, config)):
-        raise ConfigError(
-            f"LORA_TARGETS={','.join(config.lora_targets)} takes in out_proj of {config.model}, whose weights a kernel "
-            "of Mamba reads alone.", fix,
-        )  # fmt: skip
+    for target in config.lora_targets:
+        if any(_is_one_of(name, [target]) for name in head):
+            wrong = f"{target}, the LM head of {config.model}, whose weights the loss reads alone"
+        elif not any(_is_one_of(name, [target]) for name in linear):
+            wrong = f"layers that {config.model} does not have: {target}"
+        elif _last(target) in barred:
+            wrong = f"{target}, which in {config.model} cannot carry an adapter ({model.config.model_type})"
+        else:
+            continue
+        raise ConfigError(f"LORA_TARGETS names {wrong}.", f"Set it to all-linear, or to some of {','.join(names)}.")
 
 
 def check_adapter(config: Config, adapter: str | Path) -> None:

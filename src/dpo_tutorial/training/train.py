@@ -90,7 +90,7 @@ def build_trainer(
         train_dataset=train,
         eval_dataset=val,
         processing_class=tokenizer,
-        peft_config=lora.lora_config(config),
+        peft_config=lora.lora_config(config, model),
         share_prefixes=config.prefix_sharing,
     )
 
