@@ -190,7 +190,7 @@ def load_base(config: Config, quantize: bool = True, dtype: str | None = None) -
         And as `load_config`.
     """
     where = source(config)
-    load_config(config)
+    stored = hasattr(load_config(config), "quantization_config")  # in NF4
     if hardware.device() == "cpu":
         memory.tune_allocator()
     with _fetch_errors(config):
@@ -201,7 +201,7 @@ def load_base(config: Config, quantize: bool = True, dtype: str | None = None) -
             use_safetensors=True,
             output_loading_info=True,
             dtype=hardware.torch_dtype(dtype or config.dtype),
-            quantization_config=quantization_config(config) if quantize else None,
+            quantization_config=quantization_config(config) if quantize or stored else None,
             device_map={"": placement()},
         )
     if found["missing_keys"]:  # transformers fills them with random numbers and only logs it
@@ -215,7 +215,10 @@ def load_base(config: Config, quantize: bool = True, dtype: str | None = None) -
     keep_steady(model)
     if quantize:
         keep_gradients(model)
-    elif getattr(model, "is_quantized", False):  # stored in NF4
+        for layer in model.modules():
+            if isinstance(layer, bnb.nn.Linear4bit):  # a checkpoint stored in NF4 brings a type of its own
+                layer.compute_dtype = hardware.torch_dtype(config.dtype)
+    elif stored:
         model = model.dequantize(hardware.torch_dtype(dtype or config.dtype))
     return model
 
