@@ -68,6 +68,7 @@ FOLDERS = {
     "LFS tokenizer": (pointer("tokenizer.json"), "is a Git LFS pointer"),
     "LFS config": (pointer("config.json"), "is a Git LFS pointer"),
     "ids beyond": (beyond, "'<one more>' is beyond"),
+    "Mamba": (lambda f: edit(f / "config.json", model_type="mamba"), "is a mamba"),
     "few positions": (lambda f: edit(f / "config.json", max_position_embeddings=64), "more than the 64 positions"),
 }
 
@@ -124,13 +125,13 @@ def test_a_checkpoint_in_nf4_loads_and_computes_in_the_type_asked_for(stored_in_
     ("kind", "targets", "words"),
     [
         ("llama", "lm_head", "lm_head, the LM head"),
-        ("mamba", "out_proj", "out_proj, which in"),
+        ("mamba2", "out_proj", "out_proj, which in"),
         ("mixtral", "w1", "does not have: w1"),
         ("qwen2_moe", "gate_proj", "gate_proj, which in"),
     ],
 )
 def test_a_layer_that_cannot_carry_an_adapter_is_refused_and_by_the_doctor(kind, targets, words, tokenizer, tmp_path):
-    model = tiny(kind, tokenizer)
+    model = tiny(kind, tokenizer, **{"num_heads": 8} if kind == "mamba2" else {})
     model.save_pretrained(tmp_path)
     cfg = dataclasses.replace(tiny_config(tmp_path, tmp_path), lora_targets=(targets,))
     with pytest.raises(ConfigError) as caught:

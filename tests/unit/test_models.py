@@ -132,13 +132,13 @@ def test_trainable_share_counts_what_the_shapes_say(cfg):
     assert all_weights == total + expected
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen2", "gpt2", "phi3", "falcon", "mixtral", "qwen2_moe", "mamba"])
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "gpt2", "phi3", "falcon", "mixtral", "qwen2_moe", "mamba2"])
 def test_all_linear_is_every_linear_layer_that_can_carry_one_and_peft_chooses_the_same(kind, tokenizer, cfg, tmp_path):
-    tiny(kind, tokenizer).save_pretrained(tmp_path)
+    tiny(kind, tokenizer, **{"num_heads": 8} if kind == "mamba2" else {}).save_pretrained(tmp_path)
     base = models.load_base(dataclasses.replace(cfg, model=str(tmp_path)))
     expected = list(lora.target_layers(base, cfg))
     four_bit = [n for n, m in base.named_modules() if isinstance(m, bnb.nn.Linear4bit)]
-    barred = {"qwen2_moe": ("gate_proj", "up_proj", "down_proj"), "mamba": ("out_proj",)}.get(kind, ())
+    barred = {"qwen2_moe": ("gate_proj", "up_proj", "down_proj"), "mamba2": ("out_proj",)}.get(kind, ())
     left_out = [n for n in four_bit if n.endswith(barred)]
     assert set(four_bit) - set(left_out) == set(expected) - {n for n in expected if n not in four_bit}
     lora.check_lora_targets(base, cfg)

@@ -153,7 +153,7 @@ def test_weights_that_are_no_numbers_stop_the_training_at_once(cfg, tokenizer, p
 
 
 @pytest.mark.parametrize(("rate", "warned"), [(100.0, True), (1e-2, False)])
-def test_a_training_that_ends_far_above_its_beginning_says_so(cfg, tokenizer, pairs, tmp_path, capsys, rate, warned):
+def test_a_training_that_ends_above_its_beginning_says_so(cfg, tokenizer, pairs, tmp_path, capsys, rate, warned):
     tiny("llama", tokenizer).save_pretrained(tmp_path / "sharp")  # its matrices are large: log π can move
     run = run_folder.Run(dataclasses.replace(cfg, model=str(tmp_path / "sharp"), learning_rate=rate, max_steps=12))
     train.train(run.config, run, models.load_base(run.config), tokenizer, pairs, pairs)

@@ -60,15 +60,20 @@ def _json(path: Path) -> dict:
 
 
 def check_config(model: str, found: PretrainedConfig, path: str) -> None:
-    """Refuse weights that are quantized already, unless in NF4.
+    """Refuse weights that are quantized already, unless in NF4, and layers that cannot compute with packed ones.
 
     Args:
         found: what transformers makes of the checkpoint's config.json.
         path: where it was found: a folder, or a hub id.
 
     Raises:
-        ModelUnsuitableError: quantized in another way, or not as it claims.
+        ModelUnsuitableError: quantized in another way, or not as it claims; or a Mamba.
     """
+    if found.model_type in ("mamba", "falcon_mamba", "jamba"):
+        raise ModelUnsuitableError(
+            f"MODEL={model} is a {found.model_type}, whose scan reads weights that in 4 bits are no matrices.",
+            "Take a transformer; docs/models.md has a table of families.",
+        )
     claim = getattr(found, "quantization_config", None)
     if not claim:
         return

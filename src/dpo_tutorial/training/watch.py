@@ -47,12 +47,12 @@ def check_first(loss: float, args: DPOConfig) -> float:
 
 
 def remark(trainer: DPOTrainer) -> str:
-    """What to say of a training that ended far above where it began; empty of any other."""
+    """What to say of a training whose last ten steps lie above where it began; empty of any other."""
     losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
     end = sum(losses[-10:]) / max(1, len(losses[-10:]))
-    if not losses or end <= 1.5 * losses[0]:
+    if not losses or end <= 1.05 * losses[0]:
         return ""
     return (
-        f"Warning: the loss began at {losses[0]:.4f} and ended at {end:.4g}. This adapter is worse than none: lower "
-        f"LEARNING_RATE ({trainer.args.learning_rate:g}) and train again."
+        f"Warning: the loss began at {losses[0]:.4f} and ended at {end:.4g}, so this adapter is worse than none: lower "
+        f"LEARNING_RATE ({trainer.args.learning_rate:g}), or look at the labels."
     )
