@@ -49,6 +49,10 @@ class DataError(TutorialError):
     """A preference file is missing, has another schema, or leaves no usable row."""
 
 
+class TrainingError(TutorialError):
+    """The loss is no number, or does not begin where it must: what is being trained means nothing."""
+
+
 class ArtifactError(TutorialError):
     """A file of the run is missing, stale, or cannot be written."""
 

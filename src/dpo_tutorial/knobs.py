@@ -22,8 +22,9 @@ ULTRAFEEDBACK = ("HuggingFaceH4/ultrafeedback_binarized", "3949bf5f8c17c394422cc
 #: Shapes of the loss that LOSS_TYPE chooses among; the first is DPO (Rafailov et al. 2023).
 LOSS_TYPES = ("sigmoid", "ipo", "hinge", "robust")
 
-#: Every linear layer of a Llama-style block: attention (q, k, v, o) and feed-forward (gate, up, down).
-LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+#: Every linear layer but the LM head, whatever the architecture calls them (PEFT's word). In a Llama's block these are
+#: attention (q, k, v, o) and feed-forward (gate, up, down).
+ALL_LINEAR = "all-linear"
 
 SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup")
 
@@ -37,7 +38,7 @@ RANGES = {
     "lora_r": _COUNT,
     "lora_alpha": _COUNT,
     "lora_dropout": _SHARE,
-    "lora_targets": (lambda v: v and all(v), "names of layers, separated by commas"),
+    "lora_targets": (lambda v: v and all(v), "names of layers, separated by commas, or all-linear"),
     "max_tokens": (lambda v: v >= 32, "32 or more"),
     "beta": _POSITIVE,
     "loss_type": (lambda v: v in LOSS_TYPES, f"one of {', '.join(LOSS_TYPES)}"),
@@ -77,7 +78,7 @@ class Config:
     lora_r: int = _knob(16, "lora", "rank of the update BA")
     lora_alpha: int = _knob(32, "lora", "scale: the update is multiplied by alpha / r")
     lora_dropout: float = _knob(0.0, "lora", "dropout before A (TRL switches dropout off)")
-    lora_targets: tuple[str, ...] = _knob(LORA_TARGETS, "lora", "layers that get an adapter")
+    lora_targets: tuple[str, ...] = _knob((ALL_LINEAR,), "lora", "layers with an adapter; all-linear: all but the head")
     gradient_checkpointing: bool = _knob(True, "lora", "recompute activations where memory is too short to store them")
 
     data: str = _knob(EMBEDDED, "data", "hub id[@revision], folder, file (.jsonl, .csv, …), or 'embedded'")

@@ -107,7 +107,7 @@ def test_every_profile_builds_the_real_library_configs(profile, dtype, tmp_path)
     arguments = train.dpo_config(resolved, tmp_path)
     assert arguments.beta == resolved.beta and arguments.loss_type == ["sigmoid"]
     assert (arguments.bf16, arguments.fp16) == (dtype == "bf16", dtype == "fp16")
-    assert lora.lora_config(resolved).target_modules == set(knobs.LORA_TARGETS)
+    assert lora.lora_config(resolved).target_modules == "all-linear"
     assert models.quantization_config(resolved).bnb_4bit_quant_type == "nf4"
 
 

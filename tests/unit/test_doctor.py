@@ -95,6 +95,28 @@ def test_gpu(monkeypatch, profile, cuda, status, words):
 
 
 @pytest.mark.parametrize(
+    ("name", "capability", "built", "status"),
+    [
+        ("Tesla K80", [3, 7], ["sm_37"], "fail"),  # bitsandbytes
+        ("Tesla P100", [6, 0], ["sm_75", "sm_80", "sm_86", "sm_90"], "fail"),
+        ("Tesla V100", [7, 0], ["sm_75", "sm_80", "sm_90", "compute_90"], "fail"),
+        ("Tesla V100", [7, 0], ["sm_60", "sm_70", "sm_75"], "ok"),
+        ("Tesla T4", [7, 5], ["sm_75", "sm_80"], "ok"),
+        ("NVIDIA L4", [8, 9], ["sm_75", "sm_80", "sm_90"], "ok"),
+        ("NVIDIA RTX 5090", [12, 0], ["sm_80", "sm_90"], "fail"),
+        ("NVIDIA RTX 5090", [12, 0], ["sm_80", "sm_90", "compute_90"], "ok"),
+        ("AMD", [9, 4], ["gfx942"], "ok"),
+    ],
+)
+def test_a_gpu_that_torch_or_bitsandbytes_has_no_code_for_fails(monkeypatch, name, capability, built, status):
+    card = {"cuda": True, "gpu": name, "gpu_memory_gib": 14.6, "capability": capability}
+    monkeypatch.setattr(hardware, "hardware", lambda: card)
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: built)
+    said = found(doctor.gpu, of_profile("t4"), status)
+    assert "{}.{}".format(*capability) in said and (status == "ok" or "bitsandbytes needs 6.0" in said)
+
+
+@pytest.mark.parametrize(
     ("layer", "words"),
     [
         (raises(RuntimeError("no library for this platform\nmore")), "no library for this platform. Reinstall bits"),
@@ -179,14 +201,16 @@ def test_a_wheel_on_disk_needs_no_index_but_must_be_there(monkeypatch, nothing_h
         (raises(ConnectionError("no route there")), True, "warn", "in the cache"),
     ],
 )
-def test_the_hub_is_asked_for_what_is_not_on_disk(monkeypatch, nothing_here, answer, cached, status, words):
+def test_the_hub_is_asked_for_what_is_not_on_disk(
+    monkeypatch, nothing_here, tiny_folder, answer, cached, status, words
+):
     monkeypatch.setattr(huggingface_hub.HfApi, "repo_info", answer)
     config = of_profile("t4")
     for check, kind, name in ((doctor.model, "model", config.model), (doctor.data, "dataset", config.data)):
         if cached:
             doctor._hub_cache(kind, name).mkdir(parents=True)
         assert words in found(check, config, status)
-    found(doctor.model, of_profile("t4", model=str(nothing_here)), "ok")
+    found(doctor.model, of_profile("t4", model=str(tiny_folder)), "ok")
 
 
 @pytest.mark.parametrize(

@@ -60,7 +60,7 @@ def test_tied_embeddings_are_counted_once(qwen, tmp_path):
     assert untied.weights - tied.weights == 400 * 64
 
 
-@pytest.mark.parametrize("targets", [knobs.LORA_TARGETS, ("q_proj", "v_proj"), ("down_proj",)])
+@pytest.mark.parametrize("targets", [("all-linear",), ("q_proj", "v_proj"), ("down_proj",)])
 def test_adapters_gradients_and_optimizer_are_the_bytes_of_a_real_training(cfg, tokenizer, pairs, tmp_path, targets):
     cfg = dataclasses.replace(cfg, lora_targets=targets, max_steps=1)
     trainer = train.build_trainer(cfg, models.load_base(cfg), tokenizer, pairs, None, tmp_path / "out")
@@ -80,7 +80,7 @@ def test_adapters_gradients_and_optimizer_are_the_bytes_of_a_real_training(cfg, 
     assert terms["optimizer"] == bytes_of(moments)
 
 
-@pytest.mark.parametrize("targets", [knobs.LORA_TARGETS, ("q_proj", "down_proj")])
+@pytest.mark.parametrize("targets", [("all-linear",), ("q_proj", "down_proj")])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_activations_are_the_bytes_that_autograd_keeps(cfg, tokenizer, pairs, tmp_path, dtype, targets):
     cfg = dataclasses.replace(cfg, dtype=dtype, lora_targets=targets, max_steps=1)

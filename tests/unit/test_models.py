@@ -7,13 +7,15 @@ import peft
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from test_families import tiny
 
-from dpo_tutorial import config
+from dpo_tutorial import config, knobs
 from dpo_tutorial.adapter import lora
 from dpo_tutorial.errors import ArtifactError, ConfigError, ModelFetchError, ModelUnsuitableError
 from dpo_tutorial.loading import embedded, models, sizes
-from dpo_tutorial.training import save
+from dpo_tutorial.training import save, train
 
+SEVEN = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 IDS = torch.arange(3, 35).reshape(2, 16)
 
 UNPINNED = {"someone/model": "not pinned", "gpt2": "not pinned", "someone/model@main": "not pinned: main is a name"}
@@ -122,14 +124,39 @@ def test_merging_into_4_bits_is_not_the_same_model(cfg):
 def test_trainable_share_counts_what_the_shapes_say(cfg):
     base = models.load_base(cfg)
     expected = sum(
-        cfg.lora_r * (m.in_features + m.out_features)
-        for n, m in base.named_modules()
-        if n.rsplit(".", 1)[-1] in cfg.lora_targets
+        cfg.lora_r * (m.in_features + m.out_features) for n, m in base.named_modules() if n.rsplit(".", 1)[-1] in SEVEN
     )
     total = sum(sizes.linear_weights(models.load_base(cfg, quantize=False)))
     trainable, all_weights = lora.trainable_share(get_peft_model(base, lora.lora_config(cfg)))
     assert trainable == expected
     assert all_weights == total + expected
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "gpt2", "phi3", "falcon", "mixtral", "qwen2_moe", "mamba2"])
+def test_all_linear_is_every_linear_layer_that_can_carry_one_and_peft_chooses_the_same(kind, tokenizer, cfg, tmp_path):
+    tiny(kind, tokenizer, **{"num_heads": 8} if kind == "mamba2" else {}).save_pretrained(tmp_path)
+    base = models.load_base(dataclasses.replace(cfg, model=str(tmp_path)))
+    expected = list(lora.target_layers(base, cfg))
+    four_bit = [n for n, m in base.named_modules() if isinstance(m, bnb.nn.Linear4bit)]
+    barred = {"qwen2_moe": ("gate_proj", "up_proj", "down_proj"), "mamba2": ("out_proj",)}.get(kind, ())
+    left_out = [n for n in four_bit if n.endswith(barred)]
+    assert set(four_bit) - set(left_out) == set(expected) - {n for n in expected if n not in four_bit}
+    lora.check_lora_targets(base, cfg)
+    policy = get_peft_model(base, lora.lora_config(cfg, base))
+    assert [n.removeprefix("base_model.model.") for n, m in policy.named_modules() if hasattr(m, "lora_A")] == expected
+
+
+def test_the_default_gives_a_llama_the_adapter_that_its_seven_names_gave(cfg, tokenizer, pairs, tmp_path):
+    weights = []
+    for targets in (knobs.Config.lora_targets, SEVEN):
+        named = dataclasses.replace(cfg, lora_targets=targets)
+        assert lora.lora_config(named, models.load_base(cfg)).target_modules == set(SEVEN)
+        torch.manual_seed(3)
+        trainer = train.build_trainer(named, models.load_base(cfg), tokenizer, pairs, None, tmp_path / "trainer")
+        trainer.train()
+        weights.append({n: p.data for n, p in trainer.model.named_parameters() if p.requires_grad})
+    assert weights[0].keys() == weights[1].keys() and len(weights[0]) == 2 * 2 * len(SEVEN)
+    assert all(torch.equal(weights[0][n], weights[1][n]) for n in weights[0])
 
 
 def test_missing_target_layers_are_named_with_the_ones_there(cfg):

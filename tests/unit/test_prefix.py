@@ -112,6 +112,20 @@ def test_a_window_shorter_than_the_batch_computes_it_plainly(cfg, tokenizer, pai
     assert (seen[0] < batch["input_ids"].numel()) is shared
 
 
+@pytest.mark.parametrize(("weight", "words"), [(0.0, ""), (0.01, "not those of the plain pass")])
+def test_a_layer_that_weakly_goes_by_places_of_its_own_is_found(tiny_folder, weight, words):
+    """As a hybrid's: it looks at the place in the row, where the rejected answer now lies behind the chosen one."""
+    causal = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32)
+    wave = torch.arange(256)[:, None] * torch.linspace(0.1, 1, causal.config.hidden_size)
+
+    def add(module, args, output):
+        return output + weight * size * wave[: output.shape[1]].sin()
+
+    size = causal.base_model(torch.arange(3, 9)[None], output_hidden_states=True).hidden_states[1].std()
+    causal.base_model.layers[1].mlp.register_forward_hook(add)
+    assert words in prefix.obstacle(causal) and bool(prefix.obstacle(causal)) is bool(words)
+
+
 def test_another_implementation_of_attention_is_left_alone(tiny_folder):
     causal = AutoModelForCausalLM.from_pretrained(tiny_folder, attn_implementation="eager")
     assert "eager" in prefix.obstacle(causal)

@@ -12,11 +12,14 @@ import pytest
 import torch
 from conftest import TEXTS, pair
 from datasets import Dataset, concatenate_datasets
+from safetensors.torch import load_file, save_file
+from test_families import tiny
 from trl import DPOTrainer
 
 from dpo_tutorial import config, run_folder
 from dpo_tutorial.adapter import lora
 from dpo_tutorial.comparing import stats, verdict
+from dpo_tutorial.errors import TrainingError
 from dpo_tutorial.loading import models
 from dpo_tutorial.machine import hardware
 from dpo_tutorial.pairs import encoding, row_checks, store
@@ -114,10 +117,65 @@ def test_one_adapter_no_reference_model_and_ln_2_at_step_0(cfg, tokenizer, pairs
     assert trainer.state.global_step == 2
 
 
+def other_base(cfg, folder, **changes):
+    """The tiny checkpoint once more, with other values in its config.json."""
+    shutil.copytree(cfg.model, folder)
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    return dataclasses.replace(cfg, model=str(folder))
+
+
+def stopped(cfg, tokenizer, pairs, words):
+    """A training that must stop at its first step, with these words and nothing saved."""
+    run = run_folder.Run(dataclasses.replace(cfg, save_steps=1))
+    with pytest.raises(TrainingError, match=words):
+        train.train(run.config, run, models.load_base(cfg), tokenizer, pairs, pairs)
+    assert not run.adapter.exists() and not list(run.dir.glob("trainer/checkpoint-*"))
+    lines = (run.dir / "progress.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] in ([1], [])
+
+
+def test_attention_dropout_in_a_checkpoint_is_off(cfg, tokenizer, pairs, tmp_path, monkeypatch):
+    dropping = other_base(cfg, tmp_path / "dropping", attention_dropout=0.5)
+    trainer = trainer_for(dropping, tokenizer, pairs, tmp_path)
+    trainer.train()
+    assert train.check_first_loss(trainer) == pytest.approx(math.log(2), abs=1e-4)
+    monkeypatch.setattr(models, "keep_steady", lambda model: None)
+    stopped(dropping, tokenizer, pairs, "policy and reference differ")
+
+
+def test_weights_that_are_no_numbers_stop_the_training_at_once(cfg, tokenizer, pairs, tmp_path):
+    broken = other_base(cfg, tmp_path / "broken")
+    weights = load_file(tmp_path / "broken" / "model.safetensors")
+    weights["model.layers.0.mlp.down_proj.weight"][0, 0] = math.nan
+    save_file(weights, tmp_path / "broken" / "model.safetensors", {"format": "pt"})
+    stopped(broken, tokenizer, pairs, "loss at step 1 is nan")
+
+
+@pytest.mark.parametrize(("rate", "warned"), [(100.0, True), (1e-2, False)])
+def test_a_training_that_ends_above_its_beginning_says_so(cfg, tokenizer, pairs, tmp_path, capsys, rate, warned):
+    tiny("llama", tokenizer).save_pretrained(tmp_path / "sharp")  # its matrices are large: log π can move
+    run = run_folder.Run(dataclasses.replace(cfg, model=str(tmp_path / "sharp"), learning_rate=rate, max_steps=12))
+    train.train(run.config, run, models.load_base(run.config), tokenizer, pairs, pairs)
+    said = capsys.readouterr().out
+    assert ("worse than none: lower LEARNING_RATE (100)" in said) is warned
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe", "olmoe"])
+@pytest.mark.parametrize("prefix_sharing", [True, False])
+def test_a_mixture_of_experts_trains_without_its_routers_loss(kind, prefix_sharing, cfg, tokenizer, pairs, tmp_path):
+    tiny(kind, tokenizer, output_router_logits=True).save_pretrained(tmp_path / kind)
+    changed = dataclasses.replace(cfg, model=str(tmp_path / kind), prefix_sharing=prefix_sharing)
+    trainer = trainer_for(changed, tokenizer, pairs, tmp_path)
+    trainer.train()
+    assert train.check_first_loss(trainer) == pytest.approx(math.log(2), abs=1e-4)
+    assert not trainer.model.config.output_router_logits and "aux_loss" not in trainer.state.log_history[0]
+
+
 def test_a_wrong_reference_fails_the_first_loss_check(cfg, tokenizer, pairs, tmp_path):
     trainer = trainer_for(cfg, tokenizer, pairs, tmp_path)
     trainer.state.log_history = [{"loss": 0.5, "step": 1}]
-    with pytest.raises(AssertionError, match="not ln 2"):
+    with pytest.raises(TrainingError, match="not ln 2"):
         train.check_first_loss(trainer)
 
 
@@ -131,7 +189,7 @@ def test_a_reference_computed_before_in_16_bits_may_miss_ln_2_by_rounding(
     trainer.train()
     assert train.check_first_loss(trainer) == pytest.approx(math.log(2), abs=2e-3)
     trainer.state.log_history[0]["loss"] = math.log(2) + 0.0023
-    with nullcontext() if passes else pytest.raises(AssertionError, match="not ln 2"):
+    with nullcontext() if passes else pytest.raises(TrainingError, match="not ln 2"):
         train.check_first_loss(trainer)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,10 +15,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
+from .. import knobs
 from ..errors import ArtifactError, ConfigError, ModelUnsuitableError, first_line
 from ..knobs import Config
-from ..loading import models
+from ..loading import models, sizes
 from ..machine import hardware
+
+#: Kinds of model in which PEFT refuses an adapter on `out_proj`: Mamba's kernels read its weights alone.
+_MAMBA = ("mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h")
+#: In a mixture of experts PEFT takes these for the experts, which are one tensor here and stay frozen.
+_OF_EXPERTS = ("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
 
 
 def pass_over_old_torchao() -> None:
@@ -37,36 +43,82 @@ def pass_over_old_torchao() -> None:
 pass_over_old_torchao()
 
 
-def lora_config(config: Config) -> LoraConfig:
-    """LoRA (Hu et al. 2021) on `config.lora_targets`; the default is every linear layer of a Llama's blocks."""
+def lora_config(config: Config, model: PreTrainedModel | None = None) -> LoraConfig:
+    """LoRA (Hu et al. 2021) on `config.lora_targets`; the default is every linear layer but the LM head.
+
+    Args:
+        model: the base the adapter is for; without one, PEFT is left to find "all-linear".
+    """
     return LoraConfig(
         r=config.lora_r,
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
-        target_modules=list(config.lora_targets),
+        target_modules=target_modules(config, model),
         task_type="CAUSAL_LM",
     )
 
 
+def target_modules(config: Config, model: PreTrainedModel | None = None) -> str | list[str]:
+    """`config.lora_targets` as PEFT takes them; of "all-linear" the names that `model` has."""
+    if config.lora_targets != (knobs.ALL_LINEAR,):
+        return list(config.lora_targets)
+    return list(dict.fromkeys(map(_last, target_layers(model, config)))) if model else knobs.ALL_LINEAR
+
+
+def target_layers(model: PreTrainedModel, config: Config) -> dict[str, torch.nn.Module]:
+    """The layers of a plain base that get an adapter, by full name and in order: those that PEFT chooses."""
+    every, barred = config.lora_targets == (knobs.ALL_LINEAR,), _barred(model)
+    return {
+        name: layer
+        for name, layer in sizes.linear_layers(model).items()
+        if (_last(name) not in barred if every else _is_one_of(name, config.lora_targets))
+    }
+
+
+def _last(name: str) -> str:
+    return name.rsplit(".", 1)[-1]
+
+
+def _is_one_of(name: str, wanted: Sequence[str]) -> bool:
+    return f".{name}".endswith(tuple(f".{ending}" for ending in wanted))
+
+
+def _barred(model: PreTrainedModel | PeftModel) -> tuple[str, ...]:
+    """Names of layers that cannot carry an adapter of their own in this kind of model."""
+    experts = any("experts" in name and p.dim() == 3 for name, p in model.named_parameters())
+    return _OF_EXPERTS if experts else ("out_proj",) if model.config.model_type in _MAMBA else ()
+
+
 def check_lora_targets(model: PreTrainedModel | PeftModel, config: Config) -> None:
-    """Fail early, and with names, where `lora_targets` do not exist, or carry an adapter already.
+    """Fail early, and with names, where `lora_targets` cannot carry an adapter, or carry one already.
+
+    Args:
+        model: with its weights or without (`models.load_empty`).
 
     Raises:
         ModelUnsuitableError: an adapter is there, as when the cell that attaches one is run twice.
-        ConfigError: no such layers in this architecture.
+        ConfigError: no such layers in this architecture, its LM head, or layers that must stay as they are.
     """
     if any("lora_" in name for name, _ in model.named_parameters()):
         raise ModelUnsuitableError(
             "This model already carries an adapter, and a second one would be stacked on it.",
             "Give it the plain base: models.load_base(cfg) again, or policy.unload().",
         )
-    linear = {n.rsplit(".", 1)[-1] for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
-    missing = sorted(set(config.lora_targets) - linear)
-    if missing:
-        raise ConfigError(
-            f"LORA_TARGETS names layers that {config.model} does not have: {', '.join(missing)}.",
-            f"Its linear layers are: {', '.join(sorted(linear))}.",
-        )
+    if config.lora_targets == (knobs.ALL_LINEAR,):
+        return
+    linear, barred = sizes.linear_layers(model), _barred(model)
+    names = sorted({_last(name) for name in linear} - set(barred))
+    head = [name for name, module in model.named_modules() if module is model.get_output_embeddings()]
+    for target in config.lora_targets:
+        if any(_is_one_of(name, [target]) for name in head):
+            wrong = f"{target}, the LM head of {config.model}, whose weights the loss reads alone"
+        elif not any(_is_one_of(name, [target]) for name in linear):
+            wrong = f"layers that {config.model} does not have: {target}"
+        elif _last(target) in barred:
+            wrong = f"{target}, which in {config.model} cannot carry an adapter ({model.config.model_type})"
+        else:
+            continue
+        raise ConfigError(f"LORA_TARGETS names {wrong}.", f"Set it to all-linear, or to some of {','.join(names)}.")
 
 
 def check_adapter(config: Config, adapter: str | Path) -> None:

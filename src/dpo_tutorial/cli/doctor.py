@@ -72,7 +72,13 @@ def gpu(config: Config) -> str:
 
     machine = hardware.hardware()
     if machine["cuda"]:
-        capability = "{}.{}".format(*machine["capability"])
+        capability, built = "{}.{}".format(*machine["capability"]), torch.cuda.get_arch_list()
+        if machine["capability"] < [6, 0] or not _runs_on(machine["capability"], built):
+            raise Broken(
+                f"{machine['gpu']} has compute capability {capability}; bitsandbytes needs 6.0 or more, and torch "
+                f"{torch.__version__} is built for {', '.join(built) or 'any'}",
+                "Take a GPU that both know, such as a T4 (7.5) or newer; or PROFILE=cpu with CUDA_VISIBLE_DEVICES=-1.",
+            )
         found = f"{machine['gpu']}, {machine['gpu_memory_gib']} GiB, compute capability {capability}"
         return f"{found}, computes in {config.dtype}, CUDA {torch.version.cuda}"
     if config.profile not in ON_CPU:
@@ -82,6 +88,15 @@ def gpu(config: Config) -> str:
             "torch built for CUDA that suits its driver.",
         )
     return f"none, and profile {config.profile} needs none"
+
+
+def _runs_on(capability: list[int], built: list[str]) -> bool:
+    """Whether a torch built for these holds code for a GPU: binary of its generation (sm), or one to compile (compute).
+
+    A list without either, as of AMD's cards, says nothing.
+    """
+    known = [(kind, [int(n[:-1]), int(n[-1])]) for kind, n in re.findall(r"(sm|compute)_(\d+)", " ".join(built))]
+    return not known or any(at <= capability and (kind == "compute" or at[0] == capability[0]) for kind, at in known)
 
 
 def four_bit(config: Config) -> str:
@@ -153,7 +168,13 @@ def model_here(config: Config) -> bool:
 
 def model(config: Config) -> str:
     if config.model != knobs.EMBEDDED:
-        return _from_hub("model", config.model, config.model_revision)
+        found = _from_hub("model", config.model, config.model_revision)
+        if model_here(config):  # its config and headers, not its weights
+            from ..adapter import lora
+            from ..loading import models
+
+            lora.check_lora_targets(models.load_empty(config), config)
+        return found
     if model_here(config):
         embedded.ensure_embedded_model()  # compares the files with their sums, and raises
         return "the embedded model is here, no network needed"

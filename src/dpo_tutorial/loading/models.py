@@ -27,7 +27,7 @@ from .. import knobs
 from ..errors import ModelCorruptError, ModelFetchError, ModelUnsuitableError, disk_error, first_line
 from ..knobs import Config
 from ..machine import hardware, memory
-from . import embedded, templates
+from . import checks, embedded, templates
 
 _EMBEDDED_NAME = f"{embedded.NAME} ({embedded.REQUIREMENT})"
 
@@ -56,16 +56,13 @@ def source(config: Config) -> Source:
 
     Raises:
         ModelFetchError: no such folder, or no checkpoint in it.
+        ModelUnsuitableError, ModelCorruptError: see `checks.check_folder`.
     """
     if config.model == knobs.EMBEDDED:
         return Source(str(embedded.ensure_embedded_model()), None, _EMBEDDED_NAME)
     folder = Path(config.model).expanduser()
     if folder.exists():
-        if not (folder / "config.json").is_file():
-            raise ModelFetchError(
-                f"MODEL={config.model} is a folder without config.json.",
-                "Point MODEL at a checkpoint in transformers' format, or at a hub id.",
-            )
+        checks.check_folder(config.model, folder)
         return Source(str(folder), None, folder.name)
     if re.match(r"[./~\\]|\w:|.*\\", config.model):  # "C:" and backslashes are Windows'; no hub id has them
         raise ModelFetchError(
@@ -90,6 +87,11 @@ def _fetch_errors(config: Config) -> Iterator[None]:
                 f"MODEL={config.model} has no weights in safetensors format.",
                 "Take a checkpoint with .safetensors files; a .bin file is a pickle, which can run code.",
             ) from error
+        if Path(config.model).expanduser().exists():
+            raise ModelFetchError(
+                f"MODEL={config.model} could not be loaded: {first_line(error)}",
+                "Take a whole checkpoint in transformers' format.",
+            ) from error
         raise ModelFetchError(
             f"MODEL={config.model} could not be loaded: {first_line(error)}",
             "Check the name, the network and, for a gated model, `hf auth login`. "
@@ -99,7 +101,7 @@ def _fetch_errors(config: Config) -> Iterator[None]:
         raise ModelUnsuitableError(
             f"MODEL={config.model} does not fit into the memory of this GPU.", "Take a smaller MODEL or PROFILE."
         ) from error
-    except (ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except (ValueError, KeyError, RuntimeError, AttributeError, ImportError, SafetensorError) as error:
         raise ModelUnsuitableError(
             f"MODEL={config.model} could not be loaded: {first_line(error)}",
             "Take a whole checkpoint of a causal language model, with its tokenizer, that the installed transformers "
@@ -112,7 +114,8 @@ def load_tokenizer(config: Config) -> PreTrainedTokenizerBase:
 
     Raises:
         ModelFetchError: not found or no network.
-        ModelUnsuitableError: not readable, no chat template, or no end-of-sequence token.
+        ModelUnsuitableError: not readable, no chat template, no end-of-sequence token, or ids beyond the embedding.
+        ConfigError: `MAX_TOKENS` is more than the model has positions. And as `load_config`.
     """
     where = source(config)
     with _fetch_errors(config):
@@ -130,18 +133,34 @@ def load_tokenizer(config: Config) -> PreTrainedTokenizerBase:
         )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token  # safe: padding is masked out by attention and completion masks
+    checks.check_tokens(config, tokenizer, load_config(config))
     return tokenizer
 
 
 def load_config(config: Config) -> PretrainedConfig:
-    """The model's config.json as transformers reads it: the architecture without its weights.
+    """The model's config.json as transformers reads it, checked: the architecture without its weights.
 
     Raises:
         ModelFetchError: not found or no network.
+        ModelUnsuitableError: see `checks.check_config`.
     """
     where = source(config)
     with _fetch_errors(config):
-        return AutoConfig.from_pretrained(where.path, revision=where.revision, trust_remote_code=False)
+        found = AutoConfig.from_pretrained(where.path, revision=where.revision, trust_remote_code=False)
+    checks.check_config(config.model, found, where.path)
+    return found
+
+
+def load_empty(config: Config) -> PreTrainedModel:
+    """The model on the meta device: its layers and their shapes, no weights and no memory.
+
+    Raises:
+        As `load_config`; ModelUnsuitableError: not a causal language model.
+    """
+    found = load_config(config)
+    vars(found).pop("quantization_config", None)
+    with _fetch_errors(config), torch.device("meta"):
+        return AutoModelForCausalLM.from_config(found, trust_remote_code=False)
 
 
 def quantization_config(config: Config) -> BitsAndBytesConfig:
@@ -170,8 +189,10 @@ def load_base(config: Config, quantize: bool = True, dtype: str | None = None) -
         ModelFetchError: not found, no access, or no network.
         ModelUnsuitableError: no safetensors, code of its own, or not a causal language model.
         ModelCorruptError: weights are missing.
+        And as `load_config`.
     """
     where = source(config)
+    stored = hasattr(load_config(config), "quantization_config")  # in NF4
     if hardware.device() == "cpu":
         memory.tune_allocator()
     with _fetch_errors(config):
@@ -182,7 +203,7 @@ def load_base(config: Config, quantize: bool = True, dtype: str | None = None) -
             use_safetensors=True,
             output_loading_info=True,
             dtype=hardware.torch_dtype(dtype or config.dtype),
-            quantization_config=quantization_config(config) if quantize else None,
+            quantization_config=quantization_config(config) if quantize or stored else None,
             device_map={"": placement()},
         )
     if found["missing_keys"]:  # transformers fills them with random numbers and only logs it
@@ -193,9 +214,31 @@ def load_base(config: Config, quantize: bool = True, dtype: str | None = None) -
     if hardware.device() == "cpu":
         memory.release_free_memory()  # converting leaves up to half a gigabyte, in pieces too small for training
     model.config.use_cache = False  # the cache serves generation; in training it only costs memory
+    keep_steady(model)
     if quantize:
         keep_gradients(model)
+        for layer in model.modules():
+            if isinstance(layer, bnb.nn.Linear4bit):  # a checkpoint stored in NF4 brings a type of its own
+                layer.compute_dtype = hardware.torch_dtype(config.dtype)
+    elif stored:
+        model = model.dequantize(hardware.torch_dtype(dtype or config.dtype))
     return model
+
+
+def keep_steady(model: PreTrainedModel) -> None:
+    """Switch off what a model draws at random in training, and the outputs of its routers.
+
+    Policy and reference must be one model before the first step, else the first loss is not ln 2. TRL switches off the
+    modules that are dropouts; attention's is most often a number in the config, and a router's noise is too.
+    """
+    for part in (model.config, model.config.get_text_config(), *model.modules()):
+        for name, value in list(vars(part).items()):
+            if isinstance(value, float) and re.search("drop|jitter", name):
+                setattr(part, name, 0.0)
+        if isinstance(part, torch.nn.modules.dropout._DropoutNd):
+            part.p = 0.0
+        elif getattr(part, "output_router_logits", False):
+            part.output_router_logits = False
 
 
 def keep_gradients(model: PreTrainedModel | PeftModel) -> None:

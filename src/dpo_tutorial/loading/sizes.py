@@ -1,4 +1,4 @@
-"""How many bytes the weights take, predicted and measured."""
+"""The layers that are stored in 4 bits, and how many bytes the weights take, predicted and measured."""
 
 from __future__ import annotations
 
@@ -6,6 +6,17 @@ import bitsandbytes as bnb
 import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+
+def linear_layers(model: PreTrainedModel | PeftModel) -> dict[str, torch.nn.Module]:
+    """Every linear layer but the LM head, by name and in order: what becomes NF4, and what "all-linear" adapts.
+
+    GPT-2's `Conv1D` is one, with its weight transposed. A mixture of experts holds its experts in plain tensors.
+    """
+    head = model.get_output_embeddings()
+    linear = (torch.nn.Linear, Conv1D)
+    return {name: m for name, m in model.named_modules() if isinstance(m, linear) and m is not head}
 
 
 def weight_bytes(model: PreTrainedModel | PeftModel) -> dict[str, int]:
@@ -27,9 +38,7 @@ def weight_bytes(model: PreTrainedModel | PeftModel) -> dict[str, int]:
 
 def linear_weights(model: PreTrainedModel | PeftModel) -> tuple[int, int]:
     """(weights that NF4 quantizes: linear layers but the LM head; all other weights), of a 16- or 32-bit model."""
-    inside = sum(
-        m.weight.numel() for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and "lm_head" not in n
-    )
+    inside = sum(layer.weight.numel() for layer in linear_layers(model).values())
     return inside, sum(p.numel() for p in model.parameters()) - inside
 
 

@@ -15,7 +15,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 from trl import DPOConfig, DPOTrainer
 
-from . import footprint, prefix, timing
+from . import footprint, prefix, timing, watch
 
 
 class FastDPOTrainer(timing.Timed, DPOTrainer):
@@ -25,6 +25,7 @@ class FastDPOTrainer(timing.Timed, DPOTrainer):
     - On a CPU the LM head leaves prompt and padding out (`cpu_head`).
     - Trainable weights are float32 (`cast_trainable_to_fp32`).
     - `times` says where the seconds went (`timing.TimeSplit`).
+    - It stops where the loss means nothing (`watch.LossWatch`), unless `ref_model` gives it a reference of its own.
 
     Splits get a column `length`, for `train_sampling_strategy="group_by_length"` with `remove_unused_columns=False`.
 
@@ -36,6 +37,8 @@ class FastDPOTrainer(timing.Timed, DPOTrainer):
         self.share_prefixes = share_prefixes
         super().__init__(args=one_gpu(args), **kwargs)
         cast_trainable_to_fp32(self.model)
+        if kwargs.get("ref_model") is None:
+            self.add_callback(watch.LossWatch)
         _ = self.shares_prefixes  # asks now: its short passes are no part of a training
 
     @functools.cached_property

@@ -11,11 +11,12 @@ import math
 from dataclasses import dataclass
 
 import torch
-from transformers import AutoModelForCausalLM
 
+from .. import knobs
 from ..errors import ModelUnsuitableError, first_line
 from ..knobs import Config
 from ..loading import models
+from ..loading.sizes import linear_layers
 from ..machine import hardware
 
 FP32 = 4
@@ -42,7 +43,8 @@ class Shape:
 
     def adapted(self, config: Config) -> list[tuple[str, int, int]]:
         """The layers that get an adapter, of all blocks."""
-        return [(name, i, o) for name, i, o in self.linears if name in config.lora_targets]
+        every = config.lora_targets == (knobs.ALL_LINEAR,)
+        return [(name, i, o) for name, i, o in self.linears if every or name in config.lora_targets]
 
 
 def read_shape(config: Config) -> Shape:
@@ -73,14 +75,11 @@ def _read_shape(model: str, revision: str | None) -> Shape:
             layers=found.num_hidden_layers, hidden=found.hidden_size, wide=found.intermediate_size,
             query=width * found.num_attention_heads, heads=found.num_attention_heads, vocabulary=found.vocab_size,
         )  # fmt: skip
-        with torch.device("meta"):
-            empty = AutoModelForCausalLM.from_config(found)
+        empty = models.load_empty(Config(model=model, model_revision=revision))
     except (AttributeError, ValueError) as error:
         raise _not_planned(model, first_line(error)) from error
     linears = tuple(
-        (name.rsplit(".", 1)[-1], m.in_features, m.out_features)
-        for name, m in empty.named_modules()
-        if isinstance(m, torch.nn.Linear) and "lm_head" not in name
+        (name.rsplit(".", 1)[-1], m.in_features, m.out_features) for name, m in linear_layers(empty).items()
     )
     others = sum(p.numel() for p in empty.parameters()) - sum(i * o for _, i, o in linears)
     return Shape(linears, others, stored=(getattr(found, "dtype", None) or torch.bfloat16).itemsize, **sizes)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 
 from datasets import Dataset
@@ -17,7 +16,7 @@ from ..knobs import Config
 from ..loading import models
 from ..machine import hardware, memory
 from ..pairs import store
-from . import checkpoints, faster, memory_plan, resume, save
+from . import checkpoints, faster, memory_plan, resume, save, watch
 
 
 def dpo_config(config: Config, output_dir: str | Path, **changes) -> DPOConfig:
@@ -52,6 +51,8 @@ def other_arguments(config: Config) -> dict:
         label_smoothing=config.label_smoothing,  # read by loss_type robust only
         ld_alpha=None if config.ld_alpha == 1 else config.ld_alpha,
         precompute_ref_log_probs=config.precompute_reference,
+        router_aux_loss_coef=0.0,  # a mixture of experts: the loss is the pairs' alone
+        logging_nan_inf_filter=False,  # a loss that is no number must be seen
         lr_scheduler_type=config.lr_scheduler,
         max_steps=config.max_steps,
         max_grad_norm=config.max_grad_norm,
@@ -89,7 +90,7 @@ def build_trainer(
         train_dataset=train,
         eval_dataset=val,
         processing_class=tokenizer,
-        peft_config=lora.lora_config(config),
+        peft_config=lora.lora_config(config, model),
         share_prefixes=config.prefix_sharing,
     )
 
@@ -130,25 +131,19 @@ def train(
     trainer.times.counting = False  # nobody reads the clock here, and on a GPU it waits at every phase
     seconds = resume.resume_or_start(trainer, config, run)
     if trainer.is_world_process_zero():
+        if said := watch.remark(trainer):
+            print(said)
         save.save_adapter(config, run, trainer, tokenizer, seconds)
     return trainer
 
 
 def check_first_loss(trainer: DPOTrainer) -> float:
-    """The loss before the first update; with the sigmoid loss it must be ln 2: policy and reference are one model then.
-
-    A reference computed before training saw other batches, which in 16 bits round differently: then 0.2 nats may lie
-    between them, else what a loss shows in four digits.
+    """The loss before the first update, which `watch.LossWatch` has let pass.
 
     Raises:
-        AssertionError: it is not; then the reference is wrong, and the training means nothing.
+        TrainingError: see `watch.check_first`.
     """
-    first, args = save.history(trainer)["train"][0]["loss"], trainer.args
-    if args.loss_type != ["sigmoid"]:
-        return first
-    tolerance = max(1e-3, 0.2 * args.beta) if trainer.precompute_ref_logps and (args.bf16 or args.fp16) else 1e-3
-    assert abs(first - math.log(2)) < tolerance, f"loss at step 0 is {first:.4f}, not ln 2 = {math.log(2):.4f}"
-    return first
+    return watch.check_first(save.history(trainer)["train"][0]["loss"], trainer.args)
 
 
 def train_headless(parameters: dict[str, str]) -> None:
@@ -159,6 +154,5 @@ def train_headless(parameters: dict[str, str]) -> None:
     with hardware.processes().main_process_first():
         tokenizer = models.load_tokenizer(config)
         splits = store.ensure_data(run, tokenizer).splits
-    trainer = train(config, run, models.load_base(config), tokenizer, splits["train"], splits["val"])
-    check_first_loss(trainer)
+    train(config, run, models.load_base(config), tokenizer, splits["train"], splits["val"])
     print(f"adapter saved in {run.adapter}")
