@@ -173,8 +173,9 @@ def a_template_that_refuses(case):
 
 
 def another_cut(case):
-    there = run_folder.Run(case.cfg)
-    save.check_held_out(there, {"config": there.config.identity() | {"data": "other"}}, [])
+    pairs = prepared_pairs(case)
+    (case.tmp / save.PAIRS_FILE).write_text("\n".join(save.pair_digests(pairs)))
+    save.check_held_out(case.tmp, pairs)
 
 
 def no_adapter_to_judge(case):
@@ -183,7 +184,8 @@ def no_adapter_to_judge(case):
 
 def a_training_record_of_something_else(case):
     folder = case.adapter()
-    (folder / "training.json").write_text("{}")
+    for name in ("training.json", save.PAIRS_FILE):
+        (folder / name).write_text("{}")
     save.read_training_record(folder)
 
 
@@ -217,7 +219,7 @@ SEEN = [
     (adapter_with_a_damaged_config, errors.ArtifactError, "its-adapter could not be read", "05_train_dpo"),
     (a_training_record_of_something_else, errors.ArtifactError, "training.json", "ADAPTER"),
     (no_adapter_to_judge, errors.ArtifactError, "nowhere", "TRAIN_IF_MISSING"),
-    (another_cut, errors.ArtifactError, "another DATA", "training.json"),
+    (another_cut, errors.ArtifactError, "test pairs", "training.json"),
     (prepared_data_cut_short, errors.ArtifactError, "train.jsonl", "Delete"),
     (a_folder_that_cannot_be_written, errors.ArtifactError, "file/cpu", "ARTIFACTS"),
     (lambda c: run_folder.Run(c.cfg).read_json("votes.json"), errors.ArtifactError, "votes.json", "notebook"),
