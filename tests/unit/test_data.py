@@ -576,7 +576,7 @@ def test_strict_turns_a_dropped_row_into_an_error_with_counts_and_ids(prepared):
 def test_an_empty_split_is_an_error_that_says_so(cfg, tokenizer, monkeypatch):
     splits = splits_of(train=3, val=3, test=3)
     splits["val"] = splits["val"].select([])
-    monkeypatch.setattr(sources, "load_preferences", lambda config: (splits, []))
+    monkeypatch.setattr(sources, "load_preferences", lambda config, judge: (splits, []))
     with pytest.raises(DataError, match=r"\(val\): it has no row"):
         prepare.prepare(cfg, tokenizer)
 

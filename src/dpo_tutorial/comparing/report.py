@@ -26,6 +26,7 @@ def save(run: run_folder.Run, training: dict, records: Sequence[dict], compariso
         records: as `scoring.score_pairs`; comparison: as `compare.derive`.
     """
     whole = comparison | {
+        "data": run.config.identity()["data"],
         "adapter": {name: training[name] for name in ("base", "config", "seconds", "versions", "hardware")},
         "versions": session.versions(),
         "hardware": hardware.hardware(),
@@ -49,8 +50,7 @@ def page(records: Sequence[dict], comparison: dict) -> str:
         "In words": _list(c["verdict"]),
         "Held-out pairs": show.held_out_table(held_out["before"], held_out["after"]).data
         + _text(
-            f"Word counting alone finds the chosen answer in {show.share(c['against_words']['words'])}; the policy's "
-            f"accuracy minus that: {show.change(c['against_words']['difference'])}. Scoring the same pairs with other "
+            f"{against_words(c['against_words'])} Scoring the same pairs with other "
             f"padding moves a margin by {noise['spread']:.2g} (root mean square, {noise['dtype']}); {noise['within']} "
             f"of {len(records)} margins are below the noise floor of {noise['floor']:.2g}."
         )
@@ -72,7 +72,8 @@ def page(records: Sequence[dict], comparison: dict) -> str:
             f"Of {len(c['outside']['prompts'])} requests the base keeps {kept['before']}, the policy {kept['after']}."
         )
         + show.answers(c["outside"]["prompts"], c["outside"]["before"], c["outside"]["after"]).data,
-        "How it was made": show.table([{"": name, "value": value} for name, value in settings.items()], "Training").data
+        "How it was made": _text(f"Judged on {len(records)} pairs of {c['data']}.")
+        + show.table([{"": name, "value": value} for name, value in settings.items()], "Training").data
         + show.table(
             [{"": name, "value": value} for name, value in (c["versions"] | c["hardware"]).items()], "This evaluation"
         ).data,
@@ -85,6 +86,16 @@ def page(records: Sequence[dict], comparison: dict) -> str:
         f'<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>Before and after DPO: {base}</title>{_STYLE}</head>"
         f"<body><h1>Before and after DPO: {base}</h1>{body}</body></html>\n"
+    )
+
+
+def against_words(found: dict | None) -> str:
+    """What the word-counting opponent scores, in words."""
+    if not found:
+        return "Word counting was left out: it learns from a training split, and these pairs have none."
+    return (
+        f"Word counting alone finds the chosen answer in {show.share(found['words'])}; the policy's accuracy minus "
+        f"that: {show.change(found['difference'])}."
     )
 
 

@@ -27,18 +27,21 @@ class Prepared:
     choices: list[str]
 
 
-def prepare(config: Config, tokenizer: PreTrainedTokenizerBase) -> Prepared:
+def prepare(config: Config, tokenizer: PreTrainedTokenizerBase, judge: bool = False) -> Prepared:
     """Load, audit, shuffle and subsample: notebook 04 in one call.
+
+    With `judge` nothing is to be trained, and there is a `test` split alone (`sources.load_preferences`).
 
     The report has for each split: `rows`, `dropped` by reason, `examples` (ids), `decoded` (excerpts), `kept`, `used`.
 
     Raises:
         DataError: as `load_preferences`; no row of a split is usable; or `config.strict` and a row was dropped.
     """
-    raw, choices = sources.load_preferences(config)
+    raw, choices = sources.load_preferences(config, judge)
     splits, report, held_out = {}, {}, set()
     limits = {"train": config.max_train, "val": config.max_val, "test": config.max_test}
-    for name in ("test", "val", "train"):  # held-out splits first: a shared prompt is dropped from the other side
+    order = [name for name in ("train", "val", "test") if name in raw]
+    for name in reversed(order):  # held-out splits first: a shared prompt is dropped from the other side
         rows = tqdm(_rows(raw[name]), desc=f"checking {name}", total=len(raw[name]), unit="row", leave=False)
         found = audit_split(rows, tokenizer, config.max_tokens, held_out)
         if not found.kept:
@@ -55,7 +58,6 @@ def prepare(config: Config, tokenizer: PreTrainedTokenizerBase) -> Prepared:
             "kept": len(found.kept),
             "used": len(splits[name]),
         }
-    order = ("train", "val", "test")
     report = {k: report[k] for k in order}
     if config.strict:
         refuse_dropped(report)
@@ -122,7 +124,7 @@ def data_report(config: Config, prepared: Prepared) -> dict:
     total, kept = sum(s["rows"] for s in splits), sum(s["kept"] for s in splits)
     assert total == kept + dropped.total(), "every row is kept or dropped by one reason"
     return {
-        "source": config.data,
+        "source": config.identity()["data"],
         "revision": config.data_revision,
         "max_tokens": config.max_tokens,
         "strict": config.strict,

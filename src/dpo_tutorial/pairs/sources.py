@@ -8,7 +8,7 @@ import json
 from importlib import resources
 from pathlib import Path
 
-from datasets import Dataset, DatasetDict, load_dataset
+from datasets import Dataset, DatasetDict, concatenate_datasets, load_dataset
 
 from .. import knobs
 from ..errors import DataError, first_line
@@ -30,11 +30,14 @@ EMBEDDED_SPLITS = ("train_prefs", "val_prefs", "test_prefs")
 # --- load ---------------------------------------------------------------------------------------------------------
 
 
-def load_preferences(config: Config) -> tuple[DatasetDict, list[str]]:
+def load_preferences(config: Config, judge: bool = False) -> tuple[DatasetDict, list[str]]:
     """Read `config.data` and choose its train, val and test splits.
 
     Accepts `embedded`, a hub id, a folder laid out as the hub serves it, a `.parquet` or a `.jsonl` file. Not CSV: a
     cell of it holds no list of messages.
+
+    Args:
+        judge: nothing is trained: give `test` alone, which is every row where no split is called so.
 
     Returns:
         (`DatasetDict` with exactly `train`, `val`, `test`; the choices made, one sentence each).
@@ -46,6 +49,11 @@ def load_preferences(config: Config) -> tuple[DatasetDict, list[str]]:
     for name, split in raw.items():
         if name in {n for names in SPLIT_NAMES.values() for n in names}:
             _check_columns(split, f"{config.data} ({name})")
+    if judge:
+        name = next((n for n in SPLIT_NAMES["test"] if n in raw), None)
+        found = raw[name] if name else concatenate_datasets(list(raw.values()))
+        what = f"split '{name}'" if name else "every row"
+        return DatasetDict({"test": found}), [f"test: {what}, {len(found):,} rows"]
     return choose_splits(raw, config.seed)
 
 
