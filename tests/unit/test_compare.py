@@ -283,7 +283,7 @@ def test_with_nothing_but_rows_it_was_trained_on_the_command_says_so(trained, tm
     rows = Path(trained.config.data).read_text().splitlines()
     (tmp_path / "seen.jsonl").write_text("\n".join(row for row in rows if json.loads(row)["prompt_id"] in seen))
     assert judged(trained, tmp_path / "out", "--data", str(tmp_path / "seen.jsonl")) == (1, [])
-    assert "trained on every usable pair" in capsys.readouterr().err
+    assert "trained on all usable pairs" in capsys.readouterr().err
 
 
 def test_equal_pairs_are_equal_under_another_path_and_another_cut_of_them_is_refused(trained, tmp_path, capsys):

@@ -87,11 +87,9 @@ def check_adapter(config: Config, adapter: str | Path) -> None:
         base = {"name": trained.base_model_name_or_path, "revision": trained.revision}
         if (folder / "training.json").is_file():
             base |= dict(run_folder.read_json(folder / "training.json"))["base"]
-    here = vars(models.source(config)) | {"digest": models.source(config).digest}
-    then, now = (known.get("digest") or (known["name"], known["revision"]) for known in (base, here))
-    if "digest" not in base:  # an adapter without a record: no more than the name of its base is known
-        now = here["name"], here["revision"]
-    if then != now:
+    where = models.source(config)
+    here = {"name": where.name, "revision": where.revision, "digest": "digest" in base and where.digest}
+    if len({known.get("digest") or (known["name"], known["revision"]) for known in (base, here)}) > 1:
         raise ArtifactError(
             f"The adapter in {folder} was trained on {_said(base)}, not on {_said(here)}.",
             "Set MODEL to the base it was trained on: name@revision, or the folder with the same config and weights.",

@@ -81,22 +81,15 @@ def derive(records, prompts, before, after, *, noise, kl, outside, words, shown)
 
 
 def _other_pairs(config: Config, tokenizer: PreTrainedTokenizerBase, adapter: Path) -> DatasetDict:
-    """As `test`, the usable pairs of `config.data` on whose prompts the adapter was not trained; says what is left out.
-
-    Raises:
-        DataError: as `prepare`; or it was trained on every one of them.
-    """
+    """As `test`, the usable pairs of `config.data` whose prompts the adapter was not trained on; says what it drops."""
     prepared = prepare.prepare(config, tokenizer, judge=True)
-    pairs = prepared.splits["test"]
-    held_out = save.held_out(adapter, pairs)
+    held_out = save.held_out(adapter, prepared.splits["test"])
     (account,) = prepared.report.values()
     dropped = "".join(f", {n} dropped ({reason})" for reason, n in account["dropped"].items())
-    seen = len(pairs) - len(held_out)
+    seen = account["used"] - len(held_out)
     print(f"{config.data}: {account['rows']} rows{dropped}; {seen} left out, because it was trained on their prompts.")
     if not held_out:
-        raise DataError(
-            f"The adapter was trained on every usable pair of {config.data}.", "Give pairs that it has not seen."
-        )
+        raise DataError(f"The adapter was trained on all usable pairs of {config.data}.", "Give pairs it has not seen.")
     return DatasetDict({"test": held_out})
 
 

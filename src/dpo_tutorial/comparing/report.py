@@ -50,9 +50,9 @@ def page(records: Sequence[dict], comparison: dict) -> str:
         "In words": _list(c["verdict"]),
         "Held-out pairs": show.held_out_table(held_out["before"], held_out["after"]).data
         + _text(
-            f"{against_words(c['against_words'])} Scoring the same pairs with other "
-            f"padding moves a margin by {noise['spread']:.2g} (root mean square, {noise['dtype']}); {noise['within']} "
-            f"of {len(records)} margins are below the noise floor of {noise['floor']:.2g}."
+            f"{_against_words(c['against_words'])} Scoring the same pairs with other padding moves a margin "
+            f"by {noise['spread']:.2g} (root mean square, {noise['dtype']}); {noise['within']} of {len(records)} "
+            f"margins are below the noise floor of {noise['floor']:.2g}."
         )
         + _picture(show.margins(records))
         + _picture(show.by_length_gap(held_out["after"]["by_length_gap"], held_out["after"]["accuracy"]))
@@ -89,14 +89,11 @@ def page(records: Sequence[dict], comparison: dict) -> str:
     )
 
 
-def against_words(found: dict | None) -> str:
-    """What the word-counting opponent scores, in words."""
+def _against_words(found: dict | None) -> str:
     if not found:
         return "Word counting was left out: it learns from a training split, and these pairs have none."
-    return (
-        f"Word counting alone finds the chosen answer in {show.share(found['words'])}; the policy's accuracy minus "
-        f"that: {show.change(found['difference'])}."
-    )
+    scores = f"Word counting alone finds the chosen answer in {show.share(found['words'])}"
+    return f"{scores}; the policy's accuracy minus that: {show.change(found['difference'])}."
 
 
 def _text(words: str) -> str:

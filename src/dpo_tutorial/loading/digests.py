@@ -20,8 +20,7 @@ _NOT_THE_MODEL = (
 def of_folder(folder: str | Path) -> str:
     """SHA-256 of a checkpoint's config.json and of a sample of each tensor in its safetensors files.
 
-    Of the files, not of the loaded model: compute type, 4-bit storage and the version of a library change what is in
-    memory. Nor do the folder's name and the number of files count.
+    Of the files: compute type, 4-bit storage and the versions of libraries change what is in memory.
 
     Raises:
         ModelCorruptError: a file is cut short, or not what its name says.
@@ -48,10 +47,7 @@ def of_config(config: dict) -> bytes:
 
 
 def sample(weight: torch.Tensor) -> bytes:
-    """64 values or more of a tensor, with its type and shape: enough to tell two models apart, and a few pages to read.
-
-    A file is mapped into memory: of gigabytes, only the pages of these values are read.
-    """
+    """64 values or more of a tensor, with type and shape: they tell two models apart without reading all."""
     flat = weight.detach().flatten()
     values = flat[:: max(1, flat.numel() // 64)].contiguous().cpu().view(torch.uint8)
     return f"{weight.dtype} {list(weight.shape)} ".encode() + values.numpy().tobytes()

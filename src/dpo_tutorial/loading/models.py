@@ -42,11 +42,7 @@ class Source:
 
     @property
     def digest(self) -> str | None:
-        """What tells a local folder's weights and config from others, as `digests.of_folder`; None for another source.
-
-        Raises:
-            ModelCorruptError: a file of the folder is damaged.
-        """
+        """Of a local folder `digests.of_folder`, which raises where one of its files is damaged; else None."""
         return digests.of_folder(self.path) if self.name != _EMBEDDED_NAME and Path(self.path).is_dir() else None
 
     @property

@@ -7,6 +7,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import bitsandbytes as bnb
 from datasets import Dataset
@@ -44,9 +45,8 @@ def read_training_record(adapter: Path) -> dict:
             "Run 05_train_dpo.ipynb first; or set TRAIN_IF_MISSING=True to train here and now; "
             "or set ADAPTER to a folder that 05 saved, for example on Drive.",
         )
-    record = run_folder.read_json(adapter / "training.json")
-    lacks = [path for path in _RECORD if _at(record, path) is None]
-    if lacks:
+    record: Any = run_folder.read_json(adapter / "training.json")
+    if lacks := [path for path in _RECORD if _at(record, path) is None]:
         raise ArtifactError(
             f"{adapter / 'training.json'} is not the record of a training: it lacks {', '.join(lacks)}.",
             "Run 05_train_dpo.ipynb again, or set ADAPTER to a folder that 05 saved.",
@@ -122,13 +122,8 @@ def saving(config: Config, run: run_folder.Run, trainer: DPOTrainer, seconds: fl
     lines = "".join(line + "\n" for line in pair_digests(trainer.train_dataset))
     record = {
         "config": config.identity(),
-        "base": {
-            "name": where.name,
-            "revision": where.revision,
-            "digest": where.digest,
-            "pin": where.pin,
-            "storage": storage(trainer.model),
-        },
+        "base": {name: getattr(where, name) for name in ("name", "revision", "digest", "pin")}
+        | {"storage": storage(trainer.model)},
         "pairs": {"number": len(trainer.train_dataset), "sha256": hashlib.sha256(lines.encode()).hexdigest()},
         "seconds": round(seconds, 1),
         "peak_memory_gib": round(memory.peak_memory_gib(), 2),
@@ -165,13 +160,12 @@ def storage(model: PeftModel) -> str:
 def model_card(config: Config, record: dict) -> str:
     """The adapter's README: base and its revision, data, settings, versions. Results are in `comparison.json`."""
     base, pairs, steps = record["base"], record["pairs"], len(record["history"]["train"])
-    data, rounded = record["config"]["data"], base["storage"] in ("NF4", "FP4")
     hub_base = "/" in base["name"]
     front = ["library_name: peft", "tags: [dpo, qlora, trl]"] + ([f"base_model: {base['name']}"] if hub_base else [])
     rows = [
         ("Base", base["name"]),
         ("Base revision", base["pin"]),
-        ("Data", f"{data} {config.data_revision or ''}".strip()),
+        ("Data", f"{record['config']['data']} {config.data_revision or ''}".strip()),
         ("Training pairs", f"{pairs['number']}, digest {pairs['sha256'][:12]}…"),
         ("Method", f"DPO (loss {config.loss_type}, beta {config.beta:g}), LoRA r={config.lora_r}"),
         ("Base weights", base["storage"]),
@@ -183,6 +177,6 @@ def model_card(config: Config, record: dict) -> str:
     ]
     table = "\n".join(f"| {name} | {value} |" for name, value in rows)
     use = f"Attach it to the base it was trained on, with its weights in {base['storage']}."
-    use += " Merged into 4-bit weights, the sum is rounded again." * rounded
+    use += " Merged into 4-bit weights, the sum is rounded again." * (base["storage"] in ("NF4", "FP4"))
     head = ["---", *front, "---", "# Adapter trained by dpo-tutorial", "", "| | |", "|:-|:-|"]
     return "\n".join([*head, table, "", use, ""])
