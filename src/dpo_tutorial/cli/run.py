@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import papermill
-from jupyter_client.kernelspec import NoSuchKernel
 from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 
@@ -111,7 +110,7 @@ def _execute(path: Path, target: Path, parameters: dict) -> None:
             f"{path.name}: its process died, most often because memory ran out.",
             f"Lower MAX_TOKENS or take a smaller profile; {target} holds the cells up to there.",
         ) from error
-    except (NoSuchKernel, OSError, RuntimeError, json.JSONDecodeError) as error:
+    except (KeyError, OSError, RuntimeError, json.JSONDecodeError) as error:  # KeyError: no such kernel
         if isinstance(error, OSError) and error.filename in (None, str(target)):
             raise run_folder.unwritable(target, error) from error
         raise NotebookError(  # a kernelspec that is damaged, points nowhere, or names a program that is no kernel

@@ -25,7 +25,7 @@ def cache_dir() -> Path:
 
 def without_paths(text: str) -> str:
     """The text with the folders of project, cache and home as `.`, `<cache>` and `~`: what is shown to others."""
-    home = Path(os.path.expanduser("~"))  # stays "~" where nobody is at home, and Path.home() would raise
+    home = Path.home() if os.path.expanduser("~") != "~" else Path("~")  # a user without one: home() would raise
     for folder, name in ((project_root(), "."), (cache_dir(), "<cache>"), (home, "~")):
         if folder.is_absolute() and len(folder.parts) > 1:  # the root of the file system is nobody's home
             # between two parts of a Windows path stands one backslash, in a repr or in JSON two, in a URL a slash
