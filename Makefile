@@ -49,7 +49,7 @@ run: $(STAMP)  ## all six notebooks, headless; NAME=value sets a parameter of do
 quickstart: $(STAMP)  ## one page, minutes: PROFILE=smoke MODEL= DATA= PAIRS= ARTIFACTS=
 	$(if $(UNKNOWN),$(error quickstart does not know $(UNKNOWN). It knows $(KNOBS)))
 	mkdir -p $(FOLDER)
-	$(PY) -m papermill notebooks/00_quickstart.ipynb $(FOLDER)/00_quickstart.ipynb $(foreach name,$(KNOBS),$(if $(and $(filter command,$(origin $(name))),$(value $(name))),-p $(name) $(call quoted,$(name))))
+	$(PY) -m papermill notebooks/00_quickstart.ipynb $(FOLDER)/00_quickstart.ipynb $(foreach name,$(KNOBS),$(if $(and $(filter command,$(origin $(name))),$(value $(name))),$(if $(filter PAIRS,$(name)),-p,-r) $(name) $(call quoted,$(name))))
 
 check: $(STAMP) lint  ## the quick loop: style, types, unit tests; two minutes
 	$(PY) -m mypy

@@ -50,12 +50,14 @@ def sheet(seed: int) -> str:
 
 def score(seed: int, votes: list[str]) -> dict:
     pairs = drawn(seed)
-    if len(votes) != len(pairs) or set(votes) - {"A", "B"}:
-        raise SystemExit(f"{len(votes)} votes; give {len(pairs)} lines of A or B.")
+    if len(votes) != len(pairs):
+        raise SystemExit(f"{len(votes)} lines; give {len(pairs)}, one a pair.")
     ballots = [
         {"prompt_id": row["prompt_id"], "texts": digest(row), "chosen_shown_as": "A" if first else "B", "vote": vote}
         for (row, first), vote in zip(pairs, votes, strict=True)
+        if vote in ("A", "B")  # any other line is no vote
     ]
+    print(f"{len(votes) - len(ballots)} lines are no vote")
     agreed = sum(b["vote"] == b["chosen_shown_as"] for b in ballots)
     return {"seed": seed, "agreement": stats.rate(agreed, len(ballots)), "ballots": ballots}
 
@@ -69,6 +71,6 @@ if __name__ == "__main__":
     if given.what == "sheet":
         print(sheet(given.seed))
     else:
-        result = score(given.seed, Path(given.votes).read_text().split())
+        result = score(given.seed, [line.strip() for line in Path(given.votes).read_text("utf-8").splitlines()])
         (ROOT / "benchmarks" / "blind_check.json").write_text(json.dumps(result, indent=1) + "\n")
         print(result["agreement"])

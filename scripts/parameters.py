@@ -20,9 +20,9 @@ Every name works in five places and means the same in each; an unknown name is a
 | the environment | `DPO_TUTORIAL_BETA=0.3` |
 
 What is given wins over the environment, that over the profile; an empty value is not given. The text is read as the
-type in the table, so `ARTIFACTS=007` is a folder called 007. Only papermill's own `-p` reads a number first, and makes
-7 of 007: there, use `-r NAME VALUE`. It also warns of names that the cell does not list; they are taken all the same.
-Names of layers are separated by commas: `LORA_TARGETS=q_proj,v_proj`.
+type in the table, so `ARTIFACTS=007` is a folder called 007. Only papermill's own `-p` reads a number first, which is
+refused for a text, since 7 may have been 007: there, use `-r NAME VALUE`. It also warns of names that the cell does not
+list; they are taken all the same. Names of layers are separated by commas: `LORA_TARGETS=q_proj,v_proj`.
 
 `PROFILE` chooses the column; where it is empty, the general default holds. `DTYPE` follows the hardware. This page is
 made from the config by `python scripts/parameters.py`, and a test compares.

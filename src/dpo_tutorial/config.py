@@ -145,15 +145,16 @@ def _coerce(f: dataclasses.Field, value: Any) -> Any:
             return str(value).lower() in ("true", "1")
         if kind is tuple:
             return tuple(str(part).strip() for part in (value.split(",") if isinstance(value, str) else value))
-        if kind is str and isinstance(value, (list, tuple, dict)):
+        if kind is str and not isinstance(value, (str, os.PathLike)):  # 7 may have been 007, and 1000.0 a folder 1e3
             raise ValueError
-        if kind is int and float(value) != int(float(value)):
+        if kind in (int, float) and isinstance(value, bool) or kind is int and float(value) != int(float(value)):
             raise ValueError
         return int(float(value)) if kind is int else kind(value)
     except (TypeError, ValueError, OverflowError):
         raise ConfigError(
             f"{f.name.upper()}={value!r} is not of type {kind.__name__}.",
-            f"Give a {kind.__name__}, for example {f.default!r}.",
+            f"Give a {kind.__name__}, for example {f.default!r}."
+            + " In a notebook text stands in quotes; papermill takes it with -r in place of -p." * (kind is str),
         ) from None
 
 

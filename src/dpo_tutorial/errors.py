@@ -30,7 +30,7 @@ class ConfigError(TutorialError):
 
 
 class SessionError(TutorialError):
-    """This process has imported a package that was replaced on disk since."""
+    """This process has, or would have, something else than the installed package: an older one, or a file beside it."""
 
 
 class ModelFetchError(TutorialError):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -128,16 +129,29 @@ class Config:
         return paths.project_root() / Path(self.artifacts).expanduser() / self.profile
 
     def identity(self) -> dict:
-        """The values that decide the result, as plain JSON types (not where or how often it is stored, nor why)."""
+        """The values that decide the result, as plain JSON types (not where or how often it is stored, nor why).
+
+        Of a local MODEL or DATA it has the name without the folders: a record leaves this machine.
+        """
         values = dataclasses.asdict(self)
         for name in _NOT_THE_RESULT:
             values.pop(name)
+        values |= {name: Path(place).name for name, place in self.places().items()}
         return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
 
     def training_identity(self) -> dict:
-        """Of these, the values that decide the adapter: not those of the comparison, nor what is only recomputed."""
+        """Of these, the values that decide the adapter: not those of the comparison, nor what is only recomputed.
+
+        Nor the names of model and data: what counts is what they hold (`checkpoints.fingerprint`).
+        """
         other = {f.name for f in dataclasses.fields(self) if f.metadata["group"] == "compare"}
-        return {k: v for k, v in self.identity().items() if k not in other | {"gradient_checkpointing"}}
+        other |= {"gradient_checkpointing", "model", "model_revision", "data", "data_revision"}
+        return {k: v for k, v in self.identity().items() if k not in other}
+
+    def places(self) -> dict[str, str]:
+        """Knob → absolute path, of a MODEL or DATA that lies on this machine. No record of a result holds these."""
+        found = {name: os.path.abspath(os.path.expanduser(getattr(self, name))) for name in ("model", "data")}
+        return {n: path for n, path in found.items() if getattr(self, n) != EMBEDDED and os.path.exists(path)}
 
     def rows(self) -> list[dict]:
         """One row per knob: group, name, value, unit, meaning. The table of notebook 01."""

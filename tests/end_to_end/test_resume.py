@@ -277,8 +277,23 @@ def test_another_base_in_the_same_folder_refuses_to_resume(cfg, tokenizer, many)
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight.mul_(-1)
     model.save_pretrained(cfg.model)
-    with pytest.raises(ArtifactError, match="Changed: the weights of the base model[.]"):
+    with pytest.raises(ArtifactError, match="Changed: the weights or the config of the base model[.]"):
         again(cfg, tokenizer, many)
+
+
+def test_the_same_weights_with_another_config_refuse_to_resume(cfg, tokenizer, many):
+    stopped(cfg, tokenizer, many)
+    path = Path(cfg.model) / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"rms_norm_eps": 0.1}))
+    with pytest.raises(ArtifactError, match="the weights or the config of the base model[.]"):
+        again(cfg, tokenizer, many)
+
+
+def test_a_model_and_data_that_have_moved_are_the_same(cfg, tokenizer, many, undisturbed, tmp_path, capsys):
+    run = stopped(cfg, tokenizer, many)
+    moved = shutil.move(cfg.model, tmp_path / "moved")
+    again(dataclasses.replace(cfg, model=str(moved), data="moved.jsonl"), tokenizer, many)
+    assert "Resuming" in capsys.readouterr().out and weights(run) == undisturbed
 
 
 @pytest.mark.parametrize("change", [dict(save_steps=2), dict(max_new_tokens=9, compare_prompts=3)])

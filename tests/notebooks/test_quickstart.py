@@ -178,7 +178,7 @@ def make(*words):
 
 def test_make_runs_it_with_its_own_knobs_and_refuses_others():
     planned = shlex.split(make("quickstart", "PAIRS=32", "ARTIFACTS=my runs").stdout.splitlines()[-1])
-    assert planned[-7:] == [f"my runs/{NOTEBOOK.name}", "-p", "PAIRS", "32", "-p", "ARTIFACTS", "my runs"]
+    assert planned[-7:] == [f"my runs/{NOTEBOOK.name}", "-p", "PAIRS", "32", "-r", "ARTIFACTS", "my runs"]
     refused = make("quickstart", "BETA=0.3")
     assert refused.returncode != 0 and "does not know BETA. It knows PROFILE MODEL" in refused.stderr
     assert f"{NOTEBOOK.name} -p PROFILE smoke" in make("test").stdout

@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import re
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -205,7 +207,8 @@ def test_the_command_writes_the_report_of_an_adapter_from_its_folder_alone(train
     records = json.loads((out / "records.json").read_text())
     assert comparison["held_out"]["after"] == stats.summarise(records)
     assert comparison["held_out"]["after"]["accuracy"]["n"] == len(records) >= 2
-    assert comparison["adapter"]["config"]["data"].endswith("rows.jsonl") and comparison["versions"]["trl"]
+    assert comparison["adapter"]["config"]["data"] == comparison["data"] == "rows.jsonl"
+    assert comparison["versions"]["trl"]
     assert "tells chosen" in capsys.readouterr().out or comparison["verdict"][0].startswith("No effect")
     html = (out / "report.html").read_text()
     assert html.startswith("<!doctype html>") and html.count("<img alt=") == 5
@@ -216,7 +219,7 @@ def test_of_the_settings_of_the_training_what_is_given_now_and_the_environment_c
     trained, tmp_path, monkeypatch
 ):
     seen = []
-    monkeypatch.setattr(compare.models, "load_tokenizer", lambda config: seen.append(config) or 1 / 0)
+    monkeypatch.setattr(compare.lora, "check_adapter", lambda config, adapter: seen.append(config) or 1 / 0)
     monkeypatch.setenv("DPO_TUTORIAL_MAX_NEW_TOKENS", "5")
     monkeypatch.setenv("DPO_TUTORIAL_COMPARE_PROMPTS", "7")
     with pytest.raises(ZeroDivisionError):
@@ -230,14 +233,83 @@ def test_of_the_settings_of_the_training_what_is_given_now_and_the_environment_c
     assert (seen[0].data, seen[0].model, seen[0].model_revision) == (trained.config.data, "someone/model", None)
 
 
-def test_the_command_judges_an_adapter_on_other_data(trained, tmp_path, capsys):
-    path = tmp_path / "other.jsonl"
-    path.write_text("\n".join(json.dumps(pair(f"Other {i}?", f"Yes, {i}.", "Perhaps!")) for i in range(20)))
-    options = ["--adapter", str(trained.adapter), "--data", str(path), "--out", str(tmp_path / "other")]
-    assert cli.main(["compare", *options]) == 0
-    assert "Other data than it was trained on" in capsys.readouterr().out
-    shown = json.loads((tmp_path / "other" / "comparison.json").read_text())["token_rewards"][0]
-    assert shown["prompt"][0]["content"].startswith("Other")
+def judged(trained, out, *options):
+    """The exit code of `compare`, and the prompts that it judged the adapter on."""
+    code = cli.main(["compare", "--adapter", str(trained.adapter), "--out", str(out), *options])
+    return code, [r["prompt_id"] for r in json.loads((out / "records.json").read_text())] if code == 0 else []
+
+
+def prompts_trained_on(run):
+    with (store.data_dir(run) / "train.jsonl").open() as stream:
+        return {json.loads(line)["prompt_id"] for line in stream}
+
+
+def other_rows(path, n):
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("\n".join(json.dumps(pair(f"Other {i}?", f"Yes, {i}.", "Perhaps!")) for i in range(n)))
+    return str(path.parent if path.name == "test.jsonl" else path)
+
+
+@pytest.mark.parametrize(
+    ("file", "n"), [("other.jsonl", 60), ("other.jsonl", 5), ("other.jsonl", 1), ("d/test.jsonl", 7)]
+)
+def test_the_command_judges_an_adapter_on_every_row_of_other_data(file, n, trained, tmp_path, capsys):
+    data = other_rows(tmp_path / file, n)
+    code, prompts = judged(trained, tmp_path / "out", "--data", data)
+    assert code == 0 and sorted(prompts) == sorted(f"Other {i}?" for i in range(n))
+    assert f"{n} rows; 0 left out," in capsys.readouterr().out
+    comparison = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    assert comparison["against_words"] is None and comparison["data"] == data.split("/")[-1]
+    assert comparison["token_rewards"][0]["prompt"][0]["content"].startswith("Other")
+    assert "Word counting was left out" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_of_other_data_as_many_rows_are_judged_as_max_test_says(trained, tmp_path):
+    data = other_rows(tmp_path / "other.jsonl", 20)
+    assert len(judged(trained, tmp_path / "out", "--data", data, "-p", "MAX_TEST", "6")[1]) == 6
+
+
+def test_rows_it_was_trained_on_are_left_out_in_whatever_order_they_come(trained, tmp_path, capsys):
+    rows = Path(trained.config.data).read_text().splitlines()
+    (tmp_path / "reversed.jsonl").write_text("\n".join(reversed(rows)))
+    code, prompts = judged(trained, tmp_path / "out", "--data", str(tmp_path / "reversed.jsonl"))
+    seen = prompts_trained_on(trained)
+    assert code == 0 and len(prompts) == len(rows) - len(seen) and not seen & set(prompts)
+    assert f"{len(seen)} left out" in capsys.readouterr().out
+
+
+def test_with_nothing_but_rows_it_was_trained_on_the_command_says_so(trained, tmp_path, capsys):
+    seen = prompts_trained_on(trained)
+    rows = Path(trained.config.data).read_text().splitlines()
+    (tmp_path / "seen.jsonl").write_text("\n".join(row for row in rows if json.loads(row)["prompt_id"] in seen))
+    assert judged(trained, tmp_path / "out", "--data", str(tmp_path / "seen.jsonl")) == (1, [])
+    assert "trained on all usable pairs" in capsys.readouterr().err
+
+
+def test_equal_pairs_are_equal_under_another_path_and_another_cut_of_them_is_refused(trained, tmp_path, capsys):
+    copy = shutil.copy(trained.config.data, tmp_path / "copied.jsonl")
+    assert judged(trained, tmp_path / "out", "-p", "DATA", str(copy))[0] == 0
+    assert judged(trained, tmp_path / "out", "-p", "SEED", "7")[0] == 1
+    said = capsys.readouterr().err
+    assert re.search(r"was trained on \d of these \d test pairs", said) and "SEED" in said
+
+
+def test_neither_adapter_nor_report_names_a_folder_of_this_machine(trained, tmp_path):
+    assert judged(trained, tmp_path / "out")[0] == 0
+    texts = [p.read_bytes() for d in (trained.adapter, tmp_path / "out") for p in d.rglob("*") if p.is_file()]
+    for place in (trained.config.model, trained.config.data, str(trained.dir)):
+        assert not any(str(Path(place).parent).encode() in text for text in texts), place
+    card = (trained.adapter / "README.md").read_text()
+    assert "| Data | rows.jsonl |" in card and "| Base | tiny-llama |" in card and "| Base weights | NF4 |" in card
+
+
+def test_an_adapter_away_from_its_run_says_which_base_it_needs_and_takes_it_by_any_name(trained, tmp_path, capsys):
+    away = shutil.copytree(trained.adapter, tmp_path / "away" / "adapter")
+    options = ["compare", "--adapter", str(away), "--out", str(tmp_path / "out")]
+    assert cli.main(options) == 1
+    assert "trained on tiny-llama (digest" in capsys.readouterr().err
+    renamed = shutil.copytree(trained.config.model, tmp_path / "renamed")
+    assert cli.main([*options, "-p", "MODEL", str(renamed), "-p", "DATA", trained.config.data]) == 0
 
 
 @pytest.mark.parametrize(

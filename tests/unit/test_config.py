@@ -1,9 +1,11 @@
 """`resolve()`: precedence, reasons, and errors that list what is known."""
 
 import importlib.metadata
+import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -16,6 +18,7 @@ from dpo_tutorial.loading import models
 from dpo_tutorial.machine import hardware, memory, session
 from dpo_tutorial.training import train
 
+ROOT = Path(__file__).parents[2]
 HARDWARE = hardware.hardware  # the real one: tests see a machine without a GPU
 NO_GPU = {"cuda": False, "cpu_bf16": None, "cores": 2, "memory_gib": 24.0, "cpu": "x"}
 
@@ -69,6 +72,7 @@ def test_profile_and_dtype_follow_the_hardware(monkeypatch, facts, profile, dtyp
         {"seed": -5}, {"seed": 2**32}, {"max_new_tokens": 0}, {"max_steps": 0}, {"max_grad_norm": -1}, {"beta": "inf"},
         {"lr_scheduler": "zigzag"}, {"warmup_ratio": -1}, {"save_steps": 0}, {"max_train": "inf"},
         {"lora_targets": "q_proj,"}, {"lora_targets": ()}, {"lora_targets": 5}, {"model": ["a", "b"]},
+        {"data": 7}, {"artifacts": 1000.0}, {"model": True}, {"max_train": True}, {"beta": True},
     ],
 )  # fmt: skip
 def test_a_value_out_of_range_names_the_parameter_and_the_range(bad):
@@ -135,6 +139,28 @@ def test_a_session_that_holds_what_pip_replaced_is_stopped(monkeypatch):
     pretend(monkeypatch, "18.1.0", "26.0.1")
     with pytest.raises(SessionError, match=r"pyarrow 26\.0\.1 \(this session still holds 18\.1\.0\)\.\n.*Restart"):
         session.check_session()
+
+
+@pytest.mark.parametrize("start", [["-m", "dpo_tutorial", "doctor"], ["-c", "import dpo_tutorial"]])
+def test_a_file_that_hides_a_package_is_named_before_it_is_imported(start, tmp_path):
+    (tmp_path / "datasets.py").write_text("")
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
+    done = subprocess.run([sys.executable, *start], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 1 and f"{tmp_path / 'datasets.py'} would be imported in place of" in done.stderr
+    assert ("Traceback" in done.stderr) == (start[0] == "-c")
+
+
+def test_a_folder_of_data_called_datasets_hides_no_package(tmp_path, monkeypatch):
+    (tmp_path / "datasets").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend("")
+    session.check_session()
+
+
+def test_the_command_can_be_started_by_the_path_of_its_folder(tmp_path):
+    command = [sys.executable, str(ROOT / "src" / "dpo_tutorial"), "train", "-p", "BTA", "1"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1 and "Unknown parameter BTA" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_it_is_stopped_where_it_imports_the_package_before_anything_else_can_fail():

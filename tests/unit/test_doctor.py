@@ -255,7 +255,7 @@ def test_a_check_that_breaks_is_a_finding_and_the_others_go_on():
 
 
 def test_plain_text_has_neither_home_nor_secret(monkeypatch):
-    monkeypatch.setattr(Path, "home", lambda: Path("/srv/alice"))
+    monkeypatch.setenv("HOME", "/srv/alice")
     monkeypatch.setattr(paths, "project_root", lambda: Path("/srv/alice/dpo"))
     monkeypatch.setenv("SOME_API_KEY", "sk-0123456789")
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
@@ -318,3 +318,13 @@ def test_this_machine_is_ready_for_the_cpu_profile():
     shown = done.stdout.decode()
     assert done.returncode == 0, shown
     assert str(ROOT) not in shown and f"{Path.home()}/" not in shown
+
+
+def test_a_machine_without_a_home_directory_can_be_examined(monkeypatch, tmp_path):
+    def nobody(*_):
+        raise KeyError("no such user")
+
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr("pwd.getpwuid", nobody)
+    monkeypatch.setenv("DPO_TUTORIAL_CACHE", str(tmp_path))
+    assert doctor.plain(f"{tmp_path}/model and ~/x") == "<cache>/model and ~/x"

@@ -1,11 +1,13 @@
 """Every error a user can meet, set off once: each with a cause that names what was found and a fix to act on."""
 
 import dataclasses
+import errno
 import json
 import subprocess
 import sys
 from types import SimpleNamespace
 
+import nbformat
 import pytest
 import torch
 from conftest import TEXTS, pair
@@ -24,6 +26,7 @@ from dpo_tutorial.training import save, train
 
 # --- what a user sees: each is set off once, names what was found, and says what to do ----
 
+KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
 SOUND = [pair(f"{t[0]} {i}", *t[1:]) for i in range(6) for t in TEXTS]
 
 
@@ -167,6 +170,33 @@ def a_kernel_that_dies(case):
     run._execute(case.tmp / "05_train_dpo.ipynb", case.tmp / "executed.ipynb", {})
 
 
+def a_kernel_that_starts_nothing(case):
+    folder = case.tmp / "kernels" / "python3"
+    folder.mkdir(parents=True)
+    (folder / "kernel.json").write_text(json.dumps({"argv": ["no-such-python"], "display_name": "", "language": ""}))
+    case.patch.setenv("JUPYTER_PATH", str(case.tmp))
+    case.patch.setenv("JUPYTER_PREFER_ENV_PATH", "0")
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("1")], metadata={"kernelspec": KERNEL})
+    nbformat.write(notebook, case.tmp / "05_train_dpo.ipynb")
+    run._execute(case.tmp / "05_train_dpo.ipynb", case.tmp / "executed.ipynb", {})
+
+
+def a_kernel_without_a_program(case):
+    def dies(*_, **__):
+        raise RuntimeError("Kernel died before replying to kernel_info")
+
+    case.patch.setattr(run.papermill, "execute_notebook", dies)
+    run._execute(case.tmp / "05_train_dpo.ipynb", case.tmp / "executed.ipynb", {})
+
+
+def a_full_disk_in_a_run(case):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    case.patch.setattr(run.papermill, "execute_notebook", full)
+    run._execute(case.tmp / "05_train_dpo.ipynb", case.tmp / "executed.ipynb", {})
+
+
 def a_template_that_refuses(case):
     case.tokenizer = models.AutoTokenizer.from_pretrained(str(case.model))
     case.tokenizer.chat_template = "{{ raise_exception('no system turn') }}"
@@ -174,8 +204,9 @@ def a_template_that_refuses(case):
 
 
 def another_cut(case):
-    there = run_folder.Run(case.cfg)
-    save.check_held_out(there, {"config": there.config.identity() | {"data": "other"}}, [])
+    pairs = prepared_pairs(case)
+    (case.tmp / save.PAIRS_FILE).write_text("\n".join(save.pair_digests(pairs)))
+    save.check_held_out(case.tmp, pairs)
 
 
 def no_adapter_to_judge(case):
@@ -184,7 +215,8 @@ def no_adapter_to_judge(case):
 
 def a_training_record_of_something_else(case):
     folder = case.adapter()
-    (folder / "training.json").write_text("{}")
+    for name in ("training.json", save.PAIRS_FILE):
+        (folder / name).write_text("{}")
     save.read_training_record(folder)
 
 
@@ -192,6 +224,7 @@ def a_training_record_of_something_else(case):
 SEEN = [
     (lambda c: config.resolve(profile="tpu"), errors.ConfigError, "'tpu'", "smoke, cpu, t4"),
     (lambda c: config.resolve(bta=1), errors.ConfigError, "BTA", "BETA"),
+    (lambda c: config.resolve(data=7), errors.ConfigError, "DATA=7", "quotes"),
     (lambda c: config.resolve(beta="high"), errors.ConfigError, "BETA='high'", "float"),
     (lambda c: config.resolve(beta=0), errors.ConfigError, "BETA=0.0", "BETA"),
     (lambda c: config.resolve(loss_type="kto"), errors.ConfigError, "LOSS_TYPE='kto'", "sigmoid, ipo"),
@@ -218,7 +251,7 @@ SEEN = [
     (adapter_with_a_damaged_config, errors.ArtifactError, "its-adapter could not be read", "05_train_dpo"),
     (a_training_record_of_something_else, errors.ArtifactError, "training.json", "ADAPTER"),
     (no_adapter_to_judge, errors.ArtifactError, "nowhere", "TRAIN_IF_MISSING"),
-    (another_cut, errors.ArtifactError, "another DATA", "training.json"),
+    (another_cut, errors.ArtifactError, "test pairs", "training.json"),
     (prepared_data_cut_short, errors.ArtifactError, "train.jsonl", "Delete"),
     (a_folder_that_cannot_be_written, errors.ArtifactError, "file/cpu", "ARTIFACTS"),
     (lambda c: run_folder.Run(c.cfg).read_json("votes.json"), errors.ArtifactError, "votes.json", "notebook"),
@@ -235,6 +268,9 @@ SEEN = [
     ),
     (lambda c: splits.choose_splits(DatasetDict(), 0), errors.DataError, "No training split", "train_prefs"),
     (a_kernel_that_dies, errors.NotebookError, "05_train_dpo.ipynb", "MAX_TOKENS"),
+    (a_kernel_that_starts_nothing, errors.NotebookError, "no-such-python", "ipykernel install"),
+    (a_kernel_without_a_program, errors.NotebookError, "Kernel died before replying", "kernelspec list"),
+    (a_full_disk_in_a_run, errors.ArtifactError, "executed.ipynb could not be written", "ARTIFACTS"),
     (lambda c: run.notebooks(c.tmp), errors.ArtifactError, "No numbered notebook", "checkout"),
     (lambda c: config.named([("BTA", "1")]), errors.ConfigError, "BTA", "BETA"),
 ]  # fmt: skip

@@ -1,18 +1,21 @@
 """Loading, 4-bit storage, LoRA, and the gradient that a 4-bit layer may lose without a word."""
 
 import dataclasses
+import json
+import shutil
 
 import bitsandbytes as bnb
 import peft
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from test_families import tiny
 
-from dpo_tutorial import config, knobs
+from dpo_tutorial import config, knobs, run_folder
 from dpo_tutorial.adapter import lora
-from dpo_tutorial.errors import ArtifactError, ConfigError, ModelFetchError, ModelUnsuitableError
-from dpo_tutorial.loading import embedded, models, sizes
+from dpo_tutorial.errors import ArtifactError, ConfigError, ModelCorruptError, ModelFetchError, ModelUnsuitableError
+from dpo_tutorial.loading import digests, embedded, models, sizes
 from dpo_tutorial.training import save, train
 
 SEVEN = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -27,13 +30,15 @@ def test_a_hub_model_is_called_pinned_only_where_a_commit_was_given(model, words
     cfg = config.resolve(profile="cpu", model=model)
     where = models.source(cfg)
     assert where.pin.startswith(words)
-    record = {"base": {"name": where.name, "revision": where.revision, "pin": where.pin}, "history": {"train": []}}
+    base = {"name": where.name, "revision": where.revision, "pin": where.pin, "storage": "bfloat16"}
+    record = {"base": base, "history": {"train": []}, "pairs": {"number": 1, "sha256": "0"}, "config": cfg.identity()}
     card = save.model_card(cfg, record | {"hardware": {"cores": 2}, "versions": {}})
+    assert "with its weights in bfloat16" in card and "4-bit" not in card and "NF4" not in card
     assert f"| Base revision | {where.pin} |" in card and "SHA-256" not in card
 
 
-def test_a_folder_is_not_pinned_and_the_embedded_model_by_its_checksum(cfg, monkeypatch):
-    assert models.source(cfg).pin == "not pinned"
+def test_a_folder_is_known_by_what_it_holds_and_the_embedded_model_by_its_checksum(cfg, monkeypatch):
+    assert models.source(cfg).digest[:12] in models.source(cfg).pin
     monkeypatch.setattr(embedded, "ensure_embedded_model", lambda: "somewhere")
     assert embedded.GGUF_SHA256[:12] in models.source(dataclasses.replace(cfg, model="embedded")).pin
 
@@ -207,3 +212,47 @@ def test_an_old_torchao_as_on_colab_does_not_stop_an_adapter_on_16_bit_layers(mo
     lora.pass_over_old_torchao()
     model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(4, 4)), LoraConfig(target_modules=["0"]))
     assert model.merge_and_unload()[0].weight.shape == (4, 4)
+
+
+# --- which base it is ----
+
+
+@pytest.fixture
+def adapter(cfg, tokenizer, pairs):
+    """An adapter as training saves it, on the tiny base."""
+    run = run_folder.Run(cfg)
+    train.train(cfg, run, models.load_base(cfg), tokenizer, pairs, pairs)
+    return run.adapter
+
+
+def a_weight_changed(folder):
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"] *= -1
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+
+def a_config_changed(folder):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"rms_norm_eps": 0.1}))
+
+
+@pytest.mark.parametrize("change", [a_weight_changed, a_config_changed])
+def test_another_base_in_a_folder_of_the_same_name_is_refused(change, cfg, adapter, tmp_path):
+    other = shutil.copytree(cfg.model, tmp_path / "other" / "tiny-llama")
+    change(other)
+    with pytest.raises(ArtifactError, match="was trained on tiny-llama .digest .* not on tiny-llama .digest"):
+        lora.check_adapter(dataclasses.replace(cfg, model=str(other)), adapter)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
+def test_the_same_base_is_taken_under_another_name_in_more_files_and_in_any_compute_type(cfg, adapter, dtype, tmp_path):
+    models.AutoModelForCausalLM.from_pretrained(cfg.model).save_pretrained(tmp_path / "new", max_shard_size="100KB")
+    assert len(list((tmp_path / "new").glob("*.safetensors"))) > 1
+    lora.check_adapter(dataclasses.replace(cfg, model=str(tmp_path / "new"), dtype=dtype), adapter)
+
+
+def test_a_damaged_base_is_an_error_that_names_its_folder(cfg, tmp_path):
+    other = shutil.copytree(cfg.model, tmp_path / "other")
+    (other / "model.safetensors").write_bytes(b"cut short")
+    with pytest.raises(ModelCorruptError, match=r"The checkpoint in .*other could not be read"):
+        digests.of_folder(other)

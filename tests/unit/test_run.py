@@ -215,7 +215,7 @@ def machine(tmp_path, monkeypatch):
     """A made-up project root, home and cache folder."""
     places = SimpleNamespace(root=tmp_path / "prj" / "checkout", home=tmp_path / "me", cache=tmp_path / "me" / "kept")
     monkeypatch.setattr(paths, "project_root", lambda: places.root)
-    monkeypatch.setattr(Path, "home", lambda: places.home)
+    monkeypatch.setenv("HOME", str(places.home))
     monkeypatch.setenv("DPO_TUTORIAL_CACHE", str(places.cache))
     return places
 
@@ -292,7 +292,7 @@ def test_cleaning_twice_changes_nothing_more(tmp_path, machine):
 
 
 def test_cleaning_leaves_the_bytes_of_an_image_alone(tmp_path, machine, monkeypatch):
-    monkeypatch.setattr(Path, "home", lambda: Path("/"))
+    monkeypatch.setenv("HOME", "/")
     picture = base64.b64encode(b"\xff" * 30).decode()
     assert "/" in picture
     output = new_output("display_data", {"image/png": picture})

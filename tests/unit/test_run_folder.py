@@ -46,6 +46,8 @@ def files_of(folder):
     }
 
 
+ADAPTER = {*save.ADAPTER_FILES, save.PAIRS_FILE, "training.json"}
+
 # --- the folder ---------------------------------------------------------------------------------------------------
 
 
@@ -283,7 +285,7 @@ def test_the_audit_lies_in_the_runs_folder_beside_the_prepared_data(cfg, tokeniz
     prepared = prepare.prepare(run.config, tokenizer)
     store.save_data(run, prepared)
     report = run.read_json("data_report.json")
-    assert report["prepared"] == store.data_dir(run).name and report["source"] == tied_source
+    assert report["prepared"] == store.data_dir(run).name and report["source"] == "pairs.jsonl"
     assert (report["rows"], report["kept"], report["dropped"]) == (32, 30, {"tied scores": 2})
     assert report["splits"] == prepared.report and report["choices"] == prepared.choices
     assert report["meaning"] == {"tied scores": row_checks.REASONS["tied scores"]} and report["strict"] is False
@@ -364,30 +366,54 @@ def test_no_adapter_is_an_error_that_names_the_notebook_that_makes_one(run):
     assert "05_train_dpo" in caught.value.fix and "TRAIN_IF_MISSING" in caught.value.fix
 
 
-@pytest.mark.parametrize("missing", [*save.ADAPTER_FILES, "training.json"])
+@pytest.mark.parametrize("missing", ADAPTER)
 def test_an_adapter_that_lacks_a_file_counts_as_none(run, missing):
     run.adapter.mkdir()
-    for name in {*save.ADAPTER_FILES, "training.json"} - {missing}:
+    for name in ADAPTER - {missing}:
         (run.adapter / name).write_text("{}")
     with pytest.raises(ArtifactError, match="no trained adapter"):
         save.read_training_record(run.adapter)
 
 
+RECORD = {
+    "config": {"beta": 0.1, "dtype": "fp32"}, "base": {"name": "tiny"}, "history": {"train": []}, "seconds": 1.0,
+    "versions": {}, "hardware": {},
+}  # fmt: skip
+
+
+def adapter_with(run, record):
+    run.adapter.mkdir(exist_ok=True)
+    for name in ADAPTER:
+        (run.adapter / name).write_text(json.dumps(record))
+    return run.adapter
+
+
 def test_the_record_of_a_whole_adapter_is_given_back(run):
-    run.adapter.mkdir()
-    for name in save.ADAPTER_FILES:
-        (run.adapter / name).write_text("{}")
-    record = {"config": {"beta": 0.1}, "base": {"name": "tiny"}, "history": {}}
-    (run.adapter / "training.json").write_text(json.dumps(record))
-    assert save.read_training_record(run.adapter) == record
+    assert save.read_training_record(adapter_with(run, RECORD)) == RECORD
 
 
-def test_an_adapter_of_other_data_or_another_cut_is_refused(run):
-    record = {"config": run.config.identity()}
-    save.check_held_out(run, record, ["test: split 'test_prefs', 9 rows"])
-    with pytest.raises(ArtifactError, match="another DATA"):
-        save.check_held_out(run, {"config": record["config"] | {"data": "other"}}, [])
-    other_seed = {"config": record["config"] | {"seed": 1}}
-    save.check_held_out(run, other_seed, ["test: split 'test_prefs', 9 rows"])
-    with pytest.raises(ArtifactError, match="another SEED"):
-        save.check_held_out(run, other_seed, ["test: no such split, so 9 rows cut from train with seed 1"])
+@pytest.mark.parametrize(
+    ("record", "lacks"),
+    [
+        (RECORD | {"config": {"dtype": "fp32"}}, "config.beta"),
+        (RECORD | {"config": "none"}, "config.beta, config.dtype"),
+        (RECORD | {"history": []}, "history.train"),
+        ({name: part for name, part in RECORD.items() if name != "seconds"}, "seconds"),
+        ([], "config.beta, config.dtype, base.name"),
+    ],
+)
+def test_a_record_that_lacks_something_is_refused_and_says_what(run, record, lacks):
+    with pytest.raises(ArtifactError, match=f"it lacks {lacks}"):
+        save.read_training_record(adapter_with(run, record))
+
+
+def test_pairs_whose_prompt_was_trained_on_are_not_held_out(run, pairs):
+    """Case and spaces of a prompt do not count, nor do the answers."""
+    adapter = adapter_with(run, RECORD)
+    (adapter / save.PAIRS_FILE).write_text("\n".join(save.pair_digests(pairs.select([1, 3]))))
+    loud = pairs.map(lambda row: {"prompt": [m | {"content": f" {m['content'].upper()} "} for m in row["prompt"]]})
+    for same in (pairs, loud, pairs.map(lambda row: {"chosen": row["rejected"]})):
+        assert save.held_out(adapter, same)["prompt_id"] == [pairs["prompt_id"][i] for i in (0, 2)]
+    save.check_held_out(adapter, pairs.select([0, 2]))
+    with pytest.raises(ArtifactError, match="trained on 2 of these 4 test pairs"):
+        save.check_held_out(adapter, pairs)

@@ -253,6 +253,14 @@ def test_a_run_hands_every_notebook_what_was_typed(shortened, tmp_path, monkeypa
     assert "unknown parameter" not in "".join(capfd.readouterr()), "papermill's warning would be false"
 
 
+@pytest.mark.end_to_end
+def test_a_text_that_papermill_has_read_as_a_number_is_refused(shortened):
+    done = by_papermill(shortened, "-p", "ARTIFACTS", "1e3")
+    assert (
+        done.returncode == 1 and "ARTIFACTS=1000.0 is not of type str" in done.stderr and "-r in place" in done.stderr
+    )
+
+
 # --- what needs them ----
 
 

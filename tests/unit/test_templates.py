@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import json
 import datetime
 from types import SimpleNamespace
 
@@ -163,6 +164,8 @@ def test_the_default_of_several_named_templates_is_settled(tokenizer):
 def checkpoint(folder, tiny_folder, tokenizer):
     for path in tiny_folder.iterdir():
         (folder / path.name).write_bytes(path.read_bytes())
+    found = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(found | {"vocab_size": len(tokenizer)}))
     tokenizer.save_pretrained(folder)
     return folder
 

@@ -255,7 +255,7 @@ def test_the_adapter_is_saved_with_its_base_and_scores_the_same_after_reloading(
     assert record["template"] == {"turn_end": "<|im_end|>"}
     assert record["base"]["name"] == "tiny-llama" and record["history"]["train"] and record["versions"]["trl"]
     card = (run.adapter / "README.md").read_text()
-    assert "tiny-llama" in card and "beta 0.1" in card and "| Base revision | not pinned |" in card
+    assert "tiny-llama" in card and "beta 0.1" in card and "| Base revision | a local folder, with digest " in card
     assert str(run.dir) not in card + json.dumps(json.loads((run.adapter / "adapter_config.json").read_text()))
 
     before = scoring.score_pairs(cfg, trainer.model, tokenizer, pairs)

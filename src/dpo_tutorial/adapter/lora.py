@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
-from .. import knobs
+from .. import knobs, run_folder
 from ..errors import ArtifactError, ConfigError, ModelUnsuitableError, first_line
 from ..knobs import Config
 from ..loading import models, sizes
@@ -124,6 +124,8 @@ def check_lora_targets(model: PreTrainedModel | PeftModel, config: Config) -> No
 def check_adapter(config: Config, adapter: str | Path) -> None:
     """Refuse a folder that holds no readable adapter, or one of another base: on that it gives fluent nonsense.
 
+    A base from the hub is known by name and commit, one in a local folder by what it holds, wherever it lies.
+
     Raises:
         ArtifactError: no adapter there, a damaged one, or one trained on another base.
     """
@@ -133,13 +135,21 @@ def check_adapter(config: Config, adapter: str | Path) -> None:
     with _adapter_errors(folder):
         trained = LoraConfig.from_pretrained(str(folder))
         load_file(folder / "adapter_model.safetensors")
-    here = models.source(config)
-    if (trained.base_model_name_or_path, trained.revision) != (here.name, here.revision):
+        base = {"name": trained.base_model_name_or_path, "revision": trained.revision}
+        if (folder / "training.json").is_file():
+            base |= dict(run_folder.read_json(folder / "training.json"))["base"]
+    where = models.source(config)
+    here = {"name": where.name, "revision": where.revision, "digest": "digest" in base and where.digest}
+    if len({known.get("digest") or (known["name"], known["revision"]) for known in (base, here)}) > 1:
         raise ArtifactError(
-            f"The adapter in {folder} was trained on {trained.base_model_name_or_path} (revision {trained.revision}), "
-            f"not on {here.name} (revision {here.revision}).",
-            "Load it with the base it was trained on: set MODEL=name@revision accordingly.",
+            f"The adapter in {folder} was trained on {_said(base)}, not on {_said(here)}.",
+            "Set MODEL to the base it was trained on: name@revision, or the folder with the same config and weights.",
         )
+
+
+def _said(base: dict) -> str:
+    version = f"digest {base['digest'][:12]}…" if base.get("digest") else f"revision {base['revision']}"
+    return f"{base['name']} ({version})"
 
 
 def load_policy(config: Config, adapter: str | Path):
@@ -158,7 +168,7 @@ def load_policy(config: Config, adapter: str | Path):
 def _adapter_errors(folder: Path) -> Iterator[None]:
     try:
         yield
-    except (ValueError, TypeError, RuntimeError, SafetensorError) as error:
+    except (ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise ArtifactError(
             f"The adapter in {folder} could not be read: {first_line(error)}",
             "Run 05_train_dpo again, or set ADAPTER to another folder.",

@@ -20,7 +20,7 @@ from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 
 from .. import config, run_folder
-from ..errors import ArtifactError, NotebookError
+from ..errors import ArtifactError, NotebookError, first_line
 from ..loading import models
 from ..machine import hardware, memory, paths, session
 from ..pairs import sources
@@ -109,6 +109,14 @@ def _execute(path: Path, target: Path, parameters: dict) -> None:
         raise NotebookError(
             f"{path.name}: its process died, most often because memory ran out.",
             f"Lower MAX_TOKENS or take a smaller profile; {target} holds the cells up to there.",
+        ) from error
+    except (KeyError, OSError, RuntimeError, json.JSONDecodeError) as error:  # KeyError: no such kernel
+        if isinstance(error, OSError) and error.filename in (None, str(target)):
+            raise run_folder.unwritable(target, error) from error
+        raise NotebookError(  # a kernelspec that is damaged, points nowhere, or names a program that is no kernel
+            f"The Jupyter kernel python3 does not start: {first_line(error)}.",
+            f"Run `{sys.executable} -m ipykernel install --sys-prefix`; if it still does not start, remove the folder "
+            "that `jupyter kernelspec list` shows for python3.",
         ) from error
 
 

@@ -14,7 +14,7 @@ def bag_of_words(train: Dataset, test: Dataset) -> list[float]:
     It sees the difference of the two answers' word counts and nothing else: no prompt, no word order.
 
     Returns:
-        One value per test pair, as `right`.
+        One value per test pair, as `right`; all 0.5 where the training answers are too few to share a word.
     """
     from sklearn.feature_extraction.text import CountVectorizer
     from sklearn.linear_model import LogisticRegression
@@ -23,7 +23,10 @@ def bag_of_words(train: Dataset, test: Dataset) -> list[float]:
         return [answer[0]["content"] for answer in split[side]]
 
     words = CountVectorizer(ngram_range=(1, 2), min_df=2, token_pattern=r"[\w']+|[^\w\s]")
-    words.fit(texts(train, "chosen") + texts(train, "rejected"))
+    try:
+        words.fit(texts(train, "chosen") + texts(train, "rejected"))
+    except ValueError:  # nothing comes in two answers
+        return [0.5] * len(test)
 
     def difference(split):
         return words.transform(texts(split, "chosen")).astype(float) - words.transform(texts(split, "rejected"))

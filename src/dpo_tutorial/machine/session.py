@@ -6,6 +6,8 @@ import importlib.metadata
 import platform
 import sys
 from collections.abc import Iterable
+from importlib.machinery import PathFinder
+from pathlib import Path
 
 from packaging.version import InvalidVersion, Version
 
@@ -42,9 +44,17 @@ def check_session() -> None:
     The package calls it when it is imported, which every notebook does before it needs anything else.
 
     Raises:
-        SessionError: pip replaced a package that this process had already imported.
+        SessionError: pip replaced a package that this process had already imported, or a file of the current folder
+            is imported in place of a package.
     """
-    replaced = []
+    here, replaced = Path.cwd(), []
+    for module in _WHOLE:
+        origin = Path(getattr(PathFinder.find_spec(module), "origin", None) or "")
+        if here in (origin.parent, origin.parent.parent) and not list(here.glob("*.dist-info")):
+            raise SessionError(
+                f"{origin} would be imported in place of the package {module}.",
+                "Rename it, or work in another folder.",
+            )
     for module, distribution in _WHOLE.items():
         held = getattr(sys.modules.get(module), "__version__", None)
         if held is None:  # not imported yet: nothing to look up

@@ -28,7 +28,9 @@ class Prepared:
 
 
 def prepare(config: Config, tokenizer: PreTrainedTokenizerBase, judge: bool = False) -> Prepared:
-    """Load, audit, shuffle and subsample: notebook 04 in one call. With `judge`, the split `test` alone.
+    """Load, audit, shuffle and subsample: notebook 04 in one call.
+
+    With `judge` nothing is to be trained, and there is a `test` split alone (`sources.load_preferences`).
 
     The report has for each split: `rows`, `dropped` by reason, `examples` (ids), `decoded` (excerpts), `kept`, `used`.
 
@@ -118,7 +120,7 @@ def data_report(config: Config, prepared: Prepared) -> dict:
     total, kept = sum(s["rows"] for s in splits), sum(s["kept"] for s in splits)
     assert total == kept + dropped.total(), "every row is kept or dropped by one reason"
     return {
-        "source": config.data,
+        "source": config.identity()["data"],
         "revision": config.data_revision,
         "max_tokens": config.max_tokens,
         "strict": config.strict,

@@ -10,6 +10,8 @@ from typing import Any
 
 from IPython.display import HTML
 
+from ..comparing import stats
+
 _STYLE = """<style>
 .dpo {border-collapse: collapse; font-size: 0.92em; color: inherit;}
 .dpo th, .dpo td {border: 1px solid #8886; padding: 0.35em 0.6em; text-align: left !important; vertical-align: top;
@@ -51,18 +53,17 @@ def _cell(value: object) -> str:
 
 def share(rate: dict) -> str:
     """A rate with its interval, in words."""
-    return f"{rate['rate']:.2f} ({rate['low']:.2f} to {rate['high']:.2f})"
+    return f"{rate['rate']:.2f} ({stats.span(rate)})"
 
 
 def average(mean: dict, digits: int = 2) -> str:
     """A mean with its interval, in words."""
-    return f"{mean['mean']:.{digits}f} ({mean['low']:.{digits}f} to {mean['high']:.{digits}f})"
+    return f"{mean['mean']:.{digits}f} ({stats.span(mean, f'.{digits}f')})"
 
 
 def change(difference: dict, digits: int = 2) -> str:
     """A difference with its sign and its interval, in words."""
-    low, high = difference["low"], difference["high"]
-    return f"{difference['difference']:+.{digits}f} ({low:+.{digits}f} to {high:+.{digits}f})"
+    return f"{difference['difference']:+.{digits}f} ({stats.span(difference, f'+.{digits}f')})"
 
 
 def held_out_table(before: dict, after: dict) -> HTML:

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, TrainerCallback
 from .. import run_folder
 from ..errors import ArtifactError
 from ..knobs import Config
+from ..loading import digests
 from ..loading.embedded import sha256
 from ..machine import hardware
 
@@ -31,7 +32,7 @@ def folder(run: run_folder.Run) -> Path:
 
 
 def fingerprint(config: Config, trainer) -> dict:
-    """What decides the adapter: config, pairs as the trainer reads them, a sample of the base's weights, processes."""
+    """What decides the adapter: config, pairs as the trainer reads them, the base, processes."""
     return {
         "config": config.training_identity(),
         "pairs": digest_of_pairs(trainer.train_dataset),
@@ -49,15 +50,13 @@ def digest_of_pairs(pairs: Dataset) -> str:
 
 
 def digest_of_base(model: PreTrainedModel) -> str:
-    """SHA-256 of a sample of the frozen weights.
+    """SHA-256 of the model's config and a sample of the frozen weights, as they are in memory.
 
-    The weights count and not their name alone: a model folder can be filled anew. 64 values of each tensor tell two
-    models apart, and cost no second pass over gigabytes.
+    They count and not the name: a model folder can be filled anew, or moved.
     """
-    digest = hashlib.sha256()
-    for weight in (p.data.flatten() for p in model.parameters() if not p.requires_grad):
-        sample = weight[:: max(1, weight.numel() // 64)].contiguous().cpu()
-        digest.update(sample.view(torch.uint8).numpy().tobytes())
+    digest = hashlib.sha256(digests.of_config(model.config.to_dict()))
+    for weight in (p for p in model.parameters() if not p.requires_grad):
+        digest.update(digests.sample(weight))
     return digest.hexdigest()
 
 
@@ -68,7 +67,7 @@ def changes(then: dict, now: dict) -> list[str]:
     if then["processes"] != now["processes"]:
         names.append(f"the number of processes ({then['processes']}, now {now['processes']})")
     names += ["the training pairs"] * (then["pairs"] != now["pairs"])
-    return names + ["the weights of the base model"] * (then["base"] != now["base"])
+    return names + ["the weights or the config of the base model"] * (then["base"] != now["base"])
 
 
 def _sums(checkpoint: Path) -> dict[str, str]:

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import bitsandbytes as bnb
+from datasets import Dataset
+from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 from trl import DPOTrainer
 
@@ -15,46 +20,80 @@ from ..errors import ArtifactError
 from ..knobs import Config
 from ..loading import models, templates
 from ..machine import hardware, memory, session
+from ..pairs import row_checks
 from . import checkpoints
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+#: One line for each training pair, in 32 hex digits: half of them of its prompt's digest, half of the whole pair's.
+PAIRS_FILE = "training_pairs.txt"
+#: Where a local MODEL or DATA lies on this machine: in the run's folder, and so not in the adapter's, which may leave.
+PLACES_FILE = "places.json"
+#: What a comparison reads in a training record.
+_RECORD = ("config.beta", "config.dtype", "base.name", "history.train", "seconds", "versions", "hardware")
 
 
 def read_training_record(adapter: Path) -> dict:
-    """What training noted beside an adapter: `config`, `base`, `history`, `seconds`, versions and hardware.
+    """What training noted beside an adapter: `config`, `base`, `pairs`, `history`, `seconds`, versions and hardware.
 
     Raises:
         ArtifactError: no such folder, no adapter in it, or a damaged record.
     """
-    missing = [name for name in (*ADAPTER_FILES, "training.json") if not (adapter / name).is_file()]
+    missing = [name for name in (*ADAPTER_FILES, "training.json", PAIRS_FILE) if not (adapter / name).is_file()]
     if missing:
         raise ArtifactError(
             f"There is no trained adapter in {adapter}: {', '.join(missing)} missing.",
             "Run 05_train_dpo.ipynb first; or set TRAIN_IF_MISSING=True to train here and now; "
             "or set ADAPTER to a folder that 05 saved, for example on Drive.",
         )
-    record = run_folder.read_json(adapter / "training.json")
-    if not isinstance(record, dict) or not {"config", "base", "history"} <= set(record):
+    record: Any = run_folder.read_json(adapter / "training.json")
+    if lacks := [path for path in _RECORD if _at(record, path) is None]:
         raise ArtifactError(
-            f"{adapter / 'training.json'} is not the record of a training.",
+            f"{adapter / 'training.json'} is not the record of a training: it lacks {', '.join(lacks)}.",
             "Run 05_train_dpo.ipynb again, or set ADAPTER to a folder that 05 saved.",
         )
     return record
 
 
-def check_held_out(run: run_folder.Run, record: dict, choices: list[str]) -> None:
-    """Refuse an adapter whose training rows may be this run's test rows.
+def _at(record, path: str):
+    """The value under `path`, as "config.beta"; None where there is none."""
+    for name in path.split("."):
+        record = record.get(name) if isinstance(record, dict) else None
+    return record
+
+
+def read_places(adapter: Path) -> dict[str, str]:
+    """Where MODEL and DATA of an adapter lay, if they were local and it is still in the folder of its run."""
+    path = adapter.absolute().parent / PLACES_FILE
+    return dict(run_folder.read_json(path)) if path.is_file() else {}
+
+
+def pair_digests(pairs: Dataset) -> list[str]:
+    """What `PAIRS_FILE` holds of these pairs. Of prompts, case and spaces do not count, as in notebook 04."""
+    found = []
+    for row in pairs.select_columns(["prompt", "chosen", "rejected"]):
+        whole = hashlib.sha256(json.dumps(row, sort_keys=True).encode()).hexdigest()
+        found.append(row_checks.prompt_digest(row["prompt"]).hex()[:16] + whole[:16])
+    return found
+
+
+def held_out(adapter: Path, pairs: Dataset) -> Dataset:
+    """The pairs whose prompt the adapter in this folder was not trained on, by what the pairs hold, in order."""
+    trained = {line[:16] for line in (adapter / PAIRS_FILE).read_text(encoding="utf-8").split()}
+    return pairs.select([i for i, line in enumerate(pair_digests(pairs)) if line[:16] not in trained])
+
+
+def check_held_out(adapter: Path, pairs: Dataset) -> None:
+    """Refuse to judge an adapter on pairs that it was trained on; under which path or seed they came does not count.
 
     Raises:
-        ArtifactError: trained on other data, or with another seed where the test split was cut by seed.
+        ArtifactError: the adapter was trained on the prompt of one of the pairs.
     """
-    names = ["data", "data_revision"] + ["seed"] * any(c.startswith("test: no such split") for c in choices)
-    now = run.config.identity()
-    other = [n.upper() for n in names if record["config"].get(n) != now[n]]
-    if other:
+    seen = len(pairs) - len(held_out(adapter, pairs))
+    if seen:
         raise ArtifactError(
-            f"The adapter was trained with another {', '.join(other)}: held-out pairs may be pairs it has seen.",
-            "Set the values it was trained with (they are in its training.json), or train again.",
+            f"The adapter was trained on {seen} of these {len(pairs)} test pairs, so they are not held out.",
+            "Set DATA, SEED and the other values it was trained with (they are in its training.json), or train again; "
+            "`dpo-tutorial compare --data` leaves such pairs out.",
         )
 
 
@@ -80,9 +119,12 @@ def saving(config: Config, run: run_folder.Run, trainer: DPOTrainer, seconds: fl
     where = models.source(config)
     for peft_config in trainer.model.peft_config.values():
         peft_config.base_model_name_or_path, peft_config.revision = where.name, where.revision
+    lines = "".join(line + "\n" for line in pair_digests(trainer.train_dataset))
     record = {
         "config": config.identity(),
-        "base": {"name": where.name, "revision": where.revision, "pin": where.pin},
+        "base": {name: getattr(where, name) for name in ("name", "revision", "digest", "pin")}
+        | {"storage": storage(trainer.model)},
+        "pairs": {"number": len(trainer.train_dataset), "sha256": hashlib.sha256(lines.encode()).hexdigest()},
         "template": templates.template_options(trainer.processing_class),
         "seconds": round(seconds, 1),
         "peak_memory_gib": round(memory.peak_memory_gib(), 2),
@@ -92,8 +134,10 @@ def saving(config: Config, run: run_folder.Run, trainer: DPOTrainer, seconds: fl
     }
     with run.replacing(run.adapter) as folder:
         yield folder
+        (folder / PAIRS_FILE).write_text(lines, encoding="utf-8")
         (folder / "training.json").write_text(json.dumps(record, indent=2), encoding="utf-8")
         (folder / "README.md").write_text(model_card(config, record), encoding="utf-8")
+    run.write_json(PLACES_FILE, config.places())
     checkpoints.clear(run)
     run.unlock()
 
@@ -108,16 +152,24 @@ def save_adapter(
     return run.adapter
 
 
+def storage(model: PeftModel) -> str:
+    """How the linear layers of the base are stored: "NF4", or the type of the weights where they are not quantized."""
+    kinds = {m.weight.quant_type.upper() for m in model.modules() if isinstance(m, bnb.nn.Linear4bit)}
+    return " and ".join(sorted(kinds)) or str(next(model.parameters()).dtype).removeprefix("torch.")
+
+
 def model_card(config: Config, record: dict) -> str:
     """The adapter's README: base and its revision, data, settings, versions. Results are in `comparison.json`."""
-    base, steps = record["base"], len(record["history"]["train"])
+    base, pairs, steps = record["base"], record["pairs"], len(record["history"]["train"])
     hub_base = "/" in base["name"]
     front = ["library_name: peft", "tags: [dpo, qlora, trl]"] + ([f"base_model: {base['name']}"] if hub_base else [])
     rows = [
         ("Base", base["name"]),
         ("Base revision", base["pin"]),
-        ("Data", f"{config.data} {config.data_revision or ''}".strip()),
-        ("Method", f"DPO (loss {config.loss_type}, beta {config.beta:g}), LoRA r={config.lora_r} on NF4 weights"),
+        ("Data", f"{record['config']['data']} {config.data_revision or ''}".strip()),
+        ("Training pairs", f"{pairs['number']}, digest {pairs['sha256'][:12]}…"),
+        ("Method", f"DPO (loss {config.loss_type}, beta {config.beta:g}), LoRA r={config.lora_r}"),
+        ("Base weights", base["storage"]),
         ("Steps", f"{steps} at batch {config.batch_size} x {config.grad_accum}, peak rate {config.learning_rate:g}"),
         ("Seed", config.seed),
         ("Compute type", config.dtype),
@@ -125,7 +177,7 @@ def model_card(config: Config, record: dict) -> str:
         ("Versions", ", ".join(f"{k} {v}" for k, v in record["versions"].items())),
     ]
     table = "\n".join(f"| {name} | {value} |" for name, value in rows)
-    return "\n".join(
-        ["---", *front, "---", "# Adapter trained by dpo-tutorial", "", "| | |", "|:-|:-|", table, ""]
-        + ["Attach it to the 4-bit base it was trained on. Merged into 4-bit weights, the sum is rounded again.", ""]
-    )
+    use = f"Attach it to the base it was trained on, with its weights in {base['storage']}."
+    use += " Merged into 4-bit weights, the sum is rounded again." * (base["storage"] in ("NF4", "FP4"))
+    head = ["---", *front, "---", "# Adapter trained by dpo-tutorial", "", "| | |", "|:-|:-|"]
+    return "\n".join([*head, table, "", use, ""])
