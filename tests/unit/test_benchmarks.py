@@ -255,7 +255,10 @@ def test_the_reference_computed_before_counts_in_the_seconds(knobs, tmp_path):
 
 def test_bare_passes_audit_and_a_checkpoint_of_random_weights_are_measured(knobs, tmp_path):
     assert tasks.raw_task({"knobs": knobs, "shape": (2, 16)}, tmp_path)["tokens_per_second"] > 0
-    audited = {"model": knobs["model"], "max_tokens": 1024}
+    long = Path(shutil.copytree(knobs["model"], tmp_path / "long"))
+    found = json.loads((long / "config.json").read_text())
+    (long / "config.json").write_text(json.dumps(found | {"max_position_embeddings": 1024}))
+    audited = {"model": str(long), "max_tokens": 1024}
     assert tasks.prepare_task({"rows": 60, "knobs": audited}, tmp_path)["kept"] > 0
     task = {"shape": "tiny", "path": str(tmp_path / "made"), "knobs": {"model": knobs["model"]}}
     assert tasks.make_task(task, tmp_path)["weights"] > 0

@@ -366,7 +366,7 @@ def test_no_adapter_is_an_error_that_names_the_notebook_that_makes_one(run):
     assert "05_train_dpo" in caught.value.fix and "TRAIN_IF_MISSING" in caught.value.fix
 
 
-@pytest.mark.parametrize("missing", ADAPTER)
+@pytest.mark.parametrize("missing", sorted(ADAPTER))
 def test_an_adapter_that_lacks_a_file_counts_as_none(run, missing):
     run.adapter.mkdir()
     for name in ADAPTER - {missing}:

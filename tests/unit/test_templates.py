@@ -2,8 +2,8 @@
 
 import copy
 import dataclasses
-import json
 import datetime
+import json
 from types import SimpleNamespace
 
 import pytest

@@ -37,13 +37,6 @@ def mean(values: Numbers) -> dict:
     return {"mean": float(found.mean), "standard_error": error, "low": float(low), "high": float(high), "n": n}
 
 
-def span(found: dict, form: str = ".2f") -> str:
-    """The interval of a rate, a mean or a difference in words, its ends formatted as `form`; or that there is none."""
-    if math.isnan(found["low"]):
-        return "no interval: one value"
-    return f"{found['low']:{form}} to {found['high']:{form}}"
-
-
 def ratio(numerators: Numbers, denominators: Numbers) -> dict:
     """Σ numerators / Σ denominators, for example nats per token over answers; its error by the delta method.
 

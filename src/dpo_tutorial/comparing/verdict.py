@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .. import show
 from . import stats
 
 # --- in words -----------------------------------------------------------------------------------------------------
@@ -38,7 +39,7 @@ def verdict(
         judged = "does better" if gap["low"] > 0 else "does worse" if gap["high"] < 0 else "shows no advantage"
         said.append(
             f"Word counting scores {words['words']['rate']:.2f} on the same pairs: as a judge the policy {judged} "
-            f"({gap['difference']:+.2f}, {stats.span(gap, '+.2f')})."
+            f"({gap['difference']:+.2f}, {show.span(gap, '+.2f')})."
         )
     if noise:
         said.append(
@@ -60,7 +61,7 @@ def verdict(
         nats = kl["per_answer"]
         said.append(
             f"On answers of its own the policy is {nats['mean']:.1f} nats from the base "
-            f"({stats.span(nats, '.1f')}), {kl['per_token']['mean']:.2f} a token."
+            f"({show.span(nats, '.1f')}), {kl['per_token']['mean']:.2f} a token."
         )
     lines = {
         name: f"{name} {old['rate']:.0%} → {rules['after'][name]['rate']:.0%}" for name, old in rules["before"].items()

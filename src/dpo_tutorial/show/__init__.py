@@ -38,5 +38,6 @@ from .tables import (  # noqa: F401
     held_out_table,
     share,
     source,
+    span,
     table,
 )

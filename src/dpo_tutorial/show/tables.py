@@ -5,12 +5,11 @@ from __future__ import annotations
 import ast
 import html
 import inspect
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from IPython.display import HTML
-
-from ..comparing import stats
 
 _STYLE = """<style>
 .dpo {border-collapse: collapse; font-size: 0.92em; color: inherit;}
@@ -51,19 +50,26 @@ def _cell(value: object) -> str:
     return str(value)
 
 
+def span(found: dict, form: str = ".2f") -> str:
+    """The interval of a rate, a mean or a difference in words, its ends formatted as `form`; or that there is none."""
+    if math.isnan(found["low"]):
+        return "no interval: one value"
+    return f"{found['low']:{form}} to {found['high']:{form}}"
+
+
 def share(rate: dict) -> str:
     """A rate with its interval, in words."""
-    return f"{rate['rate']:.2f} ({stats.span(rate)})"
+    return f"{rate['rate']:.2f} ({span(rate)})"
 
 
 def average(mean: dict, digits: int = 2) -> str:
     """A mean with its interval, in words."""
-    return f"{mean['mean']:.{digits}f} ({stats.span(mean, f'.{digits}f')})"
+    return f"{mean['mean']:.{digits}f} ({span(mean, f'.{digits}f')})"
 
 
 def change(difference: dict, digits: int = 2) -> str:
     """A difference with its sign and its interval, in words."""
-    return f"{difference['difference']:+.{digits}f} ({stats.span(difference, f'+.{digits}f')})"
+    return f"{difference['difference']:+.{digits}f} ({span(difference, f'+.{digits}f')})"
 
 
 def held_out_table(before: dict, after: dict) -> HTML:
