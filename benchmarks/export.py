@@ -23,21 +23,29 @@ WAYS = {
 
 
 def measure(task: dict, folder: Path) -> dict:
-    import time
-
-    from dpo_tutorial.using import export, merge
+    """What the gate finds in each way, by its name; the trained model is scored once."""
+    from dpo_tutorial.adapter import lora
+    from dpo_tutorial.loading import models
+    from dpo_tutorial.pairs import prepare
+    from dpo_tutorial.using import export, gate, merge
 
     config = merge.config_of(task["adapter"], {}, "fp32")
-    start = time.perf_counter()
-    found = export.export(config, task["adapter"], out=folder / "out", pairs=task["pairs"], **task["how"])
-    size = sum(path.stat().st_size for path in (folder / "out").glob("model*"))
-    return found | {"megabytes": round(size / 1e6), "seconds": round(time.perf_counter() - start)}
+    tokenizer = models.load_tokenizer(config)
+    test = prepare.prepare(config, tokenizer).splits["test"].select(range(task["pairs"]))
+    model = gate.trained(config, lora.load_policy(config, task["adapter"]), tokenizer, test)
+    found = {}
+    for name, how in WAYS.items():
+        how = {"into": "4bit", "store": "fp16", "kind": ""} | how
+        found[name] = export.write(config, task["adapter"], model, out=folder / "out", **how)
+        size = sum(path.stat().st_size for path in (folder / "out").glob("model*"))
+        found[name] |= {"megabytes": round(size / 1e6)}
+    return found
 
 
 def ways(record: Record, options: argparse.Namespace) -> None:
-    for name, how in WAYS.items():
-        task = {"kind": "measure", "adapter": str(options.adapter), "pairs": options.pairs, "how": how}
-        record.write("ways", name, **child(__file__, task))
+    task = {"kind": "measure", "adapter": str(options.adapter), "pairs": options.pairs}
+    for name, found in child(__file__, task).items():
+        record.write("ways", name, **found)
 
 
 def tables(lines: list[dict]) -> dict[str, str]:

@@ -102,8 +102,8 @@ def spoiled(merged_folder, tmp_path):
 
 def measured(trained, policy, tokenizer, folder):
     pairs = store.ensure_data(trained, tokenizer).splits["test"]
-    opened = gate.open_folder(folder, trained.config)
-    return gate.measure(trained.config, policy, tokenizer, opened, pairs, trained.config.beta)
+    opened = gate.opened(folder, trained.config)
+    return gate.measure(gate.trained(trained.config, policy, tokenizer, pairs), opened)
 
 
 def test_a_faithful_export_passes_and_says_what_was_measured(trained, merged_folder):

