@@ -10,6 +10,7 @@ import sys
 
 import colab
 import effect
+import export
 import gpu
 import growth
 import harness
@@ -27,7 +28,7 @@ from dpo_tutorial.knobs import PROFILES, Config
 from dpo_tutorial.loading import models
 from dpo_tutorial.training import train
 
-BENCHMARKS = (colab, effect, gpu, growth, memory_plan, reliability, training_speed)
+BENCHMARKS = (colab, effect, export, gpu, growth, memory_plan, reliability, training_speed)
 
 
 def lines_of(name):

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +20,8 @@ from dpo_tutorial.loading import models
 from dpo_tutorial.pairs import store
 from dpo_tutorial.training import scoring, train
 from dpo_tutorial.using import chat, convert, export, gate, merge
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -172,6 +175,15 @@ def test_an_export_that_stops_half_way_leaves_what_was_there(trained, tmp_path, 
     with pytest.raises(ArtifactError, match="No space left"):
         export.export(trained.config, trained.adapter, "merged", out)
     assert [p.name for p in tmp_path.rglob("*")] == ["merged", "older"]
+
+
+def test_the_limits_let_pass_what_keeps_the_model_and_nothing_else():
+    lines = [json.loads(line) for line in (ROOT / "benchmarks" / "export.jsonl").read_text().splitlines()]
+    found = {line["name"]: line for line in lines if line["name"] != "machine"}
+    passes = {name for name, line in found.items() if not gate.judge(line)}
+    assert set(found) - passes == {name for name in found if "16-bit checkpoint" in name} and len(passes) == 4
+    for name, limit in gate.LIMITS.items():
+        assert limit == pytest.approx(3 * found["GGUF Q8_0"][name], rel=0.1)
 
 
 # --- GGUF and Ollama ----

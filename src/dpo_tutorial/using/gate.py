@@ -21,8 +21,8 @@ from ..pairs import encoding
 
 PROMPTS, TOKENS = 8, 64
 
-#: Of each measure the largest value that a faithful export may have; `benchmarks/export.md` has what they measured.
-LIMITS = {"margin_change_share": 0.10, "kl": 0.01, "other_tokens": 0.05}
+#: Three times what Q8_0 measures, the least exact export that keeps the model (`benchmarks/export.md`).
+LIMITS = {"margin_change_share": 0.10, "kl": 0.005, "other_tokens": 0.08}
 
 
 @dataclass(frozen=True)

@@ -43,8 +43,8 @@ def config_of(adapter: str | Path, parameters: dict[str, str], dtype: str = "") 
 def merged(config: Config, adapter: str | Path, into: str = "4bit", store: str = "fp16") -> PreTrainedModel:
     """Base plus update, W + (alpha / r)·BA, in one model without adapter.
 
-    The sum is made in `config.dtype` and rounded once to `store`. float16 keeps 10 bits behind the leading one,
-    bfloat16 only 7: most of an update is smaller than that and is lost.
+    The sum is made in `config.dtype` and rounded once to `store`. In float32, then: weights that are bfloat16 numbers
+    before the sum are mostly the same numbers after it, because an update is smaller than their spacing.
 
     Args:
         into: "4bit" adds to the 4-bit weights, dequantized, which are those the adapter was trained on; "16bit" to the
