@@ -1,4 +1,4 @@
-"""Is an export still the trained model? `python benchmarks/export.py --adapter DIR [ways|page]`.
+"""Is an export still the trained model? `python benchmarks/export.py --adapter DIR [ways|rounding|page]`.
 
 Every way to merge and to convert, scored by the gate on the same 16 test pairs in float32. The limits of
 `dpo_tutorial.using.gate` are set from this table. Needs the extra `export`.
@@ -42,6 +42,43 @@ def measure(task: dict, folder: Path) -> dict:
     return found
 
 
+def rounding(task: dict, folder: Path) -> dict:
+    """What is left of the update once base plus update is rounded to bfloat16.
+
+    `kept`: the projection of what the weights moved by on the update, 1 where all of it is there; `unmoved`: the share
+    of adapted weights that are the same number as before.
+    """
+    from peft import PeftModel
+
+    from dpo_tutorial.loading import models
+    from dpo_tutorial.using import merge
+
+    config = merge.config_of(task["adapter"], {}, "fp32")
+    base = models.load_base(config, quantize=task["quantize"])
+    base = base.dequantize() if task["quantize"] else base
+    before = {name: p.detach().clone() for name, p in base.named_parameters()}
+    merged = PeftModel.from_pretrained(base, task["adapter"]).merge_and_unload()
+    kept = size = unmoved = count = 0.0
+    for name, after in merged.named_parameters():
+        update = after.detach() - before[name]
+        if update.any():
+            start = before[name].bfloat16().float() if task["rounded"] else before[name]
+            moved = (start + update).bfloat16().float() - start
+            kept, size = kept + (moved * update).sum().item(), size + (update**2).sum().item()
+            unmoved, count = unmoved + (moved == 0).sum().item(), count + update.numel()
+    return {"kept": round(kept / size, 3), "unmoved": round(unmoved / count, 3)}
+
+
+def all_rounding(record: Record, options: argparse.Namespace) -> None:
+    for name, quantize, rounded in (
+        ("the checkpoint's, bfloat16 numbers", False, False),
+        ("4-bit, dequantized in float32", True, False),
+        ("4-bit, dequantized and rounded to bfloat16", True, True),
+    ):
+        task = {"kind": "rounding", "adapter": str(options.adapter), "quantize": quantize, "rounded": rounded}
+        record.write("rounding", name, **child(__file__, task))
+
+
 def ways(record: Record, options: argparse.Namespace) -> None:
     task = {"kind": "measure", "adapter": str(options.adapter), "pairs": options.pairs}
     for name, found in child(__file__, task).items():
@@ -60,7 +97,10 @@ def tables(lines: list[dict]) -> dict[str, str]:
             "other likeliest token", "64 greedy tokens equal", "MB", "passes"]  # fmt: skip
     (first, *_) = (r for (r,) in found.values())
     margin = f"{first['margin']['adapter']:.3f}, {first['pairs']} pairs"
-    return {"ways": table(head, rows), "adapter": margin, "machine": machine(about)}
+    _, found = latest(lines, "rounding")
+    lost = [[name, f"{r['kept']:.2f}", f"{r['unmoved']:.0%}"] for name, (r,) in found.items()]
+    lost = table(["weights before the sum", "of the update kept", "weights unmoved"], lost)
+    return {"rounding": lost, "ways": table(head, rows), "adapter": margin, "machine": machine(about)}
 
 
 def options(parser: argparse.ArgumentParser) -> None:
@@ -71,4 +111,10 @@ def options(parser: argparse.ArgumentParser) -> None:
 
 
 if __name__ == "__main__":
-    main(__file__, {"ways": ways}, tables, kinds={"measure": measure}, options=options)
+    main(
+        __file__,
+        {"ways": ways, "rounding": all_rounding},
+        tables,
+        kinds={"measure": measure, "rounding": rounding},
+        options=options,
+    )
