@@ -123,11 +123,13 @@ class Run:
 
     # --- folders ---
 
+    @staticmethod
     @contextmanager
-    def replacing(self, folder: Path) -> Iterator[Path]:
+    def replacing(folder: Path) -> Iterator[Path]:
         """Yield an empty folder to fill; on success it takes the place of `folder`, on failure nothing changes."""
         try:
-            work = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=self.dir))
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            work = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
         except OSError as error:
             raise unwritable(folder, error) from error
         old = work.with_name(work.name + "-old")

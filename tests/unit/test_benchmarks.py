@@ -4,12 +4,15 @@ import argparse
 import copy
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import colab
 import effect
+import export
 import gpu
 import growth
 import harness
@@ -27,7 +30,7 @@ from dpo_tutorial.knobs import PROFILES, Config
 from dpo_tutorial.loading import models
 from dpo_tutorial.training import train
 
-BENCHMARKS = (colab, effect, gpu, growth, memory_plan, reliability, training_speed)
+BENCHMARKS = (colab, effect, export, gpu, growth, memory_plan, reliability, training_speed)
 
 
 def lines_of(name):

@@ -16,7 +16,7 @@ from dpo_tutorial import config, knobs, run_folder
 from dpo_tutorial.adapter import lora
 from dpo_tutorial.errors import ArtifactError, ConfigError, ModelCorruptError, ModelFetchError, ModelUnsuitableError
 from dpo_tutorial.loading import digests, embedded, models, sizes
-from dpo_tutorial.training import save, train
+from dpo_tutorial.training import card, train
 
 SEVEN = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 IDS = torch.arange(3, 35).reshape(2, 16)
@@ -32,9 +32,9 @@ def test_a_hub_model_is_called_pinned_only_where_a_commit_was_given(model, words
     assert where.pin.startswith(words)
     base = {"name": where.name, "revision": where.revision, "pin": where.pin, "storage": "bfloat16"}
     record = {"base": base, "history": {"train": []}, "pairs": {"number": 1, "sha256": "0"}, "config": cfg.identity()}
-    card = save.model_card(cfg, record | {"hardware": {"cores": 2}, "versions": {}})
-    assert "with its weights in bfloat16" in card and "4-bit" not in card and "NF4" not in card
-    assert f"| Base revision | {where.pin} |" in card and "SHA-256" not in card
+    text = card.model_card(cfg, record | {"hardware": {"cores": 2}, "versions": {}})
+    assert "with its weights in bfloat16" in text and "4-bit" not in text and "4bit" not in text.lower()
+    assert f"| Base revision | {where.pin} |" in text and "SHA-256" not in text
 
 
 def test_a_folder_is_known_by_what_it_holds_and_the_embedded_model_by_its_checksum(cfg, monkeypatch):

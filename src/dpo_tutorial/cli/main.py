@@ -1,4 +1,4 @@
-"""The command: `dpo-tutorial run|train|compare|doctor`. What a word needs is imported once it is called."""
+"""The command: `dpo-tutorial run|train|compare|export|chat|doctor`. What a word needs is imported once it is called."""
 
 from __future__ import annotations
 
@@ -32,9 +32,22 @@ def doctor(options: argparse.Namespace) -> int:
     return doctor.main(config.named(options.p))
 
 
+def export(options: argparse.Namespace) -> int:
+    from ..using import export
+
+    how = dict(into=options.into, store=options.store, kind=options.kind, pairs=options.pairs)
+    return export.main(options.adapter, options.to, options.out, config.named(options.p), **how)
+
+
+def chat(options: argparse.Namespace) -> None:
+    from ..using import chat
+
+    chat.main(options.adapter, config.named(options.p))
+
+
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="dpo-tutorial")
-    words = top.add_subparsers(required=True, metavar="run|train|compare|doctor")
+    words = top.add_subparsers(required=True, metavar="run|train|compare|export|chat|doctor")
 
     def word(action, what: str) -> argparse.ArgumentParser:
         made = words.add_parser(action.__name__, help=what, description=what)
@@ -48,6 +61,18 @@ def parser() -> argparse.ArgumentParser:
     comparing.add_argument("--adapter", required=True, metavar="DIR", help="folder that training saved")
     comparing.add_argument("--data", default="", help="hub id[@revision], folder or file; default: what it trained on")
     comparing.add_argument("--out", default="report", metavar="DIR", help="folder for the report (default: report)")
+    exporting = word(export, "write the trained model for other programs, and check that it still is the trained model")
+    exporting.add_argument("--adapter", required=True, metavar="DIR", help="folder that training saved")
+    exporting.add_argument("--to", required=True, choices=["merged", "gguf", "ollama"])
+    exporting.add_argument("--out", default="", metavar="DIR", help="default: beside the adapter, named as --to")
+    exporting.add_argument("--into", default="4bit", choices=["4bit", "16bit"], help="which weights of the base")
+    exporting.add_argument(
+        "--store", default="fp16", choices=["fp16", "bf16", "fp32"], help="type of the merged weights"
+    )
+    exporting.add_argument("--kind", default="q8_0", choices=["f16", "q8_0"], help="type of the GGUF weights")
+    exporting.add_argument("--pairs", type=int, default=16, help="test pairs scored again (default: 16)")
+    chatting = word(chat, "talk to base and policy side by side")
+    chatting.add_argument("--adapter", required=True, metavar="DIR", help="folder that training saved")
     word(doctor, "is this machine ready for a profile?")
     return top
 

@@ -21,7 +21,7 @@ from ..knobs import Config
 from ..loading import models, templates
 from ..machine import hardware, memory, session
 from ..pairs import row_checks
-from . import checkpoints
+from . import card, checkpoints
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 #: One line for each training pair, in 32 hex digits: half of them of its prompt's digest, half of the whole pair's.
@@ -136,7 +136,7 @@ def saving(config: Config, run: run_folder.Run, trainer: DPOTrainer, seconds: fl
         yield folder
         (folder / PAIRS_FILE).write_text(lines, encoding="utf-8")
         (folder / "training.json").write_text(json.dumps(record, indent=2), encoding="utf-8")
-        (folder / "README.md").write_text(model_card(config, record), encoding="utf-8")
+        (folder / "README.md").write_text(card.model_card(config, record), encoding="utf-8")
     run.write_json(PLACES_FILE, config.places())
     checkpoints.clear(run)
     run.unlock()
@@ -156,28 +156,3 @@ def storage(model: PeftModel) -> str:
     """How the linear layers of the base are stored: "NF4", or the type of the weights where they are not quantized."""
     kinds = {m.weight.quant_type.upper() for m in model.modules() if isinstance(m, bnb.nn.Linear4bit)}
     return " and ".join(sorted(kinds)) or str(next(model.parameters()).dtype).removeprefix("torch.")
-
-
-def model_card(config: Config, record: dict) -> str:
-    """The adapter's README: base and its revision, data, settings, versions. Results are in `comparison.json`."""
-    base, pairs, steps = record["base"], record["pairs"], len(record["history"]["train"])
-    hub_base = "/" in base["name"]
-    front = ["library_name: peft", "tags: [dpo, qlora, trl]"] + ([f"base_model: {base['name']}"] if hub_base else [])
-    rows = [
-        ("Base", base["name"]),
-        ("Base revision", base["pin"]),
-        ("Data", f"{record['config']['data']} {config.data_revision or ''}".strip()),
-        ("Training pairs", f"{pairs['number']}, digest {pairs['sha256'][:12]}…"),
-        ("Method", f"DPO (loss {config.loss_type}, beta {config.beta:g}), LoRA r={config.lora_r}"),
-        ("Base weights", base["storage"]),
-        ("Steps", f"{steps} at batch {config.batch_size} x {config.grad_accum}, peak rate {config.learning_rate:g}"),
-        ("Seed", config.seed),
-        ("Compute type", config.dtype),
-        ("Hardware", record["hardware"].get("gpu") or f"CPU, {record['hardware']['cores']} cores"),
-        ("Versions", ", ".join(f"{k} {v}" for k, v in record["versions"].items())),
-    ]
-    table = "\n".join(f"| {name} | {value} |" for name, value in rows)
-    use = f"Attach it to the base it was trained on, with its weights in {base['storage']}."
-    use += " Merged into 4-bit weights, the sum is rounded again." * (base["storage"] in ("NF4", "FP4"))
-    head = ["---", *front, "---", "# Adapter trained by dpo-tutorial", "", "| | |", "|:-|:-|"]
-    return "\n".join([*head, table, "", use, ""])

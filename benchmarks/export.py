@@ -1,0 +1,120 @@
+"""Is an export still the trained model? `python benchmarks/export.py --adapter DIR [ways|rounding|page]`.
+
+Every way to merge and to convert, scored by the gate on the same 16 test pairs in float32. The limits of
+`dpo_tutorial.using.gate` are set from this table. Needs the extra `export`.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from harness import Record, child, latest, machine, main, table
+
+#: name → arguments of `export.export`
+WAYS = {
+    "merged into the 4-bit weights, fp16": dict(to="merged"),
+    "merged into the 4-bit weights, bf16": dict(to="merged", store="bf16"),
+    "merged into the 16-bit checkpoint, fp16": dict(to="merged", into="16bit"),
+    "merged into the 16-bit checkpoint, bf16": dict(to="merged", into="16bit", store="bf16"),
+    "GGUF F16": dict(to="gguf", kind="f16"),
+    "GGUF Q8_0": dict(to="gguf", kind="q8_0"),
+}
+
+
+def measure(task: dict, folder: Path) -> dict:
+    """What the gate finds in each way, by its name; the trained model is scored once."""
+    from dpo_tutorial.adapter import lora
+    from dpo_tutorial.loading import models
+    from dpo_tutorial.pairs import prepare
+    from dpo_tutorial.using import export, gate, merge
+
+    config = merge.config_of(task["adapter"], {}, "fp32")
+    tokenizer = models.load_tokenizer(config)
+    test = prepare.prepare(config, tokenizer).splits["test"].select(range(task["pairs"]))
+    model = gate.trained(config, lora.load_policy(config, task["adapter"]), tokenizer, test)
+    found = {}
+    for name, how in WAYS.items():
+        how = {"into": "4bit", "store": "fp16", "kind": ""} | how
+        found[name] = export.write(config, task["adapter"], model, out=folder / "out", **how)
+        size = sum(path.stat().st_size for path in (folder / "out").glob("model*"))
+        found[name] |= {"megabytes": round(size / 1e6)}
+    return found
+
+
+def rounding(task: dict, folder: Path) -> dict:
+    """What is left of the update once base plus update is rounded to bfloat16.
+
+    `kept`: the projection of what the weights moved by on the update, 1 where all of it is there; `unmoved`: the share
+    of adapted weights that are the same number as before.
+    """
+    from peft import PeftModel
+
+    from dpo_tutorial.loading import models
+    from dpo_tutorial.using import merge
+
+    config = merge.config_of(task["adapter"], {}, "fp32")
+    base = models.load_base(config, quantize=task["quantize"])
+    base = base.dequantize() if task["quantize"] else base
+    before = {name: p.detach().clone() for name, p in base.named_parameters()}
+    merged = PeftModel.from_pretrained(base, task["adapter"]).merge_and_unload()
+    kept = size = unmoved = count = 0.0
+    for name, after in merged.named_parameters():
+        update = after.detach() - before[name]
+        if update.any():
+            start = before[name].bfloat16().float() if task["rounded"] else before[name]
+            moved = (start + update).bfloat16().float() - start
+            kept, size = kept + (moved * update).sum().item(), size + (update**2).sum().item()
+            unmoved, count = unmoved + (moved == 0).sum().item(), count + update.numel()
+    return {"kept": round(kept / size, 3), "unmoved": round(unmoved / count, 3)}
+
+
+def all_rounding(record: Record, options: argparse.Namespace) -> None:
+    for name, quantize, rounded in (
+        ("the checkpoint's, bfloat16 numbers", False, False),
+        ("4-bit, dequantized in float32", True, False),
+        ("4-bit, dequantized and rounded to bfloat16", True, True),
+    ):
+        task = {"kind": "rounding", "adapter": str(options.adapter), "quantize": quantize, "rounded": rounded}
+        record.write("rounding", name, **child(__file__, task))
+
+
+def ways(record: Record, options: argparse.Namespace) -> None:
+    task = {"kind": "measure", "adapter": str(options.adapter), "pairs": options.pairs}
+    for name, found in child(__file__, task).items():
+        record.write("ways", name, **found)
+
+
+def tables(lines: list[dict]) -> dict[str, str]:
+    about, found = latest(lines, "ways")
+    rows = [
+        [name, f"{r['margin']['exported']:.3f}", f"{r['margin_change_rms']:.3f}", f"{r['margin_change_share']:.1%}",
+         f"{r['margin_change_largest']:.3f}", f"{r['kl']:.5f}", f"{r['other_tokens']:.1%}",
+         f"{r['greedy']['equal']} of {r['greedy']['prompts']}", r["megabytes"], "no" if r["why"] else "yes"]
+        for name, (r,) in found.items()
+    ]  # fmt: skip
+    head = ["export", "mean margin", "change, rms", "of the margins' rms", "largest", "KL per token, nats",
+            "other likeliest token", "64 greedy tokens equal", "MB", "passes"]  # fmt: skip
+    (first, *_) = (r for (r,) in found.values())
+    margin = f"{first['margin']['adapter']:.3f}, {first['pairs']} pairs"
+    _, found = latest(lines, "rounding")
+    lost = [[name, f"{r['kept']:.2f}", f"{r['unmoved']:.0%}"] for name, (r,) in found.items()]
+    lost = table(["weights before the sum", "of the update kept", "weights unmoved"], lost)
+    return {"rounding": lost, "ways": table(head, rows), "adapter": margin, "machine": machine(about)}
+
+
+def options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--adapter", type=Path, default=Path("artifacts/cpu/adapter"), help="folder that training saved"
+    )
+    parser.add_argument("--pairs", type=int, default=16, help="test pairs to score")
+
+
+if __name__ == "__main__":
+    main(
+        __file__,
+        {"ways": ways, "rounding": all_rounding},
+        tables,
+        kinds={"measure": measure, "rounding": rounding},
+        options=options,
+    )

@@ -1,0 +1,140 @@
+"""`dpo-tutorial chat --adapter DIR`: base and policy answer side by side, each in its own conversation."""
+
+from __future__ import annotations
+
+import sys
+import textwrap
+from collections.abc import Iterator
+from contextlib import nullcontext
+
+import torch
+from peft import PeftModel
+from transformers import PreTrainedTokenizerBase
+
+from ..adapter import lora
+from ..knobs import Config
+from ..loading import models
+from ..pairs import encoding
+from ..training import dpo, scoring
+from . import merge
+
+WIDTH = 38  # of a column; two and their border fit into 80
+
+
+def plain(text: str) -> str:
+    """What a terminal may show of a model's text: no escape sequence, no other control character, no change of line
+    direction; line breaks stay."""
+    return "".join(c if c == "\n" or c.isprintable() else " " if c.isspace() else "\ufffd" for c in text)
+
+
+def stream(config: Config, policy: PeftModel, ids: list[int], eos: int, base: bool = False) -> Iterator[int]:
+    """Greedy tokens one by one, up to and including the EOS, at most `config.max_new_tokens`.
+
+    Args:
+        base: answer with the adapter switched off. It is off only while a token is made, so that both can take turns.
+    """
+    step, cache = torch.tensor([ids], device=policy.device), None
+    for _ in range(config.max_new_tokens):
+        with torch.no_grad(), scoring.autocast(config), policy.disable_adapter() if base else nullcontext():
+            out = policy(input_ids=step, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        cache, step = out.past_key_values, out.logits[:, -1].argmax(-1, keepdim=True)
+        yield step.item()
+        if step.item() == eos:
+            return
+
+
+class Chat:
+    """Two conversations with the same questions, and the token ids of the last answers."""
+
+    def __init__(self, config: Config, policy: PeftModel, tokenizer: PreTrainedTokenizerBase, beta: float) -> None:
+        self.config, self.policy, self.tokenizer, self.beta = config, policy, tokenizer, beta
+        self.turns: dict[str, list[dict]] = {"base": [], "policy": []}
+        self.last: dict[str, tuple[list[int], list[int]]] = {}
+
+    def ask(self, question: str, show=lambda texts, done: None) -> dict[str, str]:
+        """Both answers; `show` is called with what each has so far, after every token."""
+        for who, turns in self.turns.items():
+            turns.append({"role": "user", "content": question})
+            ids = self.tokenizer.apply_chat_template(
+                turns, add_generation_prompt=True, tokenize=True, return_dict=False
+            )
+            self.last[who] = ids, []
+        writing = {
+            who: stream(self.config, self.policy, ids, self.tokenizer.eos_token_id, base=who == "base")
+            for who, (ids, _) in self.last.items()
+        }
+        texts = dict.fromkeys(writing, "")
+        while writing:
+            for who, tokens in list(writing.items()):
+                token = next(tokens, None)
+                if token is None:
+                    del writing[who]
+                    continue
+                self.last[who][1].append(token)
+                texts[who] = self.tokenizer.decode(self.last[who][1], skip_special_tokens=True).removesuffix("\ufffd")
+            show(texts, not writing)
+        for who, turns in self.turns.items():
+            turns.append({"role": "assistant", "content": texts[who]})
+        return texts
+
+    def heat(self) -> dict[str, list[tuple[str, float]]]:
+        """The last answers as (text, reward) pairs: beta times the log-ratio of policy to base; empty before the first.
+
+        A positive reward: the policy would rather write this than the base would.
+        """
+        answers = list(self.last.values())
+        if not answers:
+            return {}
+        ours, theirs = scoring.answer_log_probs(self.config, self.policy, self.tokenizer, answers)
+        found = {}
+        for who, (_, ids), a, b in zip(self.last, answers, ours, theirs, strict=True):
+            rewards = iter(dpo.implicit_reward(a, b, self.beta).tolist())
+            pieces = encoding.pieces(self.tokenizer, ids)
+            found[who] = [(text, sum(next(rewards) for _ in range(n))) for text, n in pieces]
+        return found
+
+
+class Columns:
+    """Two growing texts in two columns, printed line by line; on a terminal the line being written is redrawn."""
+
+    def __init__(self) -> None:
+        self.printed = 0
+
+    def show(self, texts: dict[str, str], done: bool) -> None:
+        columns = [
+            [line for part in plain(text).strip().split("\n") for line in textwrap.wrap(part, WIDTH) or [""]]
+            for text in texts.values()
+        ]
+        whole = max(map(len, columns)) if done else min(map(len, columns)) - 1
+        back = "\r" if sys.stdout.isatty() else ""
+        for at in range(self.printed, whole):
+            print(back + self._line(columns, at))
+        self.printed = max(self.printed, whole)
+        if back and not done:
+            print(back + self._line(columns, self.printed), end="", flush=True)
+
+    @staticmethod
+    def _line(columns: list[list[str]], at: int) -> str:
+        left, right = (column[at] if at < len(column) else "" for column in columns)
+        return f"{left:{WIDTH}} | {right:{WIDTH}}"
+
+
+def main(adapter: str, parameters: dict[str, str]) -> None:
+    """Read questions from standard input until `/quit` or its end."""
+    config = merge.config_of(adapter, parameters)
+    tokenizer = models.load_tokenizer(config)
+    chat = Chat(config, lora.load_policy(config, adapter), tokenizer, config.beta)
+    print("Greedy answers of base (left) and policy (right). /heat: token rewards of the last answers. /quit: end.")
+    while True:
+        try:
+            question = input("\n> ").strip()
+        except (EOFError, KeyboardInterrupt):
+            return
+        if question == "/quit":
+            return
+        if question == "/heat":
+            for who, tokens in chat.heat().items():
+                print(f"{who}: reward {sum(reward for _, reward in tokens):+.2f}")
+                print(" ".join(f"{plain(text).strip() or '␣'}[{reward:+.2f}]" for text, reward in tokens))
+        elif question:
+            chat.ask(question, Columns().show)

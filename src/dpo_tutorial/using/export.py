@@ -1,0 +1,80 @@
+"""`dpo-tutorial export --adapter DIR --to merged|gguf|ollama`: written, then scored again, then named."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import tempfile
+from pathlib import Path
+
+from ..adapter import lora
+from ..knobs import Config
+from ..loading import models
+from ..pairs import prepare
+from ..run_folder import Run
+from . import convert, gate, merge
+
+KINDS = ("merged", "gguf", "ollama")
+
+
+def export(
+    config: Config, adapter: str | Path, to: str, out: Path, *,
+    into: str = "4bit", store: str = "fp16", kind: str = "q8_0", pairs: int = 16,
+) -> dict:  # fmt: skip
+    """Export the trained model into a folder, which appears whole or not at all, with what the gate found in it.
+
+    Args:
+        to: "merged", "gguf" or "ollama" (a GGUF file and its Modelfile).
+        into, store: as `merge.merged`. A GGUF file is made from what they give.
+        kind: as `convert.to_gguf`.
+        pairs: test pairs that the gate scores.
+
+    Returns:
+        As `gate.measure`; also written as `GATE.json`, and as words in the folder's README.
+
+    Raises:
+        ArtifactError, ConfigError, ModelUnsuitableError: as `merge.merged`, `convert.to_gguf`, `convert.modelfile`.
+    """
+    tokenizer = models.load_tokenizer(config)
+    if to != "merged":  # what is missing is said before minutes of work
+        convert.check_installed()
+    if to == "ollama":
+        convert.modelfile(tokenizer, "")
+    test = prepare.prepare(config, tokenizer).splits["test"]
+    test = test.select(range(min(pairs, len(test))))
+    model = gate.trained(config, lora.load_policy(config, adapter), tokenizer, test)
+    return write(config, adapter, model, to, out, into=into, store=store, kind=kind)
+
+
+def write(config: Config, adapter: str | Path, model: gate.Trained, to: str, out: Path, *, into, store, kind) -> dict:
+    """As `export`, for what the trained model was scored on already."""
+    with Run.replacing(out) as folder, tempfile.TemporaryDirectory(dir=folder.parent) as aside:
+        whole = folder if to == "merged" else Path(aside)
+        merge.save(merge.merged(config, adapter, into, store), model.tokenizer, whole)
+        file = folder if to == "merged" else convert.to_gguf(whole, folder / f"model-{kind}.gguf", kind)
+        if to == "ollama":
+            (folder / "Modelfile").write_text(convert.modelfile(model.tokenizer, file.name), encoding="utf-8")
+        found = gate.measure(model, gate.opened(file, config))
+        about = {"to": to, "into": into, "store": store, "kind": None if to == "merged" else kind}
+        (folder / "GATE.json").write_text(json.dumps(about | found, indent=2), encoding="utf-8")
+        (folder / "README.md").write_text(_card(found, about), encoding="utf-8")
+    return found
+
+
+def _card(found: dict, about: dict) -> str:
+    name = "# NOT the trained model" if found["why"] else "# The trained model"
+    made = ", ".join(f"{key} {value}" for key, value in about.items() if value)
+    table = [f"| {r['measure']} | {r['adapter']} | {r['exported']} | {r['limit']} |" for r in gate.rows(found)]
+    return "\n".join([name, "", *found["why"], f"Exported by dpo-tutorial: {made}.", "",
+                      "| measure | adapter | exported | limit |", "|:-|:-|:-|:-|", *table, ""])  # fmt: skip
+
+
+def main(adapter: str, to: str, out: str, parameters: dict[str, str], **how) -> int:
+    """Exit code: 0; 1 where what was exported is not the trained model."""
+    config = dataclasses.replace(merge.config_of(adapter, parameters, "fp32"), batch_size=1)
+    there = Path(out or Path(adapter).parent / to)
+    found = export(config, adapter, to, there, **how)
+    for row in gate.rows(found):
+        print(" | ".join(f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values()))
+    print(f"wrote {there}" + (", which is NOT the trained model" if found["why"] else ""))
+    return bool(found["why"])

@@ -1,0 +1,70 @@
+"""The adapter added into its base: one model that any library loads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..adapter import lora
+from ..config import resolve
+from ..errors import ArtifactError
+from ..knobs import Config
+from ..loading import models
+from ..machine import hardware
+from ..training.save import read_training_record
+
+BASES = ("4bit", "16bit")
+
+
+def config_of(adapter: str | Path, parameters: dict[str, str], dtype: str = "") -> Config:
+    """The settings that an adapter was trained with, out of its record.
+
+    Args:
+        parameters: knobs set now; they come first.
+        dtype: compute type where these do not set one; "" for the machine's.
+
+    Raises:
+        ArtifactError: no adapter there, or the base is another than at its training.
+    """
+    record = read_training_record(Path(adapter))
+    recorded = {name: value for name, value in record["config"].items() if name != "dtype"}
+    config = resolve(recorded, **{"DTYPE": dtype} | parameters)
+    found, trained = models.source(config).pin, record["base"].get("pin")
+    if "MODEL" not in parameters and found != trained:
+        raise ArtifactError(
+            f"The base of the adapter in {adapter} was {trained}, and is {found} now.",
+            "Set MODEL to the base it was trained on, as name@commit or as a folder, or train again.",
+        )
+    return config
+
+
+def merged(config: Config, adapter: str | Path, into: str = "4bit", store: str = "fp16") -> PreTrainedModel:
+    """Base plus update, W + (alpha / r)·BA, in one model without adapter.
+
+    The sum is made in `config.dtype` and rounded once to `store`. In float32, then: weights that are bfloat16 numbers
+    before the sum are mostly the same numbers after it, because an update is smaller than their spacing.
+
+    Args:
+        into: "4bit" adds to the 4-bit weights, dequantized, which are those the adapter was trained on; "16bit" to the
+            weights of the checkpoint, which differ from them by the error of NF4.
+        store: "fp16", "bf16" or "fp32".
+
+    Raises:
+        ArtifactError: as `lora.check_adapter`.
+    """
+    lora.check_adapter(config, adapter)
+    base = models.load_base(config, quantize=into == "4bit")
+    if into == "4bit":
+        base = base.dequantize()
+    model = PeftModel.from_pretrained(base, str(adapter), torch_device=hardware.device()).merge_and_unload()
+    model.config.use_cache = True  # off while training
+    return model.to(hardware.torch_dtype(store)).eval()
+
+
+def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write the merged model with its tokenizer; generation ends at the tokenizer's EOS."""
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

