@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -68,19 +69,16 @@ def test_other_ways_to_merge_are_further_from_what_was_trained(trained, policy):
         merged = merge.merged(trained.config, trained.adapter, into, kept)
         assert merged.dtype == {"fp16": torch.float16, "bf16": torch.bfloat16}[kept]
         wrong[into, kept] = (logits(merged.float()) - right).abs().max()
-    assert 3 * wrong["4bit", "fp16"] < wrong["4bit", "bf16"] < wrong["16bit", "fp16"]
+    assert 2 * wrong["4bit", "fp16"] < wrong["4bit", "bf16"] < wrong["16bit", "fp16"]
 
 
 def test_a_base_that_changed_since_the_training_is_refused(trained, tmp_path):
-    record = json.loads((trained.adapter / "training.json").read_text())
-    copy = tmp_path / "adapter"
-    copy.mkdir()
-    for path in trained.adapter.iterdir():
-        (copy / path.name).write_bytes(path.read_bytes())
-    record["base"]["pin"] = "SHA-256 0123…"
-    (copy / "training.json").write_text(json.dumps(record))
-    with pytest.raises(ArtifactError, match=r"was SHA-256 0123…, and is not pinned now(?s:.)*Set MODEL"):
-        merge.config_of(copy, {})
+    other = Path(shutil.copytree(trained.config.model, tmp_path / "tiny-llama"))
+    found = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(found | {"rms_norm_eps": 0.5}))
+    with pytest.raises(ArtifactError, match="was trained on"):
+        merge.config_of(trained.adapter, {"MODEL": str(other)})
+    assert merge.config_of(trained.adapter, {}).model == trained.config.model
 
 
 # --- the gate ----
@@ -130,7 +128,7 @@ def another_scale(folder, trained):
     for file in trained.adapter.iterdir():
         (path / file.name).write_bytes(file.read_bytes())
     settings = json.loads((path / "adapter_config.json").read_text())
-    (path / "adapter_config.json").write_text(json.dumps(settings | {"lora_alpha": 2 * settings["lora_alpha"]}))
+    (path / "adapter_config.json").write_text(json.dumps(settings | {"lora_alpha": settings["lora_alpha"] / 4}))
     merge.merged(trained.config, path).save_pretrained(folder)
 
 
@@ -179,7 +177,7 @@ def test_an_export_that_stops_half_way_leaves_what_was_there(trained, tmp_path, 
 
 def test_the_limits_let_pass_what_keeps_the_model_and_nothing_else():
     lines = [json.loads(line) for line in (ROOT / "benchmarks" / "export.jsonl").read_text().splitlines()]
-    found = {line["name"]: line for line in lines if line["name"] != "machine"}
+    found = {line["name"]: line for line in lines if line["stage"] == "ways" and line["name"] != "machine"}
     passes = {name for name, line in found.items() if not gate.judge(line)}
     assert set(found) - passes == {name for name in found if "16-bit checkpoint" in name} and len(passes) == 4
     for name, limit in gate.LIMITS.items():

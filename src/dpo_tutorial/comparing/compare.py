@@ -108,9 +108,7 @@ def write_report(adapter: str, source: str, out: str, parameters: dict[str, str]
 
     folder = Path(adapter)
     record = save.read_training_record(folder)
-    recorded = {name: value for name, value in record["config"].items() if name != "dtype"} | save.read_places(folder)
-    if source:
-        recorded |= {"max_test": EVERY_PAIR}
+    recorded = save.recorded(folder) | ({"max_test": EVERY_PAIR} if source else {})
     config = resolve(recorded, **({"DATA": source} if source else {}) | parameters)
     hardware.seed_everything(config.seed)
     lora.check_adapter(config, folder)  # before anything is fetched

@@ -30,8 +30,8 @@ def model_card(config: Config, record: dict) -> str:
     use = f"Attach it to the base it was trained on, with its weights in {base['storage']}."
     if base["storage"] == "NF4":
         use += (
-            " Merged into 4-bit weights, the sum is rounded again; `dpo-tutorial export --adapter . --to merged` adds it"
-            " to the dequantized weights instead."
+            " Merged into 4-bit weights, the sum is rounded again; `dpo-tutorial export --adapter . --to merged` adds"
+            " it to the dequantized weights instead."
         )
     head = ["---", *front, "---", "# Adapter trained by dpo-tutorial", "", "| | |", "|:-|:-|"]
     return "\n".join([*head, table, "", use, "", loading_lines(config, base)])

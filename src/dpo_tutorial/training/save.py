@@ -67,6 +67,16 @@ def read_places(adapter: Path) -> dict[str, str]:
     return dict(run_folder.read_json(path)) if path.is_file() else {}
 
 
+def recorded(adapter: Path) -> dict:
+    """The knobs that an adapter was trained with, for `config.resolve`; not its compute type, which the machine has.
+
+    Raises:
+        ArtifactError: as `read_training_record`.
+    """
+    knobs = read_training_record(adapter)["config"]
+    return {name: value for name, value in knobs.items() if name != "dtype"} | read_places(adapter)
+
+
 def pair_digests(pairs: Dataset) -> list[str]:
     """What `PAIRS_FILE` holds of these pairs. Of prompts, case and spaces do not count, as in notebook 04."""
     found = []

@@ -9,11 +9,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..adapter import lora
 from ..config import resolve
-from ..errors import ArtifactError
 from ..knobs import Config
 from ..loading import models
 from ..machine import hardware
-from ..training.save import read_training_record
+from ..training import save as saving
 
 BASES = ("4bit", "16bit")
 
@@ -26,17 +25,10 @@ def config_of(adapter: str | Path, parameters: dict[str, str], dtype: str = "") 
         dtype: compute type where these do not set one; "" for the machine's.
 
     Raises:
-        ArtifactError: no adapter there, or the base is another than at its training.
+        ArtifactError: as `lora.check_adapter`.
     """
-    record = read_training_record(Path(adapter))
-    recorded = {name: value for name, value in record["config"].items() if name != "dtype"}
-    config = resolve(recorded, **{"DTYPE": dtype} | parameters)
-    found, trained = models.source(config).pin, record["base"].get("pin")
-    if "MODEL" not in parameters and found != trained:
-        raise ArtifactError(
-            f"The base of the adapter in {adapter} was {trained}, and is {found} now.",
-            "Set MODEL to the base it was trained on, as name@commit or as a folder, or train again.",
-        )
+    config = resolve(saving.recorded(Path(adapter)), **{"DTYPE": dtype} | parameters)
+    lora.check_adapter(config, adapter)
     return config
 
 
