@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import TEXTS, code_cells, pair
-from peft import PeftModel, get_peft_model
+from peft import get_peft_model
 from transformers import set_seed
 
-from dpo_tutorial import knobs, show
+from dpo_tutorial import knobs, run_folder, show
 from dpo_tutorial.adapter import lora
 from dpo_tutorial.comparing import baselines, compare, generation, stats
 from dpo_tutorial.loading import models
@@ -150,8 +150,11 @@ def test_06_rewards_answers_and_merges(compared):
     """The cells hold asserts of their own: by hand and by the package, one reward and one answer."""
     assert compared["rewards"].abs().max() > 0.01, "an adapter that does nothing would pass"
     made = execute("06", "policy.generate(", "generation.answers_of_both(cfg, policy, tokenizer, followed)", **compared)
-    made = execute("06", "merged = policy.merge_and_unload(", "import gc", **made)
-    base = models.load_base(made["cfg"], quantize=False)
-    before = made["log_probs"](base)
-    policy = PeftModel.from_pretrained(base, made["folder"])
-    assert torch.allclose(made["left"], 0.1 * (made["log_probs"](policy) - before), atol=1e-5), "merged, and unchanged"
+    made["test"] = prepare.prepare(made["cfg"], made["tokenizer"]).splits["test"]
+    made["run"] = run_folder.Run(made["cfg"])
+    made = execute("06", "merged = policy.merge_and_unload(", "import gc", "gate.measure(trained, exported)", **made)
+    policy = lora.load_policy(made["exact"], made["folder"])
+    assert made["found"]["pairs"] == min(4, len(made["test"])) and made["found"]["engine"] == "transformers"
+    assert torch.allclose(made["log_probs"](made["exported"].model), made["log_probs"](policy), atol=0.02), (
+        "merged, and unchanged"
+    )
