@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from dpo_tutorial.errors import ConfigError
 from dpo_tutorial.pairs import row_checks, shapes, sources
 
-PAGE = Path(__file__).parents[2] / "docs" / "data_shapes_part.md"
+PAGE = Path(__file__).parents[2] / "docs" / "data.md"
 #: (row, layout in words, what it becomes) of each layout that the page shows.
 SHOWN = re.findall(r"```json\n(.*?)```\n\n(.*?):\n\n```text\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
 
