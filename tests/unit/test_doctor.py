@@ -216,7 +216,8 @@ def test_the_hub_is_asked_for_what_is_not_on_disk(
 @pytest.mark.parametrize(
     ("sound", "odd", "status", "words"),
     [(60, 0, "ok", "50 of the first 50"), (12, 10, "ok", "12 of the first 22"), (2, 5, "warn", "pairs.jsonl, line 3"),
-     (0, 3, "fail", "line 1: missing column"), (0, 0, "fail", "is empty")],
+     (0, 3, "fail", "line 1: missing column (chosen is absent or null)"), (0, 0, "fail", "is empty"),
+     (11, 0, "fail", "11 prompts are too few"), (0, 50, "fail", "0 of the first 50")],
 )  # fmt: skip
 def test_the_first_rows_of_a_local_source_are_looked_at(tmp_path, sound, odd, status, words):
     rows = [pair(f"Question {i}?", "Yes.", "No.") for i in range(sound)] + [{"question": "?"}] * odd

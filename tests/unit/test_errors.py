@@ -264,7 +264,7 @@ SEEN = [
     ),
     (
         lambda c: sources.load_preferences(c.changed(data=c.rows(*[pair(*t) for t in TEXTS]))),
-        errors.DataError, "4 prompts are too few", "12 rows",
+        errors.DataError, "4 rows of 4 prompts are too few", "12 prompts",
     ),
     (lambda c: splits.choose_splits(DatasetDict(), 0), errors.DataError, "No training split", "train_prefs"),
     (a_kernel_that_dies, errors.NotebookError, "05_train_dpo.ipynb", "MAX_TOKENS"),

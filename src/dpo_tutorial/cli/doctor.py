@@ -201,13 +201,18 @@ def data(config: Config) -> str:
 
     if not sources.files(config)[0]:
         return _from_hub("dataset", config.data, config.data_revision)
-    rows = [pair for _, pair, _ in itertools.islice(sources.read(config), 50)]
-    odd = [f"{pair['place']}: {problem}" for pair in rows if (problem := row_checks.row_problem(pair))]
+    rows = [(pair, said, row_checks.row_problem(pair)) for _, pair, said in itertools.islice(sources.read(config), 50)]
+    odd = [
+        (f"{pair['place']}: {problem} ({said if pair['problem'] else row_checks.REASONS[problem]})", problem)
+        for pair, said, problem in rows
+        if problem
+    ]
     found = f"{len(rows) - len(odd)} of the first {len(rows)} rows of {config.data} are sound pairs"
-    if len(odd) == len(rows):
-        raise Broken(f"{found}, {''.join(odd[:1])}", sources.NO_PAIR)
     if 2 * len(odd) > len(rows):
-        raise Odd(f"{found}, {odd[0]}", sources.NO_PAIR)
+        first, problem = odd[0]
+        raise (Broken if len(odd) == len(rows) else Odd)(f"{found}, {first}", sources.fix_of(problem))
+    if len(rows) < 50:  # these are all: whether they can be split is known, too
+        sources.load_preferences(config)
     return found
 
 
