@@ -207,6 +207,8 @@ def test_the_hub_is_asked_for_what_is_not_on_disk(
     monkeypatch.setattr(huggingface_hub.HfApi, "repo_info", answer)
     config = of_profile("t4")
     for check, kind, name in ((doctor.model, "model", config.model), (doctor.data, "dataset", config.data)):
+        if status == "fail":
+            assert f"{kind.replace('dataset', 'data').upper()}=embedded" in doctor.examine(config, [check])[0].fix
         if cached:
             doctor._hub_cache(kind, name).mkdir(parents=True)
         assert words in found(check, config, status)

@@ -277,7 +277,11 @@ def test_any_bytes_are_rows_or_an_error_with_cause_and_fix(tmp_path, data, suffi
         ("pairs.json", parquet(ROWS), "packed or a binary table"),
         ("pairs.csv", "prompt,chosen,rejected\na,é,b\n".encode("latin-1"), "1 invalid text. pairs.csv, line 2: a lone"),
         ("pairs.jsonl", b'{"prompt":"a","chosen":["b"],"rejected":["c"]}', "line 1: chosen is a list of text"),
-        ("pairs.jsonl", b'{"prompt":"a","chosen":"b","rejected":"c","margin":"d"}', "margin is text, no number"),
+        (
+            "pairs.jsonl",
+            b'{"prompt":"a","chosen":"b","rejected":"c","margin":"d"}',
+            "margin is text, not a finite number",
+        ),
     ],
 )
 def test_a_file_that_is_no_data_is_refused_with_its_true_cause(cfg, tmp_path, monkeypatch, name, data, cause):

@@ -182,7 +182,7 @@ def _scores(row: dict) -> dict[str, float | None]:
     for name in names:
         if not is_number(row.get(name)):
             reason = "missing column" if row.get(name) is None else "wrong type"
-            raise NotAPair(reason, f"{name} is {_kind(row.get(name))}, no number")
+            raise NotAPair(reason, f"{name} is {_kind(row.get(name))}, not a finite number")
     values = [float(row[name]) for name in names] + [0.0] * (names == ("margin",))
     return dict(zip(SCORES[0], values or (None, None), strict=True))
 
