@@ -285,3 +285,18 @@ def test_whatever_json_comes_it_is_a_pair_or_has_a_reason(row):
         assert [type(made[name]) for name in ("prompt_id", "prompt")] == [str, str]
         assert {type(made[name]) for name in ("score_chosen", "score_rejected")} in ({float}, {type(None)})
     assert json.dumps(row) == before
+
+
+@pytest.mark.parametrize(
+    ("more", "alone"),
+    [
+        ({}, set()),
+        ({"history": [["Hi.", "Hello."]], "source": "web"}, {"history", "source"}),
+        ({"question": "Another?"}, {"question"}),
+        ({"system": "Be brief.", "score_chosen": 2, "score_rejected": 1, "id": 7}, set()),
+    ],
+)
+def test_a_column_that_is_not_read_is_named(more, alone):
+    row = {"prompt": "Why?", "chosen": "Because.", "rejected": "Why not."} | more
+    assert shapes.to_pair(row) and shapes.left_alone(row) == alone
+    assert shapes.left_alone({"good": "a", "ask": "b"} | row, {"chosen": "good", "prompt": "ask"}) == alone

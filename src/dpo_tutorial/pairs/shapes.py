@@ -98,6 +98,24 @@ def to_pair(row: object, columns: Mapping[str, str] = {}) -> tuple[dict, str]:
     return pair | _scores(row), layout
 
 
+def left_alone(row: dict, columns: Mapping[str, str] = {}) -> set[str]:
+    """The columns of a pair that `to_pair` does not read, such as a `history` of earlier turns.
+
+    Args:
+        columns: as `to_pair` takes them.
+    """
+    asked, _ = _prompt(row | {ours: row.get(theirs) for ours, theirs in columns.items()})
+    known = {
+        "prompt_id",
+        "id",
+        *SYSTEMS,
+        *columns,
+        *columns.values(),
+        *(n for names in ANSWERS + SCORES for n in names),
+    }
+    return set(row) - known - set(asked.removesuffix(".messages").split(" and "))
+
+
 def _prompt(row: dict) -> tuple[str, str | list | None]:
     """(The column that holds the prompt, its value); ("", None) where both sides hold it."""
     there = [name for name in PROMPTS if name in row]

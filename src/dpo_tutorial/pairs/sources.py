@@ -58,6 +58,7 @@ def load_preferences(config: Config, judge: bool = False) -> tuple[DatasetDict, 
     parts, other = _parts(config)
     used = splits.used(parts, judge).values()
     columns, shape_of, odd, first = shapes.columns(config.data_columns), Counter(), Counter(), {}
+    passed: set[str] = set()
 
     def pairs(rows: Rows) -> Iterator[dict]:
         for place, row in rows:
@@ -67,6 +68,7 @@ def load_preferences(config: Config, judge: bool = False) -> tuple[DatasetDict, 
                 first.setdefault(problem, f"{place}: {said}")
             else:
                 shape_of[said] += 1
+                passed.update(shapes.left_alone(row, columns))
             yield pair
 
     raw = DatasetDict({name: _dataset(pairs(parts[name]())) for name in used})
@@ -82,6 +84,8 @@ def load_preferences(config: Config, judge: bool = False) -> tuple[DatasetDict, 
     chosen, said = splits.choose_splits(raw, config.seed, judge)
     if other := [*sorted(set(parts) - set(used)), *other]:
         said.append(f"left alone: {', '.join(other[:9])}" + (f" and {len(other) - 9} more" if other[9:] else ""))
+    if passed:
+        said.append(f"columns left alone: {', '.join(sorted(map(str, passed))[:9])}")
     said += [f"read as: {shape}: {n:,} rows" for shape, n in shape_of.most_common()]
     return chosen, said + [f"{reason}: {n:,} rows, first {first[reason]}" for reason, n in odd.most_common()]
 
