@@ -207,6 +207,8 @@ def test_the_hub_is_asked_for_what_is_not_on_disk(
     monkeypatch.setattr(huggingface_hub.HfApi, "repo_info", answer)
     config = of_profile("t4")
     for check, kind, name in ((doctor.model, "model", config.model), (doctor.data, "dataset", config.data)):
+        if status == "fail":
+            assert f"{kind.replace('dataset', 'data').upper()}=embedded" in doctor.examine(config, [check])[0].fix
         if cached:
             doctor._hub_cache(kind, name).mkdir(parents=True)
         assert words in found(check, config, status)
@@ -216,7 +218,8 @@ def test_the_hub_is_asked_for_what_is_not_on_disk(
 @pytest.mark.parametrize(
     ("sound", "odd", "status", "words"),
     [(60, 0, "ok", "50 of the first 50"), (12, 10, "ok", "12 of the first 22"), (2, 5, "warn", "pairs.jsonl, line 3"),
-     (0, 3, "fail", "line 1: missing column"), (0, 0, "fail", "is empty")],
+     (0, 3, "fail", "line 1: missing column (chosen is absent or null)"), (0, 0, "fail", "is empty"),
+     (11, 0, "fail", "11 prompts are too few"), (0, 50, "fail", "0 of the first 50")],
 )  # fmt: skip
 def test_the_first_rows_of_a_local_source_are_looked_at(tmp_path, sound, odd, status, words):
     rows = [pair(f"Question {i}?", "Yes.", "No.") for i in range(sound)] + [{"question": "?"}] * odd

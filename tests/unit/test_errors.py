@@ -230,6 +230,7 @@ SEEN = [
     (lambda c: config.resolve(loss_type="kto"), errors.ConfigError, "LOSS_TYPE='kto'", "sigmoid, ipo"),
     (replaced_by_pip, errors.SessionError, "this session still holds 18.1.0", "Restart"),
     (lambda c: models.source(c.changed(model=str(c.tmp))), errors.ModelFetchError, "config.json", "MODEL"),
+    (lambda c: models.source(c.changed(model=c.rows({}))), errors.ModelFetchError, "a file, not a folder", "MODEL"),
     (
         lambda c: models.source(c.changed(model="./my-model")),
         errors.ModelFetchError,
@@ -250,7 +251,7 @@ SEEN = [
     (adapter_of_another_rank, errors.ArtifactError, "its-adapter could not be read", "05_train_dpo"),
     (adapter_with_a_damaged_config, errors.ArtifactError, "its-adapter could not be read", "05_train_dpo"),
     (a_training_record_of_something_else, errors.ArtifactError, "training.json", "ADAPTER"),
-    (no_adapter_to_judge, errors.ArtifactError, "nowhere", "TRAIN_IF_MISSING"),
+    (no_adapter_to_judge, errors.ArtifactError, "nowhere", "--adapter"),
     (another_cut, errors.ArtifactError, "test pairs", "training.json"),
     (prepared_data_cut_short, errors.ArtifactError, "train.jsonl", "Delete"),
     (a_folder_that_cannot_be_written, errors.ArtifactError, "file/cpu", "ARTIFACTS"),
@@ -264,7 +265,7 @@ SEEN = [
     ),
     (
         lambda c: sources.load_preferences(c.changed(data=c.rows(*[pair(*t) for t in TEXTS]))),
-        errors.DataError, "4 prompts are too few", "12 rows",
+        errors.DataError, "4 rows of 4 prompts are too few", "12 prompts",
     ),
     (lambda c: splits.choose_splits(DatasetDict(), 0), errors.DataError, "No training split", "train_prefs"),
     (a_kernel_that_dies, errors.NotebookError, "05_train_dpo.ipynb", "MAX_TOKENS"),

@@ -259,7 +259,7 @@ def test_any_bytes_are_rows_or_an_error_with_cause_and_fix(tmp_path, data, suffi
         ("pairs.jsonl", b"", "is empty"),
         ("pairs.csv", b"\xef\xbb\xbf\n \n", "is empty"),
         ("pairs.csv", b"prompt,chosen\n", "holds no row"),
-        ("pairs.csv", b"prompt,prompt\na,b\n", "two columns of one name"),
+        ("pairs.csv", b"prompt,chosen,prompt\na,b,c\n", "two columns of one name: prompt."),
         ("pairs.json", b"[]", "holds no row"),
         ("pairs.json", b'{"a": 1, "b": [1]}', "0 lists of objects"),
         ("pairs.json", b'{"a": [{}], "b": [{}]}', "2 lists of objects"),
@@ -272,6 +272,16 @@ def test_any_bytes_are_rows_or_an_error_with_cause_and_fix(tmp_path, data, suffi
         ("pairs.xlsx", b"PK", "no known format"),
         ("pairs", SOUND, "no known format"),
         ("pairs.jsonl", b"{not json\n" * 3, "3 unreadable line. pairs.jsonl, line 1: no JSON"),
+        ("pairs.csv", zipped("xl/workbook.xml", b"a"), "packed or a binary table"),
+        ("pairs.jsonl", gzip.compress(SOUND), "packed or a binary table"),
+        ("pairs.json", parquet(ROWS), "packed or a binary table"),
+        ("pairs.csv", "prompt,chosen,rejected\na,é,b\n".encode("latin-1"), "1 invalid text. pairs.csv, line 2: a lone"),
+        ("pairs.jsonl", b'{"prompt":"a","chosen":["b"],"rejected":["c"]}', "line 1: chosen is a list of text"),
+        (
+            "pairs.jsonl",
+            b'{"prompt":"a","chosen":"b","rejected":"c","margin":"d"}',
+            "margin is text, not a finite number",
+        ),
     ],
 )
 def test_a_file_that_is_no_data_is_refused_with_its_true_cause(cfg, tmp_path, monkeypatch, name, data, cause):
@@ -279,6 +289,25 @@ def test_a_file_that_is_no_data_is_refused_with_its_true_cause(cfg, tmp_path, mo
     with pytest.raises(DataError) as caught:
         sources.load_preferences(at(cfg, write(tmp_path / name, data)))
     assert cause in caught.value.cause and name in caught.value.cause and caught.value.fix
+
+
+@pytest.mark.parametrize(
+    "header",
+    ["prompt;chosen;rejected", "prompt\tchosen\trejected", "prompt, chosen,rejected ", "prompt,chosen,rejected,,"],
+)
+def test_a_table_as_spreadsheets_export_it_is_read(tmp_path, header):
+    mark = next(mark for mark in ";\t," if mark in header)
+    body = mark.join(["Why, then?", '"So; it, is."', "No.", *[""] * header.count(",,") * 2])
+    text = f"\ufeff{header}\r\n{body}\r\n".replace("Why, then?", '"Why, then?"')
+    ((place, row),) = reader.rows(write(tmp_path / "pairs.csv", text.encode()))
+    assert place == "pairs.csv, line 2"
+    assert {"prompt": "Why, then?", "chosen": "So; it, is.", "rejected": "No."}.items() <= row.items()
+
+
+@pytest.mark.parametrize("after", [b'[{"prompt": "b"}]', b"x", b"]"])
+def test_what_follows_an_array_is_counted(tmp_path, after):
+    found = [row for _, row in reader.rows(write(tmp_path / "pairs.json", b'[{"prompt": "a"}]\n' + after))]
+    assert found[0] == {"prompt": "a"} and [row.reason for row in found[1:]] == ["unreadable line"]
 
 
 def test_a_zip_of_two_files_is_refused(tmp_path):

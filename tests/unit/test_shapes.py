@@ -56,6 +56,7 @@ def test_the_repositorys_own_rows_are_brought_to_themselves():
 
 TEXT = {"prompt": "Why?", "chosen": "So.", "rejected": "No."}
 ASK, GOOD, BAD = ({"role": r, "content": t} for r, t in (("user", "Why?"), ("assistant", "So."), ("assistant", "No.")))
+SYSTEM = {"role": "system", "content": "Be brief."}
 LISTS = {"prompt": [ASK], "chosen": [GOOD], "rejected": [BAD]}
 CALL = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f"}}]}
 
@@ -83,6 +84,12 @@ NEAR_MISSES = [
     (TEXT | {"chosen-rating": "N/A", "rejected-rating": 3}, "wrong type", "chosen-rating is text"),
     (TEXT | {"score_chosen": None, "score_rejected": 3}, "missing column", "score_chosen is null"),
     (TEXT | {"score_chosen": 3}, "missing column", "score_rejected"),
+    (
+        LISTS | {"chosen": [ASK, GOOD], "rejected": [ASK, BAD], "prompt": [SYSTEM, ASK]},
+        "prompts differ",
+        "prompt holds",
+    ),
+    (TEXT | {"chosen": json.dumps([ASK, GOOD]), "rejected": str([ASK, BAD])}, "wrong type", "spells out messages"),
     (TEXT | {"margin": True}, "wrong type", "margin is true or false"),
     (TEXT | {"margin": float("nan")}, "wrong type", "margin"),
     (TEXT | {"margin": 10**400}, "wrong type", "margin"),
@@ -113,6 +120,8 @@ DROPPED = [
     ({"chosen": "The sky is", "rejected": "The sky is blue"}, "empty answer"),
     ({"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: c\n\nAssistant: d"}, "prompts differ"),
     (LISTS | {"prompt": [{"role": "human", "content": "Why?"}]}, "bad role"),
+    (LISTS | {side: [turn | {"role": "model"}] for side, turn in (("chosen", GOOD), ("rejected", BAD))}, "bad role"),
+    (LISTS | {"chosen": [GOOD, ASK, BAD]}, "prompts differ"),
 ]
 
 
@@ -216,6 +225,25 @@ def test_a_row_that_is_no_pair_is_described_with_the_map_that_would_do(row, word
     assert words in shapes.describe(row)
 
 
+# --- columns of a table that other rows fill ----
+
+
+@pytest.mark.parametrize(
+    "empty",
+    [dict.fromkeys(names) for names in shapes.ANSWERS[1:] + shapes.SCORES] + [dict.fromkeys(shapes.PROMPTS[1:])],
+)
+def test_a_column_that_is_null_is_as_good_as_absent(empty):
+    assert shapes.to_pair(empty | TEXT) == shapes.to_pair(TEXT)
+    other = {"preferred": "So.", "dispreferred": "No.", "prompt": "Why?"}
+    assert shapes.to_pair({"chosen": None, "rejected": None} | other)[0] == shapes.to_pair(TEXT)[0]
+
+
+def test_answers_of_several_turns_follow_a_prompt():
+    again = [GOOD, ASK | {"content": "And?"}]
+    made, _ = shapes.to_pair(TEXT | {"chosen": [*again, GOOD], "rejected": [*again, BAD]})
+    assert made["chosen"] == [ASK, *again, GOOD] and made["rejected"] == [ASK, *again, BAD]
+
+
 # --- anything ----
 
 _json = st.recursive(
@@ -257,3 +285,18 @@ def test_whatever_json_comes_it_is_a_pair_or_has_a_reason(row):
         assert [type(made[name]) for name in ("prompt_id", "prompt")] == [str, str]
         assert {type(made[name]) for name in ("score_chosen", "score_rejected")} in ({float}, {type(None)})
     assert json.dumps(row) == before
+
+
+@pytest.mark.parametrize(
+    ("more", "alone"),
+    [
+        ({}, set()),
+        ({"history": [["Hi.", "Hello."]], "source": "web"}, {"history", "source"}),
+        ({"question": "Another?"}, {"question"}),
+        ({"system": "Be brief.", "score_chosen": 2, "score_rejected": 1, "id": 7}, set()),
+    ],
+)
+def test_a_column_that_is_not_read_is_named(more, alone):
+    row = {"prompt": "Why?", "chosen": "Because.", "rejected": "Why not."} | more
+    assert shapes.to_pair(row) and shapes.left_alone(row) == alone
+    assert shapes.left_alone({"good": "a", "ask": "b"} | row, {"chosen": "good", "prompt": "ask"}) == alone

@@ -81,6 +81,26 @@ def test_a_base_that_changed_since_the_training_is_refused(trained, tmp_path):
     assert merge.config_of(trained.adapter, {}).model == trained.config.model
 
 
+# --- where an export may go ----
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "folder", "adapter"])
+def test_an_export_does_not_take_the_place_of_other_files(trained, tmp_path, name, capsys):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "mine").write_text("kept")
+    (tmp_path / "notes.txt").write_text("kept")
+    out = trained.adapter if name == "adapter" else tmp_path / name
+    assert cli.main(words("export", trained, "--to", "merged", "--out", out)) == 1
+    assert f"{out} holds other files" in (said := capsys.readouterr().err) and "--out" in said
+    assert (tmp_path / "folder" / "mine").read_text() == (tmp_path / "notes.txt").read_text() == "kept"
+    assert (trained.adapter / "training.json").is_file()
+
+
+def test_an_export_needs_a_pair_to_be_checked_on(trained, tmp_path, capsys):
+    assert cli.main(words("export", trained, "--to", "merged", "--out", tmp_path / "out", "--pairs", 0)) == 1
+    assert "--pairs 0" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
 # --- the gate ----
 
 
@@ -164,7 +184,7 @@ def test_an_export_that_fails_is_marked_and_the_command_exits_with_1(trained, tm
 def test_an_export_that_stops_half_way_leaves_what_was_there(trained, tmp_path, monkeypatch):
     out = tmp_path / "merged"
     out.mkdir()
-    (out / "older").write_text("kept")
+    (out / "GATE.json").write_text("kept")
 
     def full(*_):
         raise OSError(28, "No space left on device")
@@ -172,7 +192,7 @@ def test_an_export_that_stops_half_way_leaves_what_was_there(trained, tmp_path, 
     monkeypatch.setattr(merge, "save", full)
     with pytest.raises(ArtifactError, match="No space left"):
         export.export(trained.config, trained.adapter, "merged", out)
-    assert [p.name for p in tmp_path.rglob("*")] == ["merged", "older"]
+    assert [p.name for p in tmp_path.rglob("*")] == ["merged", "GATE.json"]
 
 
 def test_the_limits_let_pass_what_keeps_the_model_and_nothing_else():

@@ -201,13 +201,15 @@ def data(config: Config) -> str:
 
     if not sources.files(config)[0]:
         return _from_hub("dataset", config.data, config.data_revision)
-    rows = [pair for _, pair, _ in itertools.islice(sources.read(config), 50)]
-    odd = [f"{pair['place']}: {problem}" for pair in rows if (problem := row_checks.row_problem(pair))]
+    rows = [(pair, said, row_checks.row_problem(pair)) for _, pair, said in itertools.islice(sources.read(config), 50)]
+    odd = [(p["place"], said if p["problem"] else row_checks.REASONS[why], why) for p, said, why in rows if why]
     found = f"{len(rows) - len(odd)} of the first {len(rows)} rows of {config.data} are sound pairs"
-    if len(odd) == len(rows):
-        raise Broken(f"{found}, {''.join(odd[:1])}", sources.NO_PAIR)
     if 2 * len(odd) > len(rows):
-        raise Odd(f"{found}, {odd[0]}", sources.NO_PAIR)
+        place, said, why = odd[0]
+        found += f", {place}: {why} ({said})"
+        raise (Broken if len(odd) == len(rows) else Odd)(found, sources.fix_of(why))
+    if len(rows) < 50:  # these are all: whether they can be split is known, too
+        sources.load_preferences(config)
     return found
 
 
@@ -223,7 +225,8 @@ def _from_hub(kind: str, name: str, revision: str | None) -> str:
         cause, fix = hub.why(error)
         if _hub_cache(kind, name).exists():
             raise Odd(f"{name} is in the cache, but: {cause}", fix) from error
-        raise Broken(f"{name}: {cause}", fix + " Without a hub, PROFILE=cpu needs only the package index.") from error
+        own = f" Without a hub, take {'MODEL' if kind == 'model' else 'DATA'}=embedded."
+        raise Broken(f"{name}: {cause}", fix + own) from error
     if getattr(record, "gated", False):  # its record is public, its files are not
         raise Odd(f"{name} is gated", "Accept its terms on the hub and run `hf auth login`, else it is denied.")
     return f"the hub is reachable and has {name}"

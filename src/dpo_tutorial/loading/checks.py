@@ -34,7 +34,7 @@ def check_folder(model: str, folder: Path) -> None:
         if folder.suffix == ".gguf" or any(folder.glob("*.gguf")):
             raise ModelUnsuitableError(f"MODEL={model} is a GGUF file, the format of llama.cpp.", _PLAIN)
         raise ModelFetchError(
-            f"MODEL={model} is a folder without config.json.",
+            f"MODEL={model} is a {'folder without config.json' if folder.is_dir() else 'file, not a folder'}.",
             "Point MODEL at a checkpoint in transformers' format, or at a hub id.",
         )
     for path in sorted([*folder.glob("*.json"), *folder.glob("*.safetensors")]):

@@ -92,7 +92,8 @@ def _nothing_left(where: str, found: Audit) -> DataError:
     most = Counter(found.dropped).most_common()
     dropped = ", ".join(f"{n} {reason}" for reason, n in most) or "it has no row"
     shown = "".join(f" {reason}, for example {texts[0]!r}." for reason, texts in found.decoded.items())
-    fix = "Fix the rows in the source; docs/data.md shows what a row may look like."
+    shown += "".join(f" {reason}: {REASONS[reason]}." for reason, _ in most[:1])
+    fix = sources.fix_of(most[0][0] if most else "")
     if most and most[0][0] == "too long":
         fix = "Raise MAX_TOKENS, or take shorter pairs."
     elif most and most[0][0].startswith("template"):

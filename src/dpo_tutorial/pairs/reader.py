@@ -107,6 +107,8 @@ def _refuse(head: bytes, name: str, text: bool = False) -> None:
         raise DataError(f"{name} is a pointer of Git LFS, not the data.", "Fetch the data: `git lfs pull`.")
     if opening.startswith((b"<!doctype", b"<html", b"<?xml")):
         raise DataError(f"{name} is a web page, not the data.", "Fetch the file itself, not its page.")
+    if text and head.startswith((b"PK\3\4", b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"PAR1", b"ARROW1")):
+        raise DataError(f"{name} is packed or a binary table, not text.", f"Name it after what it is. {FORMATS}")
     if text and not encoding.startswith("utf-8"):
         raise DataError(f"{name} is in {encoding.upper()}, not in UTF-8.", "Save it as UTF-8.")
 
@@ -158,6 +160,8 @@ def _document(data: bytes, name: str) -> Iterator[tuple[str, object]]:
     for number in itertools.count(1):
         at = between.match(text, at).end()  # type: ignore[union-attr]  # it matches anywhere
         if text.startswith("]", at):
+            if text[at + 1 :].strip():
+                yield f"{name}, row {number}", NotAPair("unreadable line", "more follows after the end of the array")
             return
         try:
             row, at = decoder.raw_decode(text, at)
@@ -170,11 +174,14 @@ def _document(data: bytes, name: str) -> Iterator[tuple[str, object]]:
 def _cells(stream: io.BufferedReader, name: str, delimiter: str, numbers: Collection[str]) -> Iterator:
     """A table of text: a header, then one row a line; a cell may hold line breaks in quotes."""
     csv.field_size_limit(2**31 - 1)
+    head = re.split(rb"[\r\n]", stream.peek(_HEAD), maxsplit=1)[0]
+    if b"," not in head:  # spreadsheets write semicolons or tabs in some countries
+        delimiter = ";" if b";" in head else "\t"
     text = io.TextIOWrapper(stream, encoding="utf-8", errors="surrogateescape", newline="")
     reader = csv.reader(text, delimiter=delimiter, strict=True)
-    header = next(filter(None, reader), [])
-    if len(set(header)) < len(header):
-        raise DataError(f"{name} has two columns of one name: {', '.join(header)}.", "Give each a name of its own.")
+    header = [cell.strip() for cell in next(filter(None, reader), [])]
+    if twice := sorted({cell for cell in header if cell and header.count(cell) > 1}):  # spreadsheets add unnamed ones
+        raise DataError(f"{name} has two columns of one name: {', '.join(twice)}.", "Give each a name of its own.")
     while True:
         place = f"{name}, line {reader.line_num + 1}"
         try:

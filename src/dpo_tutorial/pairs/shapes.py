@@ -33,6 +33,7 @@ BY_HAND = {
 _ROLES = {"human": "user", "gpt": "assistant", "Human": "user", "Assistant": "assistant"}
 _HH_TEXT = re.compile(r"\n\nHuman:|Human:.*\n\nAssistant:", re.DOTALL)
 _HH = re.compile(r"(?:\A|\n\n)(Human|Assistant): ?")  # the space behind a colon belongs to the mark
+_SPELT = re.compile(r"""\s*\[\s*\{\s*["'](role|content|from|value)["']\s*:""")  # what a table of text makes of a list
 
 
 class NotAPair(Exception):
@@ -76,7 +77,8 @@ def to_pair(row: object, columns: Mapping[str, str] = {}) -> tuple[dict, str]:
     if not isinstance(row, dict):
         raise NotAPair("wrong type", f"a row is an object with columns, and this is {_kind(row)}")
     row = row | {ours: row.get(theirs) for ours, theirs in columns.items()}
-    names = next((pair for pair in ANSWERS if pair[0] in row and pair[1] in row), ANSWERS[0])
+    there = [pair for pair in ANSWERS if pair[0] in row and pair[1] in row] or ANSWERS[:1]
+    names = next((pair for pair in there if None not in map(row.get, pair)), there[0])
     for name in names:
         if row.get(name) is None:
             raise NotAPair("missing column", f"{name} is absent or null")
@@ -94,6 +96,24 @@ def to_pair(row: object, columns: Mapping[str, str] = {}) -> tuple[dict, str]:
     layout += "" if names == ANSWERS[0] else f" in {' and '.join(names)}"
     pair = {"prompt_id": str(name), "prompt": first, "chosen": answers[0], "rejected": answers[1]}
     return pair | _scores(row), layout
+
+
+def left_alone(row: dict, columns: Mapping[str, str] = {}) -> set[str]:
+    """The columns of a pair that `to_pair` does not read, such as a `history` of earlier turns.
+
+    Args:
+        columns: as `to_pair` takes them.
+    """
+    asked, _ = _prompt(row | {ours: row.get(theirs) for ours, theirs in columns.items()})
+    known = {
+        "prompt_id",
+        "id",
+        *SYSTEMS,
+        *columns,
+        *columns.values(),
+        *(n for names in ANSWERS + SCORES for n in names),
+    }
+    return set(row) - known - set(asked.removesuffix(".messages").split(" and "))
 
 
 def _prompt(row: dict) -> tuple[str, str | list | None]:
@@ -119,6 +139,8 @@ def _conversations(asked: str, prompt: str | list | None, sides: dict) -> tuple[
     texts = [side for side in sides.values() if isinstance(side, str)]
     if len(texts) == 1:
         raise NotAPair("wrong type", f"of {' and '.join(sides)}, one is text and one is not")
+    if texts and all(map(_SPELT.match, texts)):
+        raise NotAPair("wrong type", f"{' and '.join(sides)} are text that spells out messages, not lists of them")
     if texts and not isinstance(prompt, list) and all(_HH_TEXT.match(prompt or text) for text in texts):
         mark = "\n\nAssistant: " if prompt and not re.search(r"\n\nAssistant: ?\Z", prompt) else ""
         parts = [_HH.split((prompt or "") + mark + text)[1:] for text in texts]
@@ -132,8 +154,11 @@ def _conversations(asked: str, prompt: str | list | None, sides: dict) -> tuple[
     if texts:
         return [[*before, _message("assistant", text)] for text in texts], f"{layout}, answers as text"
     answers = [_turns(name, side) for name, side in sides.items()]
-    if before and all([m["role"] for m in turns] == ["assistant"] for turns in answers):
+    if before and all(turns and turns[0]["role"] not in ("system", "user") for turns in answers):
         return [before + turns for turns in answers], f"{layout}, answers as messages"
+    asks = isinstance(prompt, list) and before and before[-1]["role"] == "user"  # else it is a whole conversation, too
+    if asks and any(m not in turns for turns in answers for m in before):
+        raise NotAPair("prompts differ", f"{asked} holds a turn that is not in both sides")
     return answers, f"{layout}, whole conversations"
 
 
@@ -171,11 +196,11 @@ def _turns(where: str, value: object) -> list[dict]:
 
 
 def _scores(row: dict) -> dict[str, float | None]:
-    names = next((names for names in SCORES if any(name in row for name in names)), ())
+    names = next((names for names in SCORES if any(row.get(name) is not None for name in names)), ())
     for name in names:
         if not is_number(row.get(name)):
             reason = "missing column" if row.get(name) is None else "wrong type"
-            raise NotAPair(reason, f"{name} is {_kind(row.get(name))}, no number")
+            raise NotAPair(reason, f"{name} is {_kind(row.get(name))}, not a finite number")
     values = [float(row[name]) for name in names] + [0.0] * (names == ("margin",))
     return dict(zip(SCORES[0], values or (None, None), strict=True))
 

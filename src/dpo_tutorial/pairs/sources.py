@@ -58,6 +58,7 @@ def load_preferences(config: Config, judge: bool = False) -> tuple[DatasetDict, 
     parts, other = _parts(config)
     used = splits.used(parts, judge).values()
     columns, shape_of, odd, first = shapes.columns(config.data_columns), Counter(), Counter(), {}
+    passed: set[str] = set()
 
     def pairs(rows: Rows) -> Iterator[dict]:
         for place, row in rows:
@@ -67,24 +68,39 @@ def load_preferences(config: Config, judge: bool = False) -> tuple[DatasetDict, 
                 first.setdefault(problem, f"{place}: {said}")
             else:
                 shape_of[said] += 1
+                passed.update(shapes.left_alone(row, columns))
             yield pair
 
     raw = DatasetDict({name: _dataset(pairs(parts[name]())) for name in used})
     if not any(raw.values()):
         raise DataError(f"DATA={config.data} holds no row.", "Give a source with rows.")
     if not shape_of:
-        row = next((row for row, _, _ in read(config, judge) if not isinstance(row, NotAPair)), None)
+        (most, _), *_ = odd.most_common()
         counts = ", ".join(f"{n:,} {reason}" for reason, n in odd.most_common())
-        told = next(iter(first.values())) if row is None else shapes.describe(row)
-        raise DataError(f"DATA={config.data} holds no preference pair: {counts}. {told}", NO_PAIR)
+        told = f"{first[most]}."
+        if most == "missing column":
+            told += " " + shapes.describe(next(row for row, pair, _ in read(config, judge) if pair["problem"] == most))
+        raise DataError(f"DATA={config.data} holds no preference pair: {counts}. {told}", fix_of(most))
     chosen, said = splits.choose_splits(raw, config.seed, judge)
     if other := [*sorted(set(parts) - set(used)), *other]:
         said.append(f"left alone: {', '.join(other[:9])}" + (f" and {len(other) - 9} more" if other[9:] else ""))
+    if passed:
+        said.append(f"columns left alone: {', '.join(sorted(map(str, passed))[:9])}")
     said += [f"read as: {shape}: {n:,} rows" for shape, n in shape_of.most_common()]
     return chosen, said + [f"{reason}: {n:,} rows, first {first[reason]}" for reason, n in odd.most_common()]
 
 
 NO_PAIR = "Change the rows, or name their columns in DATA_COLUMNS; docs/data.md shows each kind that is read."
+_FIXES = {
+    "missing column": NO_PAIR,
+    "unreadable line": "Write the file anew as its name says, for example one whole JSON object a line in a .jsonl.",
+    "invalid text": "Save the file as UTF-8, without control characters.",
+}
+
+
+def fix_of(reason: str) -> str:
+    """What to do where most rows are dropped for this one of `row_checks.REASONS`."""
+    return _FIXES.get(reason, "Fix the rows in the source; docs/data.md shows what a row may look like.")
 
 
 def read(config: Config, judge: bool = False) -> Iterator[tuple[object, dict, str]]:
@@ -175,7 +191,9 @@ def _parts(config: Config) -> tuple[dict[str, Callable[[], Rows]], list[str]]:
     except Exception as error:  # datasets raises a dozen unrelated types for "cannot read this"
         cause, fix = hub.why(error)
         without = " Without a hub, DATA=embedded uses the repository's own pairs."
-        raise DataError(f"DATA={config.data} could not be read: {cause}.", fix + without) from error
+        raise DataError(
+            f"DATA={config.data} could not be read: {cause}. No file or folder here has that name.", fix + without
+        ) from error
     return {name: partial(_of_hub, split, name) for name, split in loaded.items()}, other
 
 

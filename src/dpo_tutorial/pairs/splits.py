@@ -101,12 +101,12 @@ def choose_splits(raw: Mapping[str, Dataset], seed: int, judge: bool = False) ->
         sides = (side for batch in batches for side in batch["chosen"])
         keys = [row_checks.prompt_digest(side[:-1]) if side[1:] else b"" for side in sides]
         left = sorted(set(keys) - {b""}, key=lambda key: hashlib.sha256(f"{seed} ".encode() + key).digest())
-        train = found["train"]
+        train, prompts = found["train"], len(left)
     for ours in missing:
         if len(left) < 10:
             raise DataError(
-                f"{len(left)} prompts are too few to cut a {ours} split from.",
-                "Give at least 12 rows, no two of one prompt.",
+                f"{len(train):,} rows of {prompts:,} prompts are too few to cut {' and '.join(missing)} from.",
+                f"Give at least {8 + 2 * len(missing)} prompts; DATA_COLUMNS says which column holds them.",
             )
         tenth = -(-len(left) // 10)
         cut, left, total = set(left[:tenth]), left[tenth:], len(left)

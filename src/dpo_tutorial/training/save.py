@@ -42,8 +42,8 @@ def read_training_record(adapter: Path) -> dict:
     if missing:
         raise ArtifactError(
             f"There is no trained adapter in {adapter}: {', '.join(missing)} missing.",
-            "Run 05_train_dpo.ipynb first; or set TRAIN_IF_MISSING=True to train here and now; "
-            "or set ADAPTER to a folder that 05 saved, for example on Drive.",
+            "Run 05_train_dpo.ipynb first, or give ADAPTER (of a command: --adapter) a folder that 05 saved; in "
+            "notebook 06, TRAIN_IF_MISSING=True trains one here and now.",
         )
     record: Any = run_folder.read_json(adapter / "training.json")
     if lacks := [path for path in _RECORD if _at(record, path) is None]:

@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path
 
 from ..adapter import lora
+from ..errors import ArtifactError, ConfigError
 from ..knobs import Config
 from ..loading import models
 from ..pairs import prepare
@@ -33,8 +34,14 @@ def export(
         As `gate.measure`; also written as `GATE.json`, and as words in the folder's README.
 
     Raises:
+        ArtifactError: `out` holds anything but an earlier export.
+        ConfigError: `pairs` is less than 1.
         ArtifactError, ConfigError, ModelUnsuitableError: as `merge.merged`, `convert.to_gguf`, `convert.modelfile`.
     """
+    if pairs < 1:
+        raise ConfigError(f"--pairs {pairs} leaves the check of the export nothing to score.", "Give 1 or more.")
+    if out.exists() and not (out / "GATE.json").is_file() and not (out.is_dir() and not any(out.iterdir())):
+        raise ArtifactError(f"{out} holds other files, which an export would replace.", "Give --out a new folder.")
     tokenizer = models.load_tokenizer(config)
     if to != "merged":  # what is missing is said before minutes of work
         convert.check_installed()
