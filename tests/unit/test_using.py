@@ -69,7 +69,7 @@ def test_other_ways_to_merge_are_further_from_what_was_trained(trained, policy):
         merged = merge.merged(trained.config, trained.adapter, into, kept)
         assert merged.dtype == {"fp16": torch.float16, "bf16": torch.bfloat16}[kept]
         wrong[into, kept] = (logits(merged.float()) - right).abs().max()
-    assert 2 * wrong["4bit", "fp16"] < wrong["4bit", "bf16"] < wrong["16bit", "fp16"]
+    assert wrong["4bit", "fp16"] < min(wrong["4bit", "bf16"], wrong["16bit", "fp16"])
 
 
 def test_a_base_that_changed_since_the_training_is_refused(trained, tmp_path):
