@@ -319,3 +319,8 @@ def test_training_under_accelerate_launch_fails_where_it_should():
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "--quiet"]
     done = subprocess.run([*launch, "-m", "dpo_tutorial", "train", "-p", "BTA", "1"], capture_output=True, text=True)
     assert done.returncode == 1 and "ConfigError: Unknown parameter BTA." in done.stderr
+
+
+def test_a_module_run_by_its_path_says_how_to_run_it():
+    done = subprocess.run([sys.executable, cli.__file__, "doctor"], capture_output=True, text=True)
+    assert done.returncode == 1 and "python -m dpo_tutorial" in done.stderr and "Traceback" not in done.stderr

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import argparse
 
+if not __package__:
+    raise SystemExit("A module of the package cannot be run by its path: run `python -m dpo_tutorial` instead.")
+
 from .. import config
 from ..errors import exit_code
 
