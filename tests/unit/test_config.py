@@ -69,6 +69,7 @@ def test_profile_and_dtype_follow_the_hardware(monkeypatch, facts, profile, dtyp
         {"seed": -5}, {"seed": 2**32}, {"max_new_tokens": 0}, {"max_steps": 0}, {"max_grad_norm": -1}, {"beta": "inf"},
         {"lr_scheduler": "zigzag"}, {"warmup_ratio": -1}, {"save_steps": 0}, {"max_train": "inf"},
         {"lora_targets": "q_proj,"}, {"lora_targets": ()}, {"lora_targets": 5}, {"model": ["a", "b"]},
+        {"sft_weight": -0.1}, {"sft_weight": "inf"}, {"instructions": 0}, {"keep_16bit": 5},
     ],
 )  # fmt: skip
 def test_a_value_out_of_range_names_the_parameter_and_the_range(bad):
@@ -81,6 +82,9 @@ def test_strings_from_papermill_become_the_right_types():
     assert resolved.beta == 0.3 and resolved.max_train == 12 and resolved.gradient_checkpointing is True
     assert resolved.lora_targets == ("q_proj", "v_proj")
     assert config.resolve(lora_targets=["q_proj"]).lora_targets == ("q_proj",)
+    keep = r"model\.layers\.(0|1),down_proj"
+    assert config.resolve(keep_16bit=keep).keep_16bit == (r"model\.layers\.(0|1)", "down_proj")
+    assert config.resolve(keep_16bit=()).keep_16bit == ()
 
 
 @pytest.mark.parametrize(("given", "strict"), [(None, False), ("", False), ("true", True), (True, True), ("0", False)])

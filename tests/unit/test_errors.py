@@ -193,7 +193,7 @@ SEEN = [
     (lambda c: config.resolve(bta=1), errors.ConfigError, "BTA", "BETA"),
     (lambda c: config.resolve(beta="high"), errors.ConfigError, "BETA='high'", "float"),
     (lambda c: config.resolve(beta=0), errors.ConfigError, "BETA=0.0", "BETA"),
-    (lambda c: config.resolve(loss_type="kto"), errors.ConfigError, "LOSS_TYPE='kto'", "sigmoid, ipo"),
+    (lambda c: config.resolve(loss_type="kto"), errors.ConfigError, "LOSS_TYPE='kto'", "sigmoid, sigmoid_norm, ipo"),
     (replaced_by_pip, errors.SessionError, "this session still holds 18.1.0", "Restart"),
     (lambda c: models.source(c.changed(model=str(c.tmp))), errors.ModelFetchError, "config.json", "MODEL"),
     (

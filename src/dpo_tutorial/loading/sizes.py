@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import bitsandbytes as bnb
 import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
+from transformers.quantizers.quantizers_utils import should_convert_module
 
 
 def weight_bytes(model: PreTrainedModel | PeftModel) -> dict[str, int]:
@@ -25,11 +28,19 @@ def weight_bytes(model: PreTrainedModel | PeftModel) -> dict[str, int]:
     return measured
 
 
-def linear_weights(model: PreTrainedModel | PeftModel) -> tuple[int, int]:
-    """(weights that NF4 quantizes: linear layers but the LM head; all other weights), of a 16- or 32-bit model."""
-    inside = sum(
-        m.weight.numel() for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and "lm_head" not in n
-    )
+def becomes_nf4(name: str, keep: Sequence[str] = ()) -> bool:
+    """Whether transformers quantizes the linear layer of that name: not the LM head, nor what `keep_16bit` names."""
+    return should_convert_module(name, [*keep, "lm_head"])
+
+
+def linear_weights(model: PreTrainedModel | PeftModel, keep: Sequence[str] = ()) -> tuple[int, int]:
+    """(weights that NF4 quantizes; all other weights), of a 16- or 32-bit model.
+
+    Args:
+        keep: as `config.keep_16bit`.
+    """
+    linear = ((n, m) for n, m in model.named_modules() if isinstance(m, torch.nn.Linear))
+    inside = sum(m.weight.numel() for n, m in linear if becomes_nf4(n, keep))
     return inside, sum(p.numel() for p in model.parameters()) - inside
 
 

@@ -54,6 +54,16 @@ def embedded_file(split: str) -> Path:
     return Path(str(resources.files("dpo_tutorial.pairs") / "resources" / f"{split}.jsonl"))
 
 
+def rejected_kinds() -> dict[str, str]:
+    """prompt_id → what is wrong with the rejected answer, of the repository's own set.
+
+    "base sample" was drawn from the base; "form" was written to break the style; the others keep the form and fail in
+    substance (`resources/README.md` says how).
+    """
+    rows = map(json.loads, embedded_file("provenance").read_text(encoding="utf-8").splitlines())
+    return {row["prompt_id"]: row["rejected_kind"] for row in rows}
+
+
 def dirty_rows() -> list[dict]:
     """Rows made bad on purpose, for the audit lesson of notebook 04; no split reads them.
 

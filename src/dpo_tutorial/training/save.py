@@ -117,6 +117,7 @@ def model_card(config: Config, record: dict) -> str:
         ("Base revision", base["pin"]),
         ("Data", f"{config.data} {config.data_revision or ''}".strip()),
         ("Method", f"DPO (loss {config.loss_type}, beta {config.beta:g}), LoRA r={config.lora_r} on NF4 weights"),
+        *([("Went on from", Path(config.start_from).name)] if config.start_from else []),
         ("Steps", f"{steps} at batch {config.batch_size} x {config.grad_accum}, peak rate {config.learning_rate:g}"),
         ("Seed", config.seed),
         ("Compute type", config.dtype),
