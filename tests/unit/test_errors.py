@@ -162,12 +162,16 @@ def a_folder_that_cannot_be_written(case):
     run_folder.Run(case.changed(artifacts=str(case.tmp / "file")))
 
 
-def a_kernel_that_dies(case):
-    def dies(*_, **__):
-        raise DeadKernelError("Kernel died")
+def a_notebook_that_ends_with(error, case):
+    def ends(*_, **__):
+        raise error
 
-    case.patch.setattr(run.papermill, "execute_notebook", dies)
+    case.patch.setattr(run.papermill, "execute_notebook", ends)
     run._execute(case.tmp / "05_train_dpo.ipynb", case.tmp / "executed.ipynb", {})
+
+
+def a_kernel_that_dies(case):
+    a_notebook_that_ends_with(DeadKernelError("Kernel died"), case)
 
 
 def a_kernel_that_starts_nothing(case):
@@ -182,19 +186,11 @@ def a_kernel_that_starts_nothing(case):
 
 
 def a_kernel_without_a_program(case):
-    def dies(*_, **__):
-        raise RuntimeError("Kernel died before replying to kernel_info")
-
-    case.patch.setattr(run.papermill, "execute_notebook", dies)
-    run._execute(case.tmp / "05_train_dpo.ipynb", case.tmp / "executed.ipynb", {})
+    a_notebook_that_ends_with(RuntimeError("Kernel died before replying to kernel_info"), case)
 
 
 def a_full_disk_in_a_run(case):
-    def full(*_, **__):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    case.patch.setattr(run.papermill, "execute_notebook", full)
-    run._execute(case.tmp / "05_train_dpo.ipynb", case.tmp / "executed.ipynb", {})
+    a_notebook_that_ends_with(OSError(errno.ENOSPC, "No space left on device"), case)
 
 
 def a_template_that_refuses(case):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 from collections.abc import Iterator
@@ -40,7 +41,7 @@ class Source:
     revision: str | None
     name: str  # what an adapter's record calls its base: never a path of this machine
 
-    @property
+    @functools.cached_property
     def digest(self) -> str | None:
         """Of a local folder `digests.of_folder`, which raises where one of its files is damaged; else None."""
         return digests.of_folder(self.path) if self.name != _EMBEDDED_NAME and Path(self.path).is_dir() else None

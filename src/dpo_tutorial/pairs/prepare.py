@@ -94,10 +94,6 @@ def _nothing_left(where: str, found: Audit) -> DataError:
     shown = "".join(f" {reason}, for example {texts[0]!r}." for reason, texts in found.decoded.items())
     shown += "".join(f" {reason}: {REASONS[reason]}." for reason, _ in most[:1])
     fix = sources.fix_of(most[0][0] if most else "")
-    if most and most[0][0] == "too long":
-        fix = "Raise MAX_TOKENS, or take shorter pairs."
-    elif most and most[0][0].startswith("template"):
-        fix = "Take a model whose chat template ends an answer with the tokenizer's EOS and takes these turns."
     return DataError(f"No usable pair is left in {where}: {dropped}.{shown}", fix)
 
 

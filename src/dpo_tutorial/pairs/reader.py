@@ -72,7 +72,7 @@ def rows(path: Path, numbers: Collection[str] = ()) -> Iterator[tuple[str, objec
             _refuse(stream.read(_HEAD), path.name)
         with _opened(path) as stream:
             if suffix in BINARY:
-                yield from _tables(_batches(path, stream, suffix), path.name)
+                yield from tables(_batches(path, stream, suffix), path.name)
                 return
             _refuse(stream.peek(_HEAD)[:_HEAD], path.name, text=True)
             if stream.peek(3).startswith(codecs.BOM_UTF8):
@@ -217,7 +217,7 @@ def _batches(path: Path, stream: io.BufferedReader, suffix: str) -> Iterator[pa.
         return iter(pa.ipc.open_stream(source))
 
 
-def _tables(batches: Iterable[pa.RecordBatch], name: str) -> Iterator[tuple[str, object]]:
+def tables(batches: Iterable[pa.RecordBatch], name: str) -> Iterator[tuple[str, object]]:
     """The rows of Arrow tables; text that is not UTF-8 costs its own row only."""
     number = itertools.count(1)
     for batch in batches:

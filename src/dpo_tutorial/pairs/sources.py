@@ -20,7 +20,7 @@ from ..errors import DataError
 from ..knobs import Config
 from ..loading import embedded, hub
 from ..machine import hardware
-from . import reader, shapes, splits
+from . import reader, row_checks, shapes, splits
 from .shapes import NotAPair
 
 EMBEDDED_SPLITS = ("train_prefs", "val_prefs", "test_prefs")
@@ -95,6 +95,11 @@ _FIXES = {
     "missing column": NO_PAIR,
     "unreadable line": "Write the file anew as its name says, for example one whole JSON object a line in a .jsonl.",
     "invalid text": "Save the file as UTF-8, without control characters.",
+    "too long": "Raise MAX_TOKENS, or take shorter pairs.",
+} | {
+    reason: "Take a model whose chat template ends an answer with the tokenizer's EOS and takes these turns."
+    for reason in row_checks.REASONS
+    if reason.startswith("template")
 }
 
 
@@ -202,12 +207,7 @@ def _of_files(paths: list[Path], numbers: Collection[str]) -> Rows:
 
 
 def _of_hub(split: Dataset, name: str) -> Rows:
-    for index in range(len(split)):
-        place = f"{name}, row {index + 1}"
-        try:
-            yield place, split[index]
-        except UnicodeDecodeError:
-            yield place, NotAPair("unreadable line", "not UTF-8")
+    return reader.tables(split.with_format("arrow").iter(batch_size=256), name)
 
 
 def embedded_file(split: str) -> Path:
