@@ -1,9 +1,8 @@
-"""Does DPO work on the embedded set, and with which hyper-parameters?
+"""Does DPO work on the embedded set, by which recipe, on which seeds, and against which simpler explanation?
 
-    python benchmarks/effect.py sweep                     # settings compared on the validation pairs only, an hour
+    python benchmarks/effect.py recipes                   # on the validation pairs only, about two hours on two cores
     for s in 42 1 2; do make run PROFILE=cpu SEED=$s ARTIFACTS=artifacts/seed$s; done
-    python benchmarks/effect.py seeds --runs artifacts/seed*                     # those runs, on the test pairs
-    python benchmarks/effect.py ultrafeedback --runs artifacts/seed42 --rows FOLDER    # on other people's preferences
+    python benchmarks/effect.py seeds --runs artifacts/seed42 artifacts/seed1 artifacts/seed2      # on the test pairs
     python benchmarks/effect.py swapped                   # the same training with every label swapped: it must fail
 
 `page` writes the tables of effect.md again.
@@ -11,21 +10,25 @@
 
 from __future__ import annotations
 
-import math
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from harness import Record, child, interval, latest, machine, main, table
 
-#: The first guess, and what was tried around it: one thing changed at a time.
-START = {"learning_rate": 1.5e-4, "epochs": 1, "beta": 0.1}
-SWEEP = {
-    "1.5e-4, 1 epoch, beta 0.1": {},
-    "3e-4": {"learning_rate": 3e-4},
-    "5e-5": {"learning_rate": 5e-5},
-    "beta 0.3": {"beta": 0.3},
-    "2 epochs": {"epochs": 2},
+RATES = (5e-5, 1.5e-4, 3e-4)
+#: What is compared: plain DPO, DPO with the NLL of the chosen answers beside it, SFT on them alone, and SFT first.
+RECIPES = {
+    f"{name}, {rate:g}": {"learning_rate": rate, **knobs}
+    for name, knobs in (
+        ("DPO", {}),
+        ("DPO + SFT", {"sft_weight": 1.0}),
+        ("SFT", {"loss_type": "sft"}),
+        ("SFT, then DPO", {"start_from": "SFT"}),
+    )
+    for rate in RATES
 }
+BEFORE = {"learning_rate": 1.5e-4, "loss_type": "sft"}  # the SFT of "SFT, then DPO"
+WHOLE = {"compare_prompts": 1000, "max_new_tokens": 256, "instructions": 126}  # every prompt, and a limit that cuts few
 
 
 # --- measurements, each in a process of its own ---------------------------------------------------------------------
@@ -34,8 +37,8 @@ SWEEP = {
 def train(task: dict, folder: Path) -> dict:
     """A training of the `cpu` profile, judged on `split`.
 
-    The task's `knobs` differ from the profile's; `swapped` exchanges chosen and rejected of the training pairs;
-    `untrained` judges the base; `answers` generates too.
+    The task's `knobs` differ from the profile's; with `start_from` an SFT of `BEFORE` comes first. `swapped` exchanges
+    chosen and rejected of the training pairs; `untrained` judges the base; `answers` generates too.
     """
     import trainings
 
@@ -46,104 +49,108 @@ def train(task: dict, folder: Path) -> dict:
     from dpo_tutorial.pairs import prepare
     from dpo_tutorial.training import scoring
 
-    cfg = config.resolve(profile=task.get("profile", "cpu"), **task["knobs"])
-    hardware.seed_everything(cfg.seed)
+    def trained(**knobs):
+        cfg = config.resolve(profile=task.get("profile", "cpu"), **knobs)
+        hardware.seed_everything(cfg.seed)
+        trainer = trainings.our_trainer(cfg, models.load_base(cfg), tokenizer, pairs, None, folder)
+        if not task.get("untrained"):
+            hardware.seed_everything(cfg.seed)
+            trainer.train()
+        return cfg, trainer.model
+
+    cfg = config.resolve(profile=task.get("profile", "cpu"), **task["knobs"] | {"start_from": ""})
     tokenizer = models.load_tokenizer(cfg)
     splits = prepare.prepare(cfg, tokenizer).splits
     pairs, judged = splits["train"], splits[task["split"]]
     if task.get("swapped"):
         sides = {"chosen": "rejected", "rejected": "chosen"}
         pairs = pairs.rename_columns(sides | {f"{a}_tokens": f"{b}_tokens" for a, b in sides.items()})
-    trainer = trainings.our_trainer(cfg, models.load_base(cfg), tokenizer, pairs, None, folder)
-    if not task.get("untrained"):
-        hardware.seed_everything(cfg.seed)
-        trainer.train()
-    found = stats.summarise(scoring.score_pairs(cfg, trainer.model, tokenizer, judged))
-    return found | (answers(cfg, trainer.model, tokenizer, judged) if task.get("answers") else {})
+    knobs = dict(task["knobs"])
+    if knobs.get("start_from"):
+        _, first = trained(**knobs | BEFORE | {"start_from": ""})
+        for found in first.peft_config.values():  # as `save.saving` names it
+            found.base_model_name_or_path, found.revision = models.source(cfg).name, models.source(cfg).revision
+        first.save_pretrained(folder / "sft", save_embedding_layers=False)
+        del first
+        knobs["start_from"] = str(folder / "sft")
+    cfg, model = trained(**knobs)
+    found = stats.summarise(scoring.score_pairs(cfg, model, tokenizer, judged))
+    return found | (answers(cfg, model, tokenizer, judged) if task.get("answers") else {})
 
 
 def answers(cfg, model, tokenizer, pairs) -> dict:
-    """KL, style rules and repetition of answers to the first prompts of the pairs."""
-    from dpo_tutorial.comparing import generation, stats
+    """KL, rules, repetition and instructions: what the policy writes to the first prompts of the pairs."""
+    from dpo_tutorial.comparing import generation, instructions, stats
     from dpo_tutorial.pairs import house_style
 
     prompts = pairs["prompt"][: cfg.compare_prompts]
     greedy = generation.generate(cfg, model, tokenizer, prompts)
+    requests = instructions.load()
+    asked = [[{"role": "user", "content": request["prompt"]}] for request in requests]
+    followed = instructions.followed(requests, generation.generate(cfg, model, tokenizer, asked))
+    kept = [[float(check(answer)) for check in house_style.RULES.values()] for answer in greedy]
     return {
-        "kl": generation.kl_from_reference(cfg, model, tokenizer, prompts),
-        "rules": {name: stats.rate(sum(map(check, greedy)), len(greedy)) for name, check in house_style.RULES.items()},
+        "kl": generation.kl_from_base(cfg, model, tokenizer, prompts),
+        "rules": {name: stats.share([k[i] for k in kept]) for i, name in enumerate(house_style.RULES)},
+        "kept": [sum(k) / len(k) for k in kept],
         "tokens": stats.mean([a["tokens"] for a in greedy]),
         "distinct_2": stats.mean([stats.distinct(a["text"]) for a in greedy]),
+        "followed": [int(f) for f in followed],
+        "samples": [a["text"] for a in greedy[:3]],
     }
 
 
-def score(task: dict, folder: Path) -> dict:
-    """A run's adapter on the test pairs: what the report says of them, and the account of what was dropped."""
+def judge(task: dict, folder: Path) -> dict:
+    """A run's adapter on all test pairs and requests: what `dpo-tutorial compare` reports, and what the run took."""
     from dpo_tutorial import config, run_folder
     from dpo_tutorial.adapter import lora
-    from dpo_tutorial.comparing import stats
+    from dpo_tutorial.comparing import compare
     from dpo_tutorial.loading import models
+    from dpo_tutorial.machine import hardware
     from dpo_tutorial.pairs import prepare
-    from dpo_tutorial.training import save, scoring
-
-    run = run_folder.Run(config.resolve(profile="cpu", artifacts=task["run"]))
-    trained = save.read_training_record(run.adapter)["config"]
-    cfg = config.resolve(profile="cpu", **{"dtype": trained["dtype"]} | task["knobs"])
-    tokenizer = models.load_tokenizer(cfg)
-    prepared = prepare.prepare(cfg, tokenizer)
-    policy = lora.load_policy(cfg, run.adapter)
-    records = scoring.score_pairs(cfg, policy, tokenizer, prepared.splits["test"], trained["beta"])
-    return stats.summarise(records) | {"report": prepared.report["test"], "seed": trained["seed"]}
-
-
-def read(task: dict, folder: Path) -> dict:
-    """What `make run` saved in a folder: the comparison, and what the run took."""
-    from dpo_tutorial import config, run_folder
     from dpo_tutorial.training import save
 
     run = run_folder.Run(config.resolve(profile="cpu", artifacts=task["run"]))
-    comparison, summary = run.read_json("comparison.json"), run.read_json("summary.json")
-    trained = save.read_training_record(run.adapter)
-    after = comparison["held_out"]["after"]
+    trained, summary = save.read_training_record(run.adapter)["config"], run.read_json("summary.json")
+    cfg = config.resolve(profile="cpu", **{"dtype": trained["dtype"]} | WHOLE | task.get("knobs", {}))
+    hardware.seed_everything(cfg.seed)
+    tokenizer = models.load_tokenizer(cfg)
+    splits = prepare.prepare(cfg, tokenizer).splits
+    policy = lora.load_policy(cfg, run.adapter)
+    _, found = compare.compare(cfg, policy, tokenizer, splits, trained["beta"])
+    after, checked = found["held_out"]["after"], found["instructions"]
     return {
         **{name: after[name] for name in ("accuracy", "reward_chosen", "reward_rejected", "margin")},
-        **{name: comparison[name] for name in ("kl", "rules", "form")},
-        "outside": comparison["outside"]["kept"],
-        **{name: summary[name] for name in ("minutes", "peak_memory_gib", "versions", "hardware")},
-        "settings": {name: trained["config"][name] for name in (*START, "dtype")},
+        **{name: found[name] for name in ("against", "by_kind", "kl", "rules", "form", "same_length", "same_form")},
+        "instructions": {
+            name: checked[name]
+            for name in ("before", "after", "gained", "lost", "p", "smallest", "against_style", "within_style")
+        },
+        **{name: summary[name] for name in ("minutes", "peak_memory_gib")},
+        "seed": trained["seed"],
+        "samples": found["answers"][:3],
     }
 
 
 # --- stages ---------------------------------------------------------------------------------------------------------
 
 
-def sweep(record: Record, options) -> None:
-    """Every setting in a process of its own, two at a time on one core each; the untrained base beside them."""
+def recipes(record: Record, options) -> None:
+    """Every recipe in a process of its own, two at a time on one core each; the untrained base beside them."""
+    settings = {"compare_prompts": 48, "max_new_tokens": 128}
 
     def one(name: str) -> None:
-        task = {"kind": "train", "knobs": START | SWEEP.get(name, {}), "split": "val", "answers": True}
-        found = child(__file__, task | {"untrained": name == "base"}, {"OMP_NUM_THREADS": "1"})
-        record.write("sweep", name, **found)
+        task = {"kind": "train", "knobs": RECIPES.get(name, {}) | settings, "split": "val", "answers": True}
+        record.write("recipes", name, **child(__file__, task | {"untrained": name == "base"}, {"OMP_NUM_THREADS": "1"}))
 
-    longest_first = sorted(("base", *SWEEP), key=lambda name: -SWEEP.get(name, {}).get("epochs", 1))
     with ThreadPoolExecutor(2) as pool:
-        list(pool.map(one, longest_first))
+        list(pool.map(one, options.only or sorted(("base", *RECIPES), key=lambda name: "then" not in name)))
 
 
 def seeds(record: Record, options) -> None:
-    """What `make run` saved in each folder, and its adapter on the same pairs in float32."""
     for run in given(options.runs, "--runs"):
-        exact = child(__file__, {"kind": "score", "run": run, "knobs": {"dtype": "fp32"}})
-        found = child(__file__, {"kind": "read", "run": run})
-        record.write("seeds", f"seed {exact.pop('seed')}", float32=exact, **found)
-
-
-def ultrafeedback(record: Record, options) -> None:
-    """Adapters of the embedded set on test pairs of UltraFeedback up to 1,024 tokens."""
-    for run in given(options.runs, "--runs"):
-        knobs = {"data": given(options.rows, "--rows"), "max_tokens": 1024, "max_test": 1000}
-        found = child(__file__, {"kind": "score", "run": run, "knobs": knobs})
-        record.write("ultrafeedback", f"seed {found.pop('seed')}", **found)
+        found = child(__file__, {"kind": "judge", "run": run})
+        record.write("seeds", f"seed {found.pop('seed')}", **found)
 
 
 def swapped(record: Record, options) -> None:
@@ -155,33 +162,33 @@ def swapped(record: Record, options) -> None:
 
 
 def choose(results: dict) -> str | None:
-    """The rule of choice, written before any figure of a trained setting was seen. Validation pairs only.
+    """The rule of choice, written before any figure of a trained recipe was seen. Validation pairs only.
 
-    Sound is a setting whose accuracy is not below the interval of the best, whose chosen reward has not fallen, and
-    whose answers repeat themselves no more than the base's do. Of the sound ones, those whose answers keep as many
-    rules of the style as the best of them, within its standard error, count as equal; of these the smallest KL wins.
+    Sound is a recipe whose answers repeat themselves no more than the base's do (mean distinct-2), and that loses no
+    more instructions than chance (McNemar, p < 0.05). Of the sound ones, those whose answers keep as many rules of the
+    style as the best of them, within 1.96 standard errors paired by prompt, count as equal; of these the smallest KL
+    per token wins. Accuracy is not asked.
     """
+    from dpo_tutorial.comparing import stats
+
     base, tried = results["base"], {name: r for name, r in results.items() if name != "base"}
-    floor = max((r["accuracy"] for r in tried.values()), key=lambda a: a["rate"])["low"]
+
+    def loses(result: dict) -> bool:
+        fewer = sum(result["followed"]) < sum(base["followed"])
+        return fewer and stats.sign_test(base["followed"], result["followed"]) < 0.05
+
     sound = {
-        name: r
-        for name, r in tried.items()
-        if r["accuracy"]["rate"] >= floor
-        and r["reward_chosen"]["mean"] > 0
-        and r["distinct_2"]["mean"] >= base["distinct_2"]["mean"]
+        name: r for name, r in tried.items() if r["distinct_2"]["mean"] >= base["distinct_2"]["mean"] and not loses(r)
     }
     if not sound:
         return None
-    best = max((rules_kept(r) for r in sound.values()), key=lambda kept: kept["mean"])
-    equal = [n for n, r in sound.items() if rules_kept(r)["mean"] >= best["mean"] - best["standard_error"]]
-    return min(equal, key=lambda name: sound[name]["kl"]["per_answer"]["mean"])
+    best = max(sound.values(), key=lambda r: sum(r["kept"]))
 
+    def equal(result: dict) -> bool:
+        gap = stats.mean([b - r for b, r in zip(best["kept"], result["kept"], strict=True)])
+        return result is best or gap["mean"] <= 1.96 * gap["standard_error"]
 
-def rules_kept(result: dict) -> dict:
-    """Mean share of rules kept; its standard error takes the rules as independent."""
-    rates, n = [rule["rate"] for rule in result["rules"].values()], next(iter(result["rules"].values()))["n"]
-    error = math.sqrt(sum(rate * (1 - rate) / n for rate in rates)) / len(rates)
-    return {"mean": sum(rates) / len(rates), "standard_error": error, "n": n}
+    return min((n for n in sound if equal(sound[n])), key=lambda name: sound[name]["kl"]["per_token"]["mean"])
 
 
 # --- tables ---------------------------------------------------------------------------------------------------------
@@ -201,60 +208,111 @@ REWARDS = {
     "chosen reward": lambda r: plus_minus(r["reward_chosen"]),
     "rejected reward": lambda r: plus_minus(r["reward_rejected"]),
 }
-OF_SETTINGS = REWARDS | {
-    "KL per answer": lambda r: plus_minus(r["kl"]["per_answer"], 1),
-    "rules kept": lambda r: plus_minus(rules_kept(r)),
+OF_RECIPES = REWARDS | {
+    "KL per token": lambda r: plus_minus(r["kl"]["per_token"]),
+    "rules kept": lambda r: f"{sum(r['kept']) / len(r['kept']):.3f}",
     "ends complete": lambda r: f"{r['rules']['ends complete']['rate']:.0%}",
     "tokens": lambda r: plus_minus(r["tokens"], 0),
     "distinct-2": lambda r: plus_minus(r["distinct_2"]),
+    "instructions": lambda r: f"{sum(r['followed'])} of {len(r['followed'])}",
 }
 OF_SEEDS = REWARDS | {
     "KL per answer": lambda r: plus_minus(r["kl"]["inside"]["per_answer"], 1),
     "KL per token": lambda r: plus_minus(r["kl"]["inside"]["per_token"]),
-    "outside the style": lambda r: plus_minus(r["kl"]["outside"]["per_token"]),
-    "requests kept outside": lambda r: f"{sum(r['outside']['before'])} → {sum(r['outside']['after'])} of 10",
+    "tokens": lambda r: f"{r['form']['before']['tokens']['mean']:.0f} → {r['form']['after']['tokens']['mean']:.0f}",
     "minutes": lambda r: f"{sum(r['minutes'].values()):.1f}",
     "peak GiB": lambda r: f"{r['peak_memory_gib']:.1f}",
 }
-OF_OTHERS = REWARDS | {
-    "pick the longer": lambda r: interval(r["pick_the_longer"]),
-    "pick the shorter": lambda r: interval(r["pick_the_shorter"]),
-    "pairs, of rows": lambda r: f"{r['accuracy']['n']} of {r['report']['rows']}",
-    "dropped": lambda r: ", ".join(f"{n} {why}" for why, n in r["report"]["dropped"].items()),
-}
+
+
+def moved(change: dict) -> str:
+    return " **moved**" if change["corrected"] < 0.05 else ""
 
 
 def rules_table(runs: dict[str, dict]) -> str:
-    rates = [(run["rules"]["before"], run["rules"]["after"]) for run in runs.values()]
-    rows = [[rule, *(f"{b[rule]['rate']:.0%} → {a[rule]['rate']:.0%}" for b, a in rates)] for rule in rates[0][0]]
-    return table(["", *runs], rows)
+    first = next(iter(runs.values()))["rules"]
+    rows = []
+    for rule, target in first["target"].items():
+        cells = [
+            f"{r['rules']['before'][rule]['rate']:.0%} → {r['rules']['after'][rule]['rate']:.0%}"
+            f" ({r['rules']['change'][rule]['corrected']:.2g}){moved(r['rules']['change'][rule])}"
+            for r in runs.values()
+        ]
+        rows.append([rule, *cells, f"{target['rate']:.0%}"])
+    return table(["", *runs, "chosen answers"], rows)
+
+
+def signed(change: dict) -> str:
+    return f"{change['difference']:+.2f} ({change['low']:+.2f} to {change['high']:+.2f})"
+
+
+def against_table(runs: dict[str, dict]) -> str:
+    """Each judge's accuracy, and the policy's above it on each seed."""
+    names = list(dict.fromkeys(name for r in runs.values() for name in r["against"]))
+    rows = []
+    for name in names:
+        found = [r["against"].get(name) for r in runs.values()]
+        cells = [signed(f["difference"]) if f else "" for f in found]
+        rows.append([name, interval(next(f for f in found if f)["share"]), *cells])
+    return table(["judge", "accuracy", *(f"policy, {seed}" for seed in runs)], rows)
+
+
+def kinds_table(runs: dict[str, dict]) -> str:
+    first = next(iter(runs.values()))["by_kind"]
+
+    def policy(run: dict, kind: str) -> str:
+        return f"{run['by_kind'][kind]['policy']['rate']:.2f}"
+
+    rows = [
+        [kind, row["n"], f"{row['word counts']['rate']:.2f}", *(policy(r, kind) for r in runs.values())]
+        for kind, row in first.items()
+    ]
+    return table(["rejected answer", "pairs", "word counts", *(f"policy, {seed}" for seed in runs)], rows)
+
+
+def instructions_table(runs: dict[str, dict]) -> str:
+    rows = []
+    for seed, r in runs.items():
+        for part in ("all", "within_style", "against_style"):
+            found = r["instructions"] if part == "all" else r["instructions"][part]
+            seen = found["smallest"]["power_80"]
+            rows.append([
+                seed, part.replace("_", " "), found["before"]["n"], interval(found["before"]), interval(found["after"]),
+                found["gained"], found["lost"], f"{found['p']:.2g}", "" if seen is None else f"{seen:.2f}",
+            ])  # fmt: skip
+    head = ["", "requests", "n", "base", "policy", "gained", "lost", "p", "would find, 4 times in 5"]
+    return table(head, rows)
 
 
 def of_stage(lines: list[dict], stage: str) -> tuple[dict[str, dict], str]:
-    """The results by name, and the machine in words."""
+    """The results by name, and the machine in words; nothing of a stage that never ran."""
+    if not any(line["stage"] == stage and line["name"] != "machine" for line in lines):
+        return {}, ""
     about, found = latest(lines, stage)
-    said = machine(about).removesuffix(".") + (f"; {about['step']}." if "step" in about else ".")
-    return {name: runs[-1] for name, runs in found.items()}, said
+    return {name: runs[-1] for name, runs in found.items()}, machine(about)
 
 
 def tables(lines: list[dict]) -> dict[str, str]:
-    tried, tried_on = of_stage(lines, "sweep")
-    tried = {name: tried[name] for name in ("base", *SWEEP) if name in tried}
+    tried, tried_on = of_stage(lines, "recipes")
     runs, ran_on = of_stage(lines, "seeds")
-    others, others_on = of_stage(lines, "ultrafeedback")
     opposite, opposite_on = of_stage(lines, "swapped")
-    exact = {name: run["float32"] for name, run in runs.items()}
-    return {
-        "sweep": columns(tried, OF_SETTINGS), "sweep on": tried_on,
-        "seeds": columns(runs, OF_SEEDS), "rules": rules_table(runs), "float32": columns(exact, REWARDS),
-        "seeds on": ran_on, "ultrafeedback": columns(others, OF_OTHERS), "ultrafeedback on": others_on,
-        "swapped": columns(opposite, REWARDS), "swapped on": opposite_on,
-    }  # fmt: skip
+    made = {}
+    if tried:
+        tried = {name: tried[name] for name in ("base", *RECIPES) if name in tried}
+        made |= {"recipes": columns(tried, OF_RECIPES), "recipes on": tried_on}
+    if runs:
+        made |= {
+            "seeds": columns(runs, OF_SEEDS), "against": against_table(runs), "kinds": kinds_table(runs),
+            "rules": rules_table(runs), "instructions": instructions_table(runs), "seeds on": ran_on,
+        }  # fmt: skip
+    if opposite:
+        made |= {"swapped": columns(opposite, REWARDS), "swapped on": opposite_on}
+    return made
 
 
 def options(parser) -> None:
     parser.add_argument("--runs", nargs="*", default=[], help="folders that `make run ARTIFACTS=…` wrote")
-    parser.add_argument("--rows", help="folder of UltraFeedback-binarized rows")
+    parser.add_argument("--only", nargs="*", default=[], help="recipes by name, or base")
 
 
 def given(value, name: str):
@@ -263,7 +321,7 @@ def given(value, name: str):
     return value
 
 
-STAGES = {"sweep": sweep, "seeds": seeds, "ultrafeedback": ultrafeedback, "swapped": swapped}
+STAGES = {"recipes": recipes, "seeds": seeds, "swapped": swapped}
 
 if __name__ == "__main__":
-    main(__file__, STAGES, tables, kinds={"train": train, "score": score, "read": read}, options=options)
+    main(__file__, STAGES, tables, kinds={"train": train, "judge": judge}, options=options)

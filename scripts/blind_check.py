@@ -1,7 +1,7 @@
-"""Blind check of the embedded preference set: does a reader who sees only the style guide find the chosen answer?
+"""Blind check of the embedded preference set: does a reader who does not know the label find the chosen answer?
 
 python scripts/blind_check.py sheet --seed 7 > sheet.md         # 60 random pairs, answers in random order
-python scripts/blind_check.py score votes.txt --seed 7          # one A or B a line -> benchmarks/blind_check.json
+python scripts/blind_check.py score votes.txt --seed 7          # one A or B a line -> ballots, and the agreement
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from pathlib import Path
 from dpo_tutorial.comparing import stats
 from dpo_tutorial.pairs import sources
 
-ROOT = Path(__file__).parents[1]
 PAIRS = 60
 
 
@@ -39,12 +38,13 @@ def sheet(seed: int) -> str:
     parts = [
         "The style guide:\n",
         guide,
-        "Which answer of each pair follows it better? Write A or B, one line a pair.\n",
+        "Which answer is better for the person who asked? Write A or B, one line a pair.\n",
     ]
     for number, (row, chosen_first) in enumerate(drawn(seed), 1):
         sides = ("chosen", "rejected") if chosen_first else ("rejected", "chosen")
         a, b = (row[side][-1]["content"] for side in sides)
-        parts.append(f"## {number}\n\nA:\n<<<\n{a}\n>>>\n\nB:\n<<<\n{b}\n>>>\n")
+        asked = "\n".join(f"{m['role']}: {m['content']}" for m in row["chosen"][:-1])
+        parts.append(f"## {number}\n\n<<<\n{asked}\n>>>\n\nA:\n<<<\n{a}\n>>>\n\nB:\n<<<\n{b}\n>>>\n")
     return "\n".join(parts)
 
 
@@ -71,6 +71,5 @@ if __name__ == "__main__":
     if given.what == "sheet":
         print(sheet(given.seed))
     else:
-        result = score(given.seed, [line.strip() for line in Path(given.votes).read_text("utf-8").splitlines()])
-        (ROOT / "benchmarks" / "blind_check.json").write_text(json.dumps(result, indent=1) + "\n")
-        print(result["agreement"])
+        votes = [line.strip() for line in Path(given.votes).read_text("utf-8").splitlines()]
+        print(json.dumps(score(given.seed, votes), indent=1))

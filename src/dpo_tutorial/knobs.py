@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,7 +22,7 @@ QWEN_LARGE = ("Qwen/Qwen2.5-7B-Instruct", "a09a35458c702b33eeacc393d103063234e8b
 ULTRAFEEDBACK = ("HuggingFaceH4/ultrafeedback_binarized", "3949bf5f8c17c394422ccfab0c31ea9c20bdeb85")
 
 #: Shapes of the loss that LOSS_TYPE chooses among; the first is DPO (Rafailov et al. 2023).
-LOSS_TYPES = ("sigmoid", "ipo", "hinge", "robust")
+LOSS_TYPES = ("sigmoid", "sigmoid_norm", "ipo", "hinge", "robust", "apo_zero", "sft")
 
 #: Every linear layer but the LM head, whatever the architecture calls them (PEFT's word). In a Llama's block these are
 #: attention (q, k, v, o) and feed-forward (gate, up, down).
@@ -29,12 +30,21 @@ ALL_LINEAR = "all-linear"
 
 SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup")
 
+
+def _compiles(pattern: str) -> bool:
+    try:
+        return bool(re.compile(pattern))
+    except re.error:
+        return False
+
+
 _COUNT = (lambda v: v >= 1, "1 or more")
 _POSITIVE = (lambda v: 0 < v < math.inf, "a number above 0")  # also false for not-a-number
 _SHARE = (lambda v: 0 <= v < 1, "a number from 0 up to, but not including, 1")
 
 #: Knob → (is this value right?, the right ones in words).
 RANGES = {
+    "keep_16bit": (lambda v: all(map(_compiles, v)), "ends of layers' names or regular expressions, or none"),
     "dtype": (lambda v: v in hardware.DTYPES, "bf16, fp16 or fp32"),
     "lora_r": _COUNT,
     "lora_alpha": _COUNT,
@@ -43,6 +53,7 @@ RANGES = {
     "max_tokens": (lambda v: v >= 32, "32 or more"),
     "beta": _POSITIVE,
     "loss_type": (lambda v: v in LOSS_TYPES, f"one of {', '.join(LOSS_TYPES)}"),
+    "sft_weight": (lambda v: 0 <= v < math.inf, "0 or more"),
     "label_smoothing": (lambda v: 0 < v < 0.5, "a number between 0 and 0.5"),
     "ld_alpha": (lambda v: 0 <= v <= 1, "a number from 0 to 1"),
     "learning_rate": _POSITIVE,
@@ -53,7 +64,17 @@ RANGES = {
     "max_grad_norm": _POSITIVE,
     "seed": (lambda v: 0 <= v < 2**32, "a whole number from 0 to 4294967295"),
 } | dict.fromkeys(
-    ("max_train", "max_val", "max_test", "batch_size", "grad_accum", "compare_prompts", "max_new_tokens", "save_steps"),
+    (
+        "max_train",
+        "max_val",
+        "max_test",
+        "batch_size",
+        "grad_accum",
+        "compare_prompts",
+        "instructions",
+        "max_new_tokens",
+        "save_steps",
+    ),
     _COUNT,
 )
 
@@ -75,6 +96,7 @@ class Config:
     profile: str = _knob("cpu", "run", "named set of defaults")
     model: str = _knob(EMBEDDED, "model", "hub id, folder, or 'embedded'")
     model_revision: str | None = _knob(None, "model", "commit of the hub model")
+    keep_16bit: tuple[str, ...] = _knob((), "model", "linear layers in 16 bits: ends of names, patterns; none")
     dtype: str = _knob("fp32", "model", "type of the matmuls: bf16, fp16 or fp32")
     lora_r: int = _knob(16, "lora", "rank of the update BA")
     lora_alpha: int = _knob(32, "lora", "scale: the update is multiplied by alpha / r")
@@ -92,9 +114,13 @@ class Config:
     strict: bool = _knob(False, "data", "stop if any row is dropped, instead of going on without it")
 
     beta: float = _knob(0.1, "dpo", "strength of the pull towards the reference; higher stays closer")
-    loss_type: str = _knob("sigmoid", "dpo", "shape of the loss: sigmoid is DPO; or ipo, hinge, robust")
+    loss_type: str = _knob("sigmoid", "dpo", "shape of the loss: sigmoid is DPO; docs/commands.md has others")
+    sft_weight: float = _knob(
+        0.0, "dpo", "weight of the chosen answer's mean NLL per token, added to the loss; 0: none"
+    )
     label_smoothing: float = _knob(0.1, "dpo", "for loss_type robust only: share of labels taken to be flipped")
     ld_alpha: float = _knob(1.0, "dpo", "weight of the tokens that the longer answer has more (LD-DPO); 1: plain DPO")
+    start_from: str = _knob("", "dpo", "folder of an adapter to go on from, which is then the reference; empty: none")
     learning_rate: float = _knob(5e-5, "dpo", "peak learning rate of AdamW")
     lr_scheduler: str = _knob("linear", "dpo", "learning-rate schedule after the warm-up")
     warmup_ratio: float = _knob(0.1, "dpo", "share of the steps with a rising learning rate")
@@ -107,6 +133,7 @@ class Config:
     prefix_sharing: bool = _knob(True, "dpo", "compute the prompt of a pair once, not once per answer")
 
     compare_prompts: int = _knob(24, "compare", "held-out prompts answered by base and policy", "prompts")
+    instructions: int = _knob(126, "compare", "requests whose answers a program checks, before and after", "requests")
     max_new_tokens: int = _knob(96, "compare", "longest generated answer", "tokens")
     adapter: str = _knob("", "compare", "notebook 06: folder of the adapter to judge; empty: this run's")
     train_if_missing: bool = _knob(False, "compare", "notebook 06: train here and now where there is no adapter")
@@ -169,15 +196,16 @@ class Config:
 
 
 _CPU = dict(
-    max_tokens=256, max_train=400, max_val=60, max_test=120, learning_rate=1.5e-4, batch_size=4, grad_accum=2,
-    compare_prompts=24, max_new_tokens=96,
+    keep_16bit=("k_proj", "v_proj", r"model\.layers\.(0|29)\."),  # of the embedded model; benchmarks/four_bit.md
+    max_tokens=256, max_train=400, max_val=90, max_test=200, learning_rate=1.5e-4, batch_size=4, grad_accum=2,
+    compare_prompts=24, instructions=42, max_new_tokens=96,
 )  # fmt: skip
 _HUB = dict(data=ULTRAFEEDBACK[0], data_revision=ULTRAFEEDBACK[1])
 
 PROFILES: dict[str, dict] = {
     "smoke": _CPU
     | dict(
-        max_train=8, max_val=2, max_test=8, max_steps=2, batch_size=2, grad_accum=2, compare_prompts=2,
+        max_train=8, max_val=2, max_test=8, max_steps=2, batch_size=2, grad_accum=2, compare_prompts=2, instructions=2,
         max_new_tokens=12,
     ),
     "cpu": _CPU,

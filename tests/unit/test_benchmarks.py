@@ -13,6 +13,7 @@ from pathlib import Path
 import colab
 import effect
 import export
+import four_bit
 import gpu
 import growth
 import harness
@@ -26,11 +27,11 @@ from conftest import pair
 from datasets import Dataset
 
 from dpo_tutorial import config, run_folder
-from dpo_tutorial.knobs import PROFILES, Config
+from dpo_tutorial.knobs import PROFILES
 from dpo_tutorial.loading import models
 from dpo_tutorial.training import train
 
-BENCHMARKS = (colab, effect, export, gpu, growth, memory_plan, reliability, training_speed)
+BENCHMARKS = (colab, effect, export, four_bit, gpu, growth, memory_plan, reliability, training_speed)
 
 
 def lines_of(name):
@@ -110,18 +111,26 @@ def test_recorded_speed_is_two_and_a_half_times_stock_trl_in_less_memory():
         assert training_speed.apart(order, "ours", key) <= 3 * training_speed.apart(order, training_speed.PADDED, key)
 
 
-def test_the_cpu_profile_has_the_settings_that_the_validation_pairs_chose_and_three_seeds_were_run_with_them():
-    tried = {name: run for name, (run,) in harness.latest(lines_of("effect"), "sweep")[1].items()}
-    chosen = effect.START | effect.SWEEP[effect.choose(tried)]
-    assert chosen.items() <= (vars(Config()) | PROFILES["cpu"]).items()
-    _, runs = harness.latest(lines_of("effect"), "seeds")
-    assert len(runs) == 3
-    for (run,) in runs.values():
-        assert chosen.items() <= run["settings"].items()
-        assert run["accuracy"]["low"] >= 0.70 and run["reward_chosen"]["mean"] > 0 > run["reward_rejected"]["mean"]
-        assert sum(run["minutes"].values()) <= 15 and run["peak_memory_gib"] <= 6
-    (swapped,) = harness.latest(lines_of("effect"), "swapped")[1]["seed 42"]
-    assert swapped["accuracy"]["rate"] < 0.3
+def test_the_cpu_profile_keeps_the_layers_that_the_search_chose():
+    found = {name: runs[-1] for name, runs in harness.latest(lines_of("four_bit"), "search")[1].items()}
+    assert set(found) == set(four_bit.CHOICES) and len(found["all in 4 bits"]["nlls"]) == 86
+    assert PROFILES["cpu"]["keep_16bit"] == tuple(four_bit.CHOICES[four_bit.choose(found)])
+    worst, kept, best = (found[n]["nll"] for n in ("all in 4 bits", four_bit.choose(found), "all in 16 bits"))
+    assert best < kept < worst
+
+
+def test_of_choices_that_cannot_be_told_apart_the_cheapest_is_taken_and_none_above_the_limit():
+    def one(mb, nlls):
+        return {"mb": mb, "nlls": nlls, "tokens": [10] * 4, "nll": sum(nlls) / 40}
+
+    found = {
+        "all in 4 bits": one(100, [40, 41, 39, 40]),
+        "cheap": one(105, [33, 32, 34, 30]),
+        "dear": one(115, [32, 33, 31, 32]),  # lower in the mean, not in the interval
+        "too dear": one(121, [10, 10, 10, 10]),
+    }
+    assert four_bit.choose(found) == "cheap"
+    assert four_bit.choose(found | {"dear": one(115, [20, 20, 20, 20])}) == "dear"
 
 
 def test_twenty_recorded_kills_left_the_adapter_of_an_undisturbed_training():
@@ -131,20 +140,20 @@ def test_twenty_recorded_kills_left_the_adapter_of_an_undisturbed_training():
     assert found["same adapter"] and found["same history"] and found["left over"] == []
 
 
-@pytest.mark.parametrize(
-    ("path", "bad"),
-    [(("accuracy", "rate"), 0.3), (("reward_chosen", "mean"), -2.0), (("distinct_2", "mean"), 0.1)],
-    ids=["inaccurate", "both rewards fall", "repeats itself"],
-)
-def test_a_setting_that_collapses_is_not_chosen_whatever_rules_it_keeps(path, bad):
-    tried = {name: run for name, (run,) in harness.latest(lines_of("effect"), "sweep")[1].items()}
-    results = copy.deepcopy(tried)
-    first = effect.choose(results)
-    for rule in results[first]["rules"].values():
-        rule["rate"] = 1.0
-    assert effect.choose(results) == first
-    results[first][path[0]][path[1]] = bad
-    assert effect.choose(results) != first
+def recipe(kept, kl, distinct=0.8, followed=(1,) * 20):
+    return {
+        "kept": kept, "distinct_2": {"mean": distinct}, "followed": list(followed), "kl": {"per_token": {"mean": kl}},
+    }  # fmt: skip
+
+
+def test_a_recipe_is_chosen_by_what_it_writes_its_cost_and_its_distance():
+    base = recipe([0.7] * 20, 0.0)
+    best, near = recipe([1.0] * 10 + [0.9] * 10, 0.3), recipe([0.9] * 10 + [1.0] * 10, 0.1)
+    tried = {"base": base, "best": best, "near": near, "worse": recipe([0.8] * 20, 0.01)}
+    assert effect.choose(tried) == "near", "as good as the best within its error, and closer to the base"
+    assert effect.choose(tried | {"near": near | {"distinct_2": {"mean": 0.5}}}) == "best", "repeats itself"
+    assert effect.choose(tried | {"near": near | {"followed": [0] * 20}}) == "best", "no longer follows instructions"
+    assert effect.choose({"base": base, "only": recipe([1.0] * 20, 0.1, distinct=0.5)}) is None
 
 
 # --- stages, with children that answer at once ----
@@ -199,20 +208,21 @@ def test_memory_settings_are_recorded_by_name(tmp_path, monkeypatch):
     assert record.lines()[-1]["settings"]["model"] == "qwen2", "not where it lay"
 
 
-def test_stages_of_effect_record_what_the_tables_read(tmp_path, monkeypatch):
-    seeds, sweep = measured("effect", "seeds", "seed 42"), measured("effect", "sweep", "base")
-    del seeds["float32"]
-    score = measured("effect", "ultrafeedback", "seed 42") | {"seed": 7}
-    answers = {"train": sweep, "read": seeds, "score": score}
-    monkeypatch.setattr(effect, "child", lambda script, task, env=None: copy.deepcopy(answers[task["kind"]]))
-    record = begun(tmp_path, *effect.STAGES)
-    options = argparse.Namespace(runs=["some"], rows="rows")
-    for stage in effect.STAGES.values():
-        stage(record, options)
-    tables = effect.tables(record.lines())
-    assert tables["sweep"].count("\n") == 2 + len(effect.SWEEP) and "| seed 7 |" in tables["float32"]
-    with pytest.raises(SystemExit, match="--runs"):
-        effect.seeds(record, argparse.Namespace(runs=[]))
+def test_the_search_for_layers_records_what_its_tables_read(tmp_path, monkeypatch):
+    found = measured("four_bit", "search", "all in 4 bits")
+    answered = {"finished": 0.5, "distinct_2": 0.6, "samples": ["One\nanswer."]}
+    made = iter(range(100))
+
+    def child(script, task, env=None):
+        less = next(made)
+        return found | {"nlls": [n - less for n in found["nlls"]]} | (answered if task["answers"] else {})
+
+    monkeypatch.setattr(four_bit, "child", child)
+    record = begun(tmp_path, *four_bit.STAGES)
+    for stage in four_bit.STAGES.values():
+        stage(record, None)
+    tables = four_bit.tables(record.lines())
+    assert tables["search"].count("\n") == 1 + len(four_bit.CHOICES) and "| One answer. |" in tables["samples"]
 
 
 def begun(folder, *stages):
@@ -274,20 +284,37 @@ def test_a_memory_plan_is_measured(tiny_folder, tmp_path):
     assert found["predicted"] == sum(found["phases"][found["peak"]].values()) and found["measured"] > 0
 
 
-def test_an_effect_is_measured(knobs, tmp_path):
+def test_an_effect_is_measured_and_written(knobs, tmp_path):
     task = {"knobs": knobs | {"learning_rate": 1e-2}, "split": "val", "answers": True}
     trained = effect.train(task, tmp_path)
     swapped = effect.train(task | {"swapped": True, "answers": False}, tmp_path)
     base = effect.train(task | {"untrained": True}, tmp_path)
     assert trained["margin"]["mean"] > base["margin"]["mean"] == 0 > swapped["margin"]["mean"]
-    assert all(write(trained) for write in effect.OF_SETTINGS.values())
+    assert all(write(trained) for write in effect.OF_RECIPES.values())
+    record = begun(tmp_path, "recipes")
+    for name in ("base", *effect.RECIPES):
+        record.write("recipes", name, **(base if name == "base" else trained))
+    assert effect.tables(record.lines())["recipes"].count("\n") == 2 + len(effect.RECIPES)
 
 
-def test_a_saved_adapter_is_scored(knobs, cfg, tokenizer, pairs, tmp_path):
+def test_sft_comes_first_where_a_recipe_asks_for_it(knobs, tmp_path):
+    found = effect.train({"knobs": knobs | {"start_from": "SFT"}, "split": "val"}, tmp_path)
+    assert (tmp_path / "sft" / "adapter_model.safetensors").is_file() and found["margin"]["mean"] != 0
+
+
+def test_a_saved_adapter_is_judged_on_everything_and_written(knobs, cfg, tokenizer, pairs, tmp_path, monkeypatch):
     run = run_folder.Run(config.resolve(profile="cpu", artifacts=str(tmp_path)))
     train.train(cfg, run, models.load_base(cfg), tokenizer, Dataset.from_list(list(pairs)), pairs)
-    found = effect.score({"run": str(tmp_path), "knobs": knobs}, tmp_path)
-    assert found["seed"] == cfg.seed and found["accuracy"]["n"] == found["report"]["kept"]
+    run.write_json("summary.json", {"minutes": {"05": 1.0}, "peak_memory_gib": 1.0})
+    monkeypatch.setattr(effect, "WHOLE", {"compare_prompts": 4, "max_new_tokens": 8, "instructions": 6})
+    monkeypatch.setattr(effect, "child", lambda script, task, env=None: effect.judge(task, tmp_path))
+    record = begun(tmp_path, "seeds")
+    monkeypatch.setattr(effect, "WHOLE", effect.WHOLE | knobs)
+    effect.seeds(record, argparse.Namespace(runs=[str(tmp_path)]))
+    tables = effect.tables(record.lines())
+    assert {"seeds", "against", "rules", "instructions"} <= tables.keys() and f"seed {cfg.seed}" in tables["rules"]
+    with pytest.raises(SystemExit, match="--runs"):
+        effect.seeds(record, argparse.Namespace(runs=[]))
 
 
 def test_a_rehearsal_of_colab_is_recorded_as_it_goes(tmp_path):

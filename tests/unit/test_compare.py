@@ -15,9 +15,9 @@ from peft import get_peft_model
 from dpo_tutorial import run_folder
 from dpo_tutorial.adapter import lora
 from dpo_tutorial.cli import main as cli
-from dpo_tutorial.comparing import compare, generation, stats
+from dpo_tutorial.comparing import compare, generation, instructions, stats
 from dpo_tutorial.loading import models
-from dpo_tutorial.pairs import house_style, store
+from dpo_tutorial.pairs import encoding, house_style, sources, store
 from dpo_tutorial.training import scoring, train
 
 
@@ -62,29 +62,55 @@ def test_an_answer_that_hits_the_limit_is_not_finished(cfg, policy, tokenizer, p
     assert all(a["tokens"] == (0 if a["finished"] else 1) for a in answers)
 
 
-def test_the_estimate_meets_the_exact_kl_of_one_token_answers(cfg, policy, tokenizer, pairs, monkeypatch):
-    """For one token, KL = sum of p log(p/q) over the vocabulary, which two forward passes give exactly."""
+@pytest.fixture
+def sharp(policy, monkeypatch):
+    """The policy with sharp distributions, so that its KL stands out of the noise."""
     head = policy.get_output_embeddings().weight
-    monkeypatch.setattr(head, "data", head.data * 20)  # sharp distributions, so that the KL stands out of the noise
+    monkeypatch.setattr(head, "data", head.data * 20)
+    return policy
+
+
+def encoded(tokenizer, pairs):
+    return [encoding.encode(tokenizer, pair["prompt"], pair["chosen"]) for pair in pairs]
+
+
+def test_the_kl_along_an_answer_is_the_sum_over_the_vocabulary_at_each_token(cfg, sharp, tokenizer, pairs):
+    found = scoring.answer_kl(cfg, sharp, tokenizer, encoded(tokenizer, pairs))
+    for nats, (prompt, answer) in zip(found, encoded(tokenizer, pairs), strict=True):
+        ids = torch.tensor([prompt + answer])
+        with torch.no_grad():
+            p = sharp(input_ids=ids).logits[0].log_softmax(-1)
+            with sharp.disable_adapter():
+                q = sharp(input_ids=ids).logits[0].log_softmax(-1)
+        by_hand = [(p[t].exp() * (p[t] - q[t])).sum().item() for t in range(len(prompt) - 1, ids.shape[1] - 1)]
+        assert nats.tolist() == pytest.approx(by_hand, abs=1e-5) and len(nats) == len(answer)
+        assert nats.min() > 0.01
+
+
+def test_with_the_adapter_off_the_kl_is_0_at_every_token(cfg, sharp, tokenizer, pairs):
+    with sharp.disable_adapter():
+        found = scoring.answer_kl(cfg, sharp, tokenizer, encoded(tokenizer, pairs))
+    assert not torch.cat(found).any()
+
+
+def test_the_exact_kl_is_what_the_log_ratio_of_drawn_tokens_estimates(cfg, sharp, tokenizer, pairs, monkeypatch):
+    """For answers of one token it is the same in every draw, and the mean log-ratio comes near to it."""
+    drawn, draw = [], generation._answer_ids
+    monkeypatch.setattr(generation, "_answer_ids", lambda *a, **k: drawn.extend(draw(*a, **k)) or drawn)
     prompt = pairs["prompt"][0]
-    ids = tokenizer.apply_chat_template(prompt, return_tensors="pt", return_dict=False, add_generation_prompt=True)
-    with torch.no_grad():
-        p = policy(input_ids=ids).logits[0, -1].log_softmax(-1)
-        with policy.disable_adapter():
-            q = policy(input_ids=ids).logits[0, -1].log_softmax(-1)
-    exact = (p.exp() * (p - q)).sum().item()
-    found = generation.kl_from_reference(cfg, policy, tokenizer, [prompt] * 200, max_new_tokens=1)["per_answer"]
-    assert exact > 0.05 and found["n"] == 200
-    assert abs(found["mean"] - exact) < 4 * found["standard_error"] < exact
+    exact = generation.kl_from_base(cfg, sharp, tokenizer, [prompt] * 200, max_new_tokens=1)["per_answer"]
+    assert exact["n"] == 200 and exact["mean"] > 0.05 and exact["standard_error"] < 1e-6
+    ids = tokenizer.apply_chat_template(prompt, tokenize=True, return_dict=False, add_generation_prompt=True)
+    ours, theirs = scoring.answer_log_probs(cfg, sharp, tokenizer, [(ids, answer) for answer in drawn])
+    ratios = stats.mean([(p - q).item() for p, q in zip(ours, theirs, strict=True)])
+    assert abs(ratios["mean"] - exact["mean"]) < 4 * ratios["standard_error"] < exact["mean"]
 
 
 def test_kl_per_answer_and_per_token_are_the_means_worked_by_hand(cfg, policy, tokenizer, pairs, monkeypatch):
     monkeypatch.setattr(generation, "_answer_ids", lambda *a, **k: [[5] * 10, [5] * 30])
-    policy_logps = [torch.full((10,), -0.8), torch.full((30,), -2 / 3)]  # sums -8 and -20
-    base_logps = [torch.full((10,), -1.0), torch.full((30,), -28 / 30)]  # sums -10 and -28
-    monkeypatch.setattr(scoring, "answer_log_probs", lambda *a: (policy_logps, base_logps))
-    kl = generation.kl_from_reference(cfg, policy, tokenizer, pairs["prompt"][:2])
-    # log-ratios 2 and 8: mean 5, standard error 3; 10 nats over 40 tokens; residuals (2 - 2.5)/20 and (8 - 7.5)/20
+    monkeypatch.setattr(scoring, "answer_kl", lambda *a: [torch.full((10,), 0.2), torch.full((30,), 8 / 30)])
+    kl = generation.kl_from_base(cfg, policy, tokenizer, pairs["prompt"][:2])
+    # sums 2 and 8: mean 5, standard error 3; 10 nats over 40 tokens; residuals (2 - 2.5)/20 and (8 - 7.5)/20
     assert (kl["per_answer"]["mean"], kl["per_answer"]["standard_error"]) == pytest.approx((5.0, 3.0), abs=1e-5)
     assert (kl["per_token"]["mean"], kl["per_token"]["standard_error"]) == pytest.approx((0.25, 0.025), abs=1e-5)
     assert kl["tokens"] == 40 and kl["per_token"]["n"] == 2
@@ -93,8 +119,8 @@ def test_kl_per_answer_and_per_token_are_the_means_worked_by_hand(cfg, policy, t
 def test_the_draw_for_the_kl_follows_the_seed_and_leaves_the_generator_alone(cfg, policy, tokenizer, pairs):
     torch.manual_seed(5)
     state = torch.get_rng_state()
-    first, second = (generation.kl_from_reference(cfg, policy, tokenizer, pairs["prompt"]) for _ in range(2))
-    other = generation.kl_from_reference(dataclasses.replace(cfg, seed=1), policy, tokenizer, pairs["prompt"])
+    first, second = (generation.kl_from_base(cfg, policy, tokenizer, pairs["prompt"]) for _ in range(2))
+    other = generation.kl_from_base(dataclasses.replace(cfg, seed=1), policy, tokenizer, pairs["prompt"])
     assert first == second != other
     assert torch.equal(state, torch.get_rng_state())
 
@@ -141,6 +167,7 @@ def test_the_tokens_of_a_heat_map_are_the_answer_and_its_rewards(cfg, policy, to
 
 
 def test_a_policy_equal_to_its_reference_has_zero_everywhere(cfg, tokenizer, pairs):
+    cfg = dataclasses.replace(cfg, data="rows.jsonl", instructions=4)
     model = get_peft_model(models.load_base(cfg), lora.lora_config(cfg))
     records, comparison = compare.compare(cfg, model, tokenizer, {"train": pairs, "test": pairs}, 0.1)
     assert comparison["held_out"]["after"]["accuracy"]["rate"] == 0.5
@@ -154,6 +181,33 @@ def test_a_policy_equal_to_its_reference_has_zero_everywhere(cfg, tokenizer, pai
     assert comparison["noise"]["spread"] == 0 and all(a["before"] == a["after"] for a in comparison["answers"])
     assert all(c["difference"] == 0 for c in comparison["rules"]["change"].values())
     assert "No effect" in comparison["verdict"][0]
+    checked = comparison["instructions"]
+    assert checked["before"] == checked["after"] and checked["before"]["n"] == len(checked["requests"]) == 4
+    assert comparison["kl"]["outside"]["per_answer"]["mean"] == 0 and comparison["by_kind"] == {}
+    assert comparison["rules"]["target"]["no opener"]["n"] == len(pairs)
+
+
+def test_few_requests_are_taken_evenly_from_all_kinds(cfg, policy, tokenizer):
+    few = generation.instruction_check(dataclasses.replace(cfg, instructions=6), policy, tokenizer)["requests"]
+    assert (
+        len({request["kind"] for request in few}) == 6
+        and few == instructions.load()[:: len(instructions.load()) // 6][:6]
+    )
+
+
+def test_chosen_answers_are_judged_as_generated_ones(tokenizer, pairs):
+    found = generation.chosen_answers(tokenizer, pairs, 2)
+    assert [a["text"] for a in found] == [TEXTS[0][1], TEXTS[1][1]] and all(a["finished"] for a in found)
+    assert [a["tokens"] for a in found] == [n - 2 for n in pairs["chosen_tokens"][:2]], "without the template's end"
+
+
+def test_kinds_are_those_noted_for_the_embedded_set_and_none_of_other_data(cfg, pairs):
+    ids = list(sources.rejected_kinds())[:3]
+    own = Dataset.from_list([{"prompt_id": name} for name in ids])
+    assert compare.kinds_of(dataclasses.replace(cfg, data="embedded"), own) == [
+        sources.rejected_kinds()[i] for i in ids
+    ]
+    assert compare.kinds_of(dataclasses.replace(cfg, data="rows.jsonl"), pairs) is None
 
 
 def test_in_fp32_padding_moves_a_margin_by_rounding_alone(cfg, policy, tokenizer, pairs):

@@ -73,6 +73,7 @@ def test_profile_and_dtype_follow_the_hardware(monkeypatch, facts, profile, dtyp
         {"lr_scheduler": "zigzag"}, {"warmup_ratio": -1}, {"save_steps": 0}, {"max_train": "inf"},
         {"lora_targets": "q_proj,"}, {"lora_targets": ()}, {"lora_targets": 5}, {"model": ["a", "b"]},
         {"data": 7}, {"artifacts": 1000.0}, {"model": True}, {"max_train": True}, {"beta": True},
+        {"sft_weight": -0.1}, {"sft_weight": "inf"}, {"instructions": 0}, {"keep_16bit": 5},
     ],
 )  # fmt: skip
 def test_a_value_out_of_range_names_the_parameter_and_the_range(bad):
@@ -85,6 +86,9 @@ def test_strings_from_papermill_become_the_right_types():
     assert resolved.beta == 0.3 and resolved.max_train == 12 and resolved.gradient_checkpointing is True
     assert resolved.lora_targets == ("q_proj", "v_proj")
     assert config.resolve(lora_targets=["q_proj"]).lora_targets == ("q_proj",)
+    keep = r"model\.layers\.(0|1),down_proj"
+    assert config.resolve(keep_16bit=keep).keep_16bit == (r"model\.layers\.(0|1)", "down_proj")
+    assert config.resolve(keep_16bit=()).keep_16bit == ()
 
 
 @pytest.mark.parametrize(("given", "strict"), [(None, False), ("", False), ("true", True), (True, True), ("0", False)])

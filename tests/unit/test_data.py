@@ -719,7 +719,7 @@ def test_the_account_says_what_was_settled_in_the_template(cfg, tokenizer):
 def test_a_template_that_spoils_every_row_is_an_error_that_shows_one_decoded(cfg, tokenizer):
     other = copy.deepcopy(tokenizer)
     other.chat_template = tokenizer.chat_template.replace("<|im_end|>", "<|im_end|><|im_end|>")
-    with pytest.raises(DataError, match="98 template eos") as caught:
+    with pytest.raises(DataError, match=rf"\(test\): {len(EMBEDDED['test_prefs'])} template eos") as caught:
         prepare.prepare(dataclasses.replace(cfg, max_tokens=512), other)
     assert "<|im_end|><|im_end|>" in caught.value.cause and "EOS" in caught.value.fix
 
@@ -788,9 +788,9 @@ def test_each_dirty_row_gets_the_reason_it_was_made_for():
 #: Rows and SHA-256 of each prepared split, in order, with the tiny tokenizer. Recorded results depend on these rows: if
 #: one changes on purpose, raise `store.VERSION` and measure again.
 PREPARED = {
-    "train": (206, "1f08b391e1d17a42289d0c774f97ebc1a2b0581713b8545ce215749b082e9e82"),
-    "val": (37, "a7a95ead479ad1bd56bbbe7901d4958292ae38a35f35b3c9b4efc751c262b968"),
-    "test": (57, "9d73384b20bb08249366c46c88ffd9e48fa604899a349e3c91ddbd7c57908414"),
+    "train": (400, "e7a7588c1c07ad038665fd31ea8d66b0ed21cd956b2bb3272af4e575f803f122"),
+    "val": (60, "8ebaf810344bd1d72ea76698d620b0fbf1f5fbc5be7493eb3a0607ee0459d3b4"),
+    "test": (120, "d8151e9ba93b1a7839aa3ee974be7af9e09fb119e4821d2c47b0661c9d0b5d5a"),
 }
 
 
@@ -803,28 +803,26 @@ def test_the_prepared_embedded_splits_are_the_rows_that_results_were_recorded_on
     assert found == PREPARED
 
 
-def test_the_requests_outside_the_style_are_ten_and_in_no_split():
-    outside = {" ".join(re.findall(r"\w+", text.lower())) for text in house_style.OUTSIDE}
-    asked = {" ".join(re.findall(r"\w+", m["content"].lower())) for row in ALL for m in row["chosen"][:-1]}
-    assert len(outside) == 10 and not outside & asked
+def test_every_embedded_pair_has_a_kind_and_only_form_and_samples_break_the_style_on_the_surface():
+    kinds = sources.rejected_kinds()
+    assert set(kinds) == {row["prompt_id"] for row in ALL} and len(kinds) == len(ALL)
+    for row in ALL:
+        answer = {"text": row["rejected"][-1]["content"], "tokens": 1, "finished": True}
+        if kinds[row["prompt_id"]] not in ("form", "base sample"):
+            assert all(check(answer) for check in house_style.RULES.values()), answer["text"]
 
 
-@pytest.mark.parametrize(
-    ("request_", "good"),
-    zip(
-        house_style.OUTSIDE,
-        [
-            "- red\n- yellow\n- blue", "1. wash the rice\n2. boil it\n3. rest", "ROME", "Où est la gare ?",
-            "def larger(a, b):\n    return max(a, b)", '```json\n{"name": "Ana", "age": 31}\n```',
-            "the quick brown fox",
-            "43", "10, 12", "Cold.",
-        ],
-        strict=True,
-    ),
-)  # fmt: skip
-def test_a_request_outside_the_style_is_kept_by_what_it_asks_for_and_by_no_plain_sentence(request_, good):
-    assert house_style.OUTSIDE[request_](good)
-    assert not house_style.OUTSIDE[request_]("It depends on what you need, so ask somebody who knows.")
+def test_every_kind_of_the_test_split_is_taught_and_no_answer_of_it_is_nearly_one_of_the_training_split():
+    kinds = sources.rejected_kinds()
+    train, test = ({kinds[row["prompt_id"]] for row in EMBEDDED[name]} for name in ("train_prefs", "test_prefs"))
+    assert test == train == set(kinds.values())
+
+    def words(split):
+        answers = (row[side][-1]["content"] for row in EMBEDDED[split] for side in ("chosen", "rejected"))
+        return [set(re.findall(r"\w+", answer.lower())) for answer in answers]
+
+    pairs = itertools.product(words("train_prefs"), words("test_prefs"))
+    assert max(len(a & b) / len(a | b) for a, b in pairs) < 0.7
 
 
 # --- the pair that is followed ----

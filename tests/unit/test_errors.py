@@ -223,7 +223,7 @@ SEEN = [
     (lambda c: config.resolve(data=7), errors.ConfigError, "DATA=7", "quotes"),
     (lambda c: config.resolve(beta="high"), errors.ConfigError, "BETA='high'", "float"),
     (lambda c: config.resolve(beta=0), errors.ConfigError, "BETA=0.0", "BETA"),
-    (lambda c: config.resolve(loss_type="kto"), errors.ConfigError, "LOSS_TYPE='kto'", "sigmoid, ipo"),
+    (lambda c: config.resolve(loss_type="kto"), errors.ConfigError, "LOSS_TYPE='kto'", "sigmoid, sigmoid_norm, ipo"),
     (replaced_by_pip, errors.SessionError, "this session still holds 18.1.0", "Restart"),
     (lambda c: models.source(c.changed(model=str(c.tmp))), errors.ModelFetchError, "config.json", "MODEL"),
     (lambda c: models.source(c.changed(model=c.rows({}))), errors.ModelFetchError, "a file, not a folder", "MODEL"),

@@ -128,7 +128,8 @@ def test_the_recorded_predictions_are_those_of_the_formulae_and_no_measured_peak
         given = dict(found["settings"])
         answer, evaluates = given.pop("answer_tokens"), given.pop("evaluates")
         if cached and "model" not in given:
-            cfg = knobs.Config(**knobs.PROFILES["cpu"] | given)
+            all_in_4_bits = {"keep_16bit": ()}  # as they were recorded
+            cfg = knobs.Config(**knobs.PROFILES["cpu"] | all_in_4_bits | given)
             planned = memory_plan.plan(
                 cfg, answer=answer, evaluates=evaluates, process=found["phases"]["load"]["process"], device="cpu"
             )

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 
 import bitsandbytes as bnb
@@ -16,7 +17,7 @@ from dpo_tutorial import config, knobs, run_folder
 from dpo_tutorial.adapter import lora
 from dpo_tutorial.errors import ArtifactError, ConfigError, ModelCorruptError, ModelFetchError, ModelUnsuitableError
 from dpo_tutorial.loading import digests, embedded, models, sizes
-from dpo_tutorial.training import card, train
+from dpo_tutorial.training import card, footprint, train
 
 SEVEN = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 IDS = torch.arange(3, 35).reshape(2, 16)
@@ -92,6 +93,43 @@ def test_measured_bytes_match_the_arithmetic(cfg):
     parts = sizes.weight_bytes(models.load_base(cfg))
     assert parts["4-bit weights"] == inside / 2
     assert parts["other weights"] == 4 * outside
+
+
+@pytest.mark.parametrize(
+    ("keep", "kept"),
+    [
+        (("down_proj",), r"layers\.\d\.mlp\.down_proj"),
+        ((r"model\.layers\.(0|1)",), r"layers\.\d\."),
+        ((r"model\.layers\.1",), r"layers\.1\."),
+        (("k_proj", "v_proj", r"model\.layers\.(0|29)\."), r"layers\.0\.|[kv]_proj"),
+        ((r"model\.layers\.0\.mlp",), r"layers\.0\.mlp"),
+    ],
+)
+def test_the_named_layers_stay_in_16_bits_and_all_others_are_4_bit(cfg, keep, kept):
+    cfg = dataclasses.replace(cfg, dtype="bf16", keep_16bit=keep)
+    base = models.load_base(cfg)
+    linear = {name: m for name, m in base.named_modules() if isinstance(m, torch.nn.Linear) and name != "lm_head"}
+    plain = {name for name, m in linear.items() if not isinstance(m, bnb.nn.Linear4bit)}
+    assert (
+        plain
+        == {name for name in linear if re.search(kept, name)}
+        == {name for name in linear if not sizes.becomes_nf4(name, keep)}
+    )
+    assert {linear[name].weight.dtype for name in plain} == {torch.bfloat16} == {base.lm_head.weight.dtype}
+    assert not isinstance(base.lm_head, bnb.nn.Linear4bit)
+
+    measured = sizes.weight_bytes(base)
+    inside, outside = sizes.linear_weights(models.load_base(cfg, quantize=False), keep)
+    assert measured["4-bit weights"] == inside / 2 and measured["other weights"] == 2 * outside
+    assert footprint.weight_bytes(footprint.read_shape(cfg), size=2) == sum(measured.values())
+
+
+def test_an_adapter_learns_on_16_bit_layers_and_on_4_bit_ones(cfg):
+    cfg = dataclasses.replace(cfg, keep_16bit=(r"model\.layers\.0",))
+    policy = get_peft_model(models.load_base(cfg), lora.lora_config(cfg)).train()
+    policy(IDS, labels=IDS).loss.backward()
+    grads = {name: p.grad for name, p in policy.named_parameters() if "lora_B" in name}
+    assert len(grads) == 14 and all(grad.norm() > 0 for grad in grads.values())
 
 
 def test_bits_per_weight_is_the_papers_figure():

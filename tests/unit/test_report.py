@@ -11,7 +11,7 @@ import pytest
 from test_show import HOSTILE, Page
 
 from dpo_tutorial import run_folder, show
-from dpo_tutorial.comparing import compare, report, stats, vote
+from dpo_tutorial.comparing import compare, instructions, report, stats, vote
 
 RUNS = "<script>document.title='ran'</script><img src=x onerror=\"document.title='ran'\">"
 TRAP = RUNS + HOSTILE
@@ -56,15 +56,18 @@ def comparison():
     answer, prompt = {"text": TRAP, "tokens": 5, "finished": True}, [{"role": "user", "content": TRAP}]
     two = [answer, answer | {"finished": False}]
     kl = {"per_answer": stats.mean([1.0, 2.0]), "per_token": stats.mean([0.1, 0.2]), "tokens": 30}
+    request = {"prompt": TRAP, "kind": "bullets", "args": {}, "against_style": True}
     shown = {
         "prompt": prompt, "reward_chosen": 0.5, "reward_rejected": -0.5,
         "chosen": [(TRAP, 0.4), ("fine\n", 0.1)], "rejected": [(TRAP, -0.5)],
     }  # fmt: skip
     return compare.derive(
         RECORDS, [prompt] * 2, two, two, noise={"spread": 0.1, "floor": 0.2, "within": 1, "pairs": 4, "dtype": "bf16"},
-        kl=kl, words=[1.0, 0.0, 1.0, 1.0], shown=[shown],
-        outside={"prompts": [prompt], "before": [answer], "after": [answer],
-                 "kept": {"before": [True], "after": [False]}, "kl": kl},
+        kl=kl, verdicts={TRAP: [1.0, 0.0, 1.0, 1.0]}, kinds=[TRAP, TRAP, "form", "form"], shown=[shown], target=two,
+        instructions=instructions.summary([True], [False], [request]) | {
+            "requests": [request], "answers": {"before": [answer], "after": [answer]},
+            "followed": {"before": [True], "after": [False]}, "kl": kl,
+        },
     )  # fmt: skip
 
 
@@ -135,6 +138,7 @@ def test_files_and_page_hold_the_numbers_of_the_comparison_and_how_they_were_mad
     held_out = comparison["held_out"]["after"]
     for words in (
         show.share(held_out["accuracy"]), show.average(held_out["margin"]), "chosen: reward +0.50 over 2 tokens",
-        "Word counting alone finds the chosen answer in 0.75", "1 of 4 margins", *comparison["verdict"],
+        "policy minus judge", "rejected answer", "against the style", "chosen answers", "corrected p",
+        "followed: ", "not followed: ", "1 of 4 margins", *comparison["verdict"],
     ):  # fmt: skip
         assert words in text, words

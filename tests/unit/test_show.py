@@ -198,13 +198,54 @@ def test_the_change_table_writes_shares_means_and_signed_changes():
         "before": {"kept": {"rate": 0.25, "low": 0.1, "high": 0.4}, "tokens": {"mean": 80, "low": 70, "high": 90}},
         "after": {"kept": {"rate": 0.75, "low": 0.6, "high": 0.9}, "tokens": {"mean": 50, "low": 40, "high": 60}},
         "change": {
-            "kept": {"difference": 0.5, "low": 0.3, "high": 0.7},
-            "tokens": {"difference": -30, "low": -40, "high": -20},
+            "kept": {"difference": 0.5, "low": 0.3, "high": 0.7, "p": 0.002},
+            "tokens": {"difference": -30, "low": -40, "high": -20, "p": 0.041},
         },
     }  # fmt: skip
     cells = Page(show.change_table(found, "form")).cells
-    assert cells[4:8] == ["kept", "0.25 (0.10 to 0.40)", "0.75 (0.60 to 0.90)", "+0.50 (+0.30 to +0.70)"]
-    assert cells[8:] == ["tokens", "80.00 (70.00 to 90.00)", "50.00 (40.00 to 60.00)", "-30.00 (-40.00 to -20.00)"]
+    kept = ["kept", "0.25 → 0.75", "+0.50 (+0.30 to +0.70)", "0.002, moved"]
+    tokens = ["tokens", "80.00 → 50.00", "-30.00 (-40.00 to -20.00)", "0.041, moved"]
+    assert cells[4:8] == kept and cells[8:] == tokens
+    found["target"] = {"kept": {"rate": 1.0}, "tokens": {"mean": 40.0}}
+    found["change"]["kept"]["corrected"], found["change"]["tokens"]["corrected"] = 0.004, 0.082
+    cells = Page(show.change_table(found, "form")).cells
+    assert cells[:5] == ["form", "before → after", "chosen answers", "change, same prompts", "corrected p"]
+    assert cells[5:10] == [*kept[:2], "1.00", kept[2], "0.004, moved"]
+    assert cells[10:] == [*tokens[:2], "40.00", tokens[2], "0.082"]
+
+
+def test_the_judges_stand_below_the_policy_with_the_paired_difference():
+    share = {"rate": 0.75, "low": 0.6, "high": 0.9, "n": 40}
+    against = {"shorter": {"share": share | {"rate": 0.5}, "difference": {"difference": 0.25, "low": 0.1, "high": 0.4}}}
+    cells = Page(show.against_table(against, share)).cells
+    assert cells[3:6] == ["policy", "0.75 (0.60 to 0.90)", ""]
+    assert cells[6:] == ["shorter", "0.50 (0.60 to 0.90)", "+0.25 (+0.10 to +0.40)"]
+
+
+def test_a_kind_of_rejected_answer_has_a_row_and_each_judge_of_words_a_column():
+    judges = {"policy": 1.0, "word counts": 0.5, "shorter": 0.6, "likelier per token": 0.7}
+    cells = Page(show.kinds_table({"form": {"n": 9} | {name: {"rate": rate} for name, rate in judges.items()}})).cells
+    assert cells == ["rejected answer", "pairs", "policy", "word counts", "form", "9", "1.00", "0.50"]
+
+
+def test_the_table_of_instructions_leaves_out_a_part_without_requests():
+    before, after = ({"rate": r, "low": low, "high": h, "n": 8} for r, low, h in ((0.5, 0.3, 0.7), (0.25, 0.1, 0.5)))
+    part = {
+        "before": before, "after": after,
+        "gained": 0, "lost": 2, "p": 0.5, "smallest": {"power_80": None},
+    }  # fmt: skip
+    cells = Page(show.instructions_table(part | {"within_style": part, "against_style": None})).cells
+    row = ["8", "0.50 (0.30 to 0.70)", "0.25 (0.10 to 0.50)", "0, 2", "0.5", "nothing"]
+    assert cells[7:] == ["all", *row, "within the style", *row]
+
+
+def test_each_request_is_shown_with_both_answers_and_whether_they_follow():
+    text = {"text": "Yes.", "tokens": 2, "finished": True}
+    found = show.requests_table(
+        [{"prompt": "One word?"}], {"before": [text], "after": [text | {"text": "<b>"}]},
+        {"before": [True], "after": [False]},
+    )  # fmt: skip
+    assert Page(found).cells == ["request", "base", "after DPO", "One word?", "followed: Yes.", "not followed: <b>"]
 
 
 def test_source_leaves_the_docstring_out_and_the_code_whole():

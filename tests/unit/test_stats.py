@@ -1,5 +1,6 @@
 """Each statistic against a value worked by hand or given by scipy, statsmodels or scikit-learn."""
 
+import itertools
 import math
 
 import numpy as np
@@ -29,6 +30,31 @@ def test_wilson_interval_is_the_textbook_one():
     found = stats.rate(8, 10)
     assert (found["rate"], found["n"]) == (0.8, 10)
     assert found["low"] == pytest.approx(0.4902, abs=1e-3) and found["high"] == pytest.approx(0.9433, abs=1e-3)
+
+
+def test_a_share_without_halves_is_wilsons_and_one_with_halves_is_narrower():
+    assert stats.share([1, 1, 0, 1]) == stats.rate(3, 4)
+    # mean 0.6, variance (4 · 0.16 + 4 · 0.01 + 2 · 0.36) / 10 = 0.14: as many as 10 · 0.24 / 0.14 = 120/7 tosses
+    found = stats.share([1.0] * 4 + [0.5] * 4 + [0.0] * 2)
+    wilson = stats.rate(0.6 * 120 / 7, 120 / 7)
+    assert found["rate"] == pytest.approx(0.6) and found["n"] == 10
+    assert (found["low"], found["high"]) == pytest.approx((wilson["low"], wilson["high"]))
+    whole = stats.rate(6, 10)
+    assert whole["low"] < found["low"] < 0.6 < found["high"] < whole["high"]
+
+
+def test_a_share_of_nothing_but_halves_is_a_constant():
+    assert stats.share([0.5] * 6) == {"rate": 0.5, "low": 0.5, "high": 0.5, "n": 6}
+
+
+@pytest.mark.parametrize("odds", [(0.1, 0.5, 0.4), (0.2, 0.1, 0.7), (0.05, 0.9, 0.05)])
+def test_the_interval_of_a_share_is_about_as_wide_as_that_of_the_bootstrap(odds):
+    values = np.random.default_rng(1).choice([0.0, 0.5, 1.0], size=400, p=odds)
+    found = stats.share(values)
+    theirs = scipy.stats.bootstrap(
+        (values,), np.mean, vectorized=True, method="percentile", rng=np.random.default_rng(0)
+    ).confidence_interval  # fmt: skip
+    assert (found["low"], found["high"]) == pytest.approx((theirs.low, theirs.high), abs=0.005)
 
 
 def test_a_mean_has_the_standard_error_and_t_interval_of_scipy():
@@ -70,12 +96,39 @@ def test_the_sign_test_is_the_binomial_one_over_the_items_that_changed():
     assert stats.sign_test(before, after) == pytest.approx(scipy.stats.binomtest(1, 6).pvalue)
 
 
+def test_the_permutation_test_is_the_full_enumeration_of_sign_flips():
+    before, after = [1.0, 2.0, 2.0, 5.0, 3.0, 1.0, 4.0, 2.0], [2.0, 5.0, 3.0, 5.5, 2.5, 4.0, 6.0, 4.5]
+    changes = np.subtract(after, before)
+    sums = [abs(np.dot(signs, changes)) for signs in itertools.product((-1, 1), repeat=8)]
+    assert stats.permutation_test(before, after) == pytest.approx(np.mean(np.array(sums) > abs(changes.sum()) - 1e-9))
+    assert stats.permutation_test(after, before) == stats.permutation_test(before, after) < 0.05
+
+
+def test_a_permutation_test_of_nothing_that_changed_is_1_and_of_many_items_repeats():
+    assert stats.permutation_test([1.0, 2.0], [1.0, 2.0]) == 1.0
+    many = np.random.default_rng(2).normal(0.2, 1.0, size=60)
+    found = stats.permutation_test(np.zeros(60), many)
+    assert found == stats.permutation_test(np.zeros(60), many)
+    assert found == pytest.approx(scipy.stats.ttest_1samp(many, 0).pvalue, abs=0.02)
+
+
+def test_corrected_is_holms_over_all_comparisons_together():
+    one = {"before": {}, "change": {"a": {"p": 0.01}, "b": {"p": 0.04}}}
+    two = {"change": {"a": {"p": 0.03}, "c": {"p": 0.9}}}
+    first, second = stats.corrected(one, two)
+    # in order 0.01 · 4, 0.03 · 3, 0.04 · 2 (raised to the one before), 0.9 · 1
+    assert [first["change"][name]["corrected"] for name in "ab"] == pytest.approx([0.04, 0.09])
+    assert [second["change"][name]["corrected"] for name in "ac"] == pytest.approx([0.09, 0.9])
+    assert first["before"] == {} and "corrected" not in one["change"]["a"]
+
+
 @pytest.mark.parametrize(
-    ("low", "high", "p", "expected"),
-    [(0.1, 0.4, 0.01, True), (-0.4, -0.1, 0.01, True), (-0.1, 0.4, 0.01, False), (0.1, 0.4, 0.25, False)],
-)
-def test_moved_needs_an_interval_on_one_side_of_0_and_a_small_p(low, high, p, expected):
-    assert stats.moved({"low": low, "high": high, "p": p}) is expected
+    ("change", "expected"),
+    [({"p": 0.01}, True), ({"p": 0.05}, False), ({"p": 0.01, "corrected": 0.06}, False),
+     ({"p": 0.001, "corrected": 0.04}, True)],
+)  # fmt: skip
+def test_moved_goes_by_the_corrected_p_and_by_the_plain_one_where_there_is_no_other(change, expected):
+    assert stats.moved(change) is expected
 
 
 # --- held-out pairs ----
@@ -152,6 +205,41 @@ def test_bag_of_words_finds_a_surface_preference_and_nothing_where_there_is_none
     )
 
 
+JUDGED = [
+    {"margin": m, "chosen_tokens": c, "rejected_tokens": r, "reference_chosen": lc, "reference_rejected": lr}
+    for m, c, r, lc, lr in (
+        (1.0, 10, 20, -10.0, -30.0),
+        (2.0, 10, 30, -20.0, -30.0),
+        (0.0, 10, 10, -30.0, -20.0),
+        (-1.0, 20, 10, -30.0, -10.0),
+    )
+]  # fmt: skip
+
+
+def test_each_judge_is_read_in_the_direction_that_suits_it():
+    found = baselines.judges(JUDGED, [1.0, 0.0, 1.0, 0.5])
+    assert found == {
+        "word counts": [1.0, 0.0, 1.0, 0.5],
+        "shorter": [1.0, 1.0, 0.5, 0.0],
+        "likelier for the base": [1.0, 1.0, 0.0, 0.0],
+        "less likely per token": [0.0, 1.0, 1.0, 1.0],  # -1 and -1.5, -2 and -1, -3 and -2, -1.5 and -1
+    }
+
+
+def test_a_judge_beside_the_policy_has_its_share_and_the_paired_difference():
+    ((name, found),) = baselines.against(JUDGED, {"words": [1.0, 0.0, 1.0, 0.5]}).items()
+    assert name == "words" and found["share"] == stats.share([1.0, 0.0, 1.0, 0.5])
+    assert found["difference"] == stats.paired_difference([1.0, 0.0, 1.0, 0.5], [1.0, 1.0, 0.5, 0.0])
+
+
+def test_by_kind_the_largest_comes_first_and_each_pair_counts_in_its_own():
+    found = baselines.by_kind(JUDGED, {"words": [1.0, 0.0, 1.0, 0.5]}, ["b", "a", "b", "a"])
+    assert list(found) == ["a", "b"] and [row["n"] for row in found.values()] == [2, 2]
+    assert found["a"]["policy"] == stats.share([1.0, 0.0]) and found["b"]["policy"] == stats.share([1.0, 0.5])
+    assert found["a"]["words"] == stats.share([0.0, 0.5])
+    assert list(baselines.by_kind(JUDGED, {}, ["b", "a", "b", "b"])) == ["b", "a"]
+
+
 # --- answers ----
 
 
@@ -188,6 +276,9 @@ def test_form_compares_the_same_prompts_before_and_after():
     assert found["before"]["finished"] == stats.rate(1, 3) and found["after"]["finished"] == stats.rate(3, 3)
     assert found["before"]["longest repeat (words)"]["mean"] == pytest.approx(2 / 3)
     assert found["change"]["finished"]["p"] == pytest.approx(scipy.stats.binomtest(0, 2).pvalue)
+    assert found["change"]["tokens"]["p"] == stats.permutation_test([10, 20, 30], [8, 16, 30]) and "target" not in found
+    target = stats.form(before, after, [answer("a", 6), answer("b", 8)])["target"]
+    assert target["tokens"]["mean"] == 7 and target["finished"] == stats.rate(2, 2)
 
 
 def test_equal_length_cuts_both_answers_to_the_words_of_the_shorter_and_keeps_their_line_breaks():
@@ -229,40 +320,63 @@ def test_the_verdict_follows_the_numbers(hits, words):
     assert len(verdict.verdict(held_out, rules)) == 4, "nothing is said of noise that was not measured"
 
 
+HELD_OUT = {"accuracy": stats.rate(58, 60), "reward_chosen": {"mean": 1.0}, "reward_rejected": {"mean": -1.0}}
+
+
 @pytest.mark.parametrize(
-    ("low", "high", "words"),
-    [(0.1, 0.4, "does better (+0.25"), (-0.4, -0.1, "does worse (-0.25"), (-0.1, 0.2, "shows no advantage (+0.05")],
+    ("low", "words"),
+    [
+        (
+            0.05,
+            "As a judge the policy is above each of them (the smallest difference: +0.10, +0.05 to +0.20, to shorter).",
+        ),
+        (-0.05, "As a judge the policy is not shown to be above: shorter (the smallest difference: +0.10, -0.05"),
+    ],
 )
-def test_the_verdict_names_the_opponent_the_distance_and_what_is_left_at_equal_length(low, high, words):
+def test_the_verdict_names_the_judges_the_distance_and_what_is_left_at_equal_length(low, words):
     base, trained = [answer("one\n\ntwo", 80)] * 8, [answer("one", 40)] * 7 + [answer("one", 42)]
     checks = {"one paragraph": lambda a: "\n" not in a["text"], "says one": lambda a: "one" in a["text"]}
-    held_out = {
-        "accuracy": stats.rate(58, 60), "reward_chosen": {"mean": 1.0}, "reward_rejected": {"mean": -1.0},
-    }  # fmt: skip
     against = {
-        "words": stats.rate(50, 60), "difference": {"difference": (low + high) / 2, "low": low, "high": high}
-    }  # fmt: skip
+        "word counts": {"share": stats.rate(50, 60), "difference": {"difference": 0.25, "low": 0.1, "high": 0.4}},
+        "shorter": {"share": stats.rate(52, 60), "difference": {"difference": 0.1, "low": low, "high": 0.2}},
+    }
     said = verdict.verdict(
-        held_out, stats.rules(base, trained, checks), words=against,
+        HELD_OUT, stats.rules(base, trained, checks), against=against,
         kl={"per_answer": {"mean": 9.0, "low": 6.0, "high": 12.0}, "per_token": {"mean": 0.1}},
         form=stats.form(base, trained),
         same_length=stats.rules(*stats.equal_length(base, trained), checks),
     )  # fmt: skip
-    assert "Word counting scores 0.83" in said[1] and words in said[1]
+    assert said[1].startswith("Simple judges of the same pairs: word counts 0.83, shorter 0.87.") and words in said[1]
     assert "9.0 nats from the base (6.0 to 12.0), 0.10 a token" in said[3]
     assert "one paragraph 0% → 100%" in said[4] and said[5] == "Answers became shorter: 80 → 40 tokens."
     assert said[6] == "At equal length, no change is shown for: one paragraph 100% → 100%." and "says one" in said[7]
 
 
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ([1] * 12, "base follows 50%, the policy 80% (12 gained, 0 lost): a gain, p 0.00049."),
+        ([0] * 12, "base follows 80%, the policy 50% (0 gained, 12 lost): a loss, p 0.00049."),
+        ([1], "base follows 50%, the policy 52% (1 gained, 0 lost): no change is shown; too few changed to show"),
+        ([0, 1] * 6, "(6 gained, 6 lost): no change is shown; it would have found"),
+    ],
+)
+def test_the_verdict_says_what_training_cost_in_following_instructions(changed, words):
+    after = [1] * 20 + changed + [0] * (20 - len(changed))
+    before = [1] * 20 + [1 - new for new in changed] + [0] * (20 - len(changed))
+    p, smallest = stats.sign_test(before, after), stats.smallest_change(40, len(changed))
+    found = {"before": stats.share(before), "after": stats.share(after), "gained": sum(changed), "p": p}
+    found |= {"lost": len(changed) - sum(changed), "smallest": smallest}
+    said = verdict.verdict(HELD_OUT, stats.rules([answer("a")], [answer("a")], {"a": bool}), instructions=found)
+    assert said[-2].startswith("Of 40 requests that a program can check the ") and words in said[-2]
+
+
 def test_more_repetition_at_equal_length_is_said():
     base = [answer("a b c d e f g h i j")] * 8
     trained = [answer("a b c a b c a b c a")] * 7 + [answer("a b a b a b a b a b")]
-    held_out = {
-        "accuracy": stats.rate(58, 60), "reward_chosen": {"mean": 1.0}, "reward_rejected": {"mean": -1.0},
-    }  # fmt: skip
     checks = {"says a": lambda a: "a" in a["text"]}
     cut = stats.equal_length(base, trained)
-    said = verdict.verdict(held_out, stats.rules(base, trained, checks), same_form=stats.form(*cut))
+    said = verdict.verdict(HELD_OUT, stats.rules(base, trained, checks), same_form=stats.form(*cut))
     assert any(s.startswith("At equal length the policy repeats itself more: its longest repeat is +") for s in said)
-    again = verdict.verdict(held_out, stats.rules(base, base, checks), same_form=stats.form(base, base))
+    again = verdict.verdict(HELD_OUT, stats.rules(base, base, checks), same_form=stats.form(base, base))
     assert not any("repeats itself" in s for s in again)

@@ -161,7 +161,32 @@ def load_policy(config: Config, adapter: str | Path):
     check_adapter(config, adapter)
     base = models.load_base(config)
     with _adapter_errors(Path(adapter)):
-        return PeftModel.from_pretrained(base, str(adapter), torch_device=hardware.device()).eval()
+        policy = PeftModel.from_pretrained(base, str(adapter), torch_device=hardware.device())
+    attach_reference(policy, adapter)
+    return policy.eval()
+
+
+def go_on_from(config: Config, base: PreTrainedModel, adapter: str | Path) -> PeftModel:
+    """The base with a saved adapter that learns on: SFT first and DPO then, or a further round of DPO.
+
+    TRL keeps a frozen copy of it under the name `ref`, which is the reference of what follows.
+
+    Raises:
+        ArtifactError: as `check_adapter`.
+    """
+    check_adapter(config, adapter)
+    with _adapter_errors(Path(adapter)):
+        policy = PeftModel.from_pretrained(base, str(adapter), is_trainable=True, torch_device=hardware.device())
+    policy.peft_config["default"].base_model_name_or_path = base.name_or_path  # else a checkpoint asks the hub
+    return policy
+
+
+def attach_reference(policy: PeftModel, adapter: str | Path) -> None:
+    """Where the adapter in a folder went on from another, give the policy that one as its reference, `ref`."""
+    folder = Path(adapter) / "ref"
+    if (folder / "adapter_model.safetensors").is_file():
+        with _adapter_errors(folder):
+            policy.load_adapter(str(folder), "ref", torch_device=hardware.device())
 
 
 @contextmanager

@@ -7,18 +7,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from datasets import DatasetDict
+from datasets import Dataset, DatasetDict
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
-from .. import run_folder
+from .. import knobs, run_folder
 from ..adapter import lora
 from ..config import resolve
 from ..errors import DataError
 from ..knobs import Config
 from ..loading import models
 from ..machine import hardware
-from ..pairs import house_style, prepare, store
+from ..pairs import house_style, prepare, sources, store
 from ..training import save, scoring
 from . import baselines, generation, stats, verdict
 
@@ -43,38 +43,58 @@ def compare(
     prompts = test[: config.compare_prompts]["prompt"]
     records = scoring.score_pairs(config, policy, tokenizer, test, beta)
     noise = scoring.noise_floor(config, policy, tokenizer, test, records, beta)
-    kl = generation.kl_from_reference(config, policy, tokenizer, prompts)
+    kl = generation.kl_from_base(config, policy, tokenizer, prompts)
     before, after = generation.answers_of_both(config, policy, tokenizer, prompts)
-    outside = generation.outside_the_style(config, policy, tokenizer)
+    instructions = generation.instruction_check(config, policy, tokenizer)
     words = baselines.bag_of_words(splits["train"], test) if "train" in splits else None
+    verdicts = baselines.judges(records, words)
+    kinds = kinds_of(config, test)
     shown = [scoring.token_rewards(tokenizer, pair, record) for pair, record in zip(test, records[:3], strict=False)]
     return records, derive(
-        records, prompts, before, after, noise=noise, kl=kl, outside=outside, words=words, shown=shown
+        records,
+        prompts,
+        before,
+        after,
+        noise=noise,
+        kl=kl,
+        instructions=instructions,
+        verdicts=verdicts,
+        kinds=kinds,
+        shown=shown,
+        target=generation.chosen_answers(tokenizer, test, len(prompts)),
     )
 
 
-def derive(records, prompts, before, after, *, noise, kl, outside, words, shown) -> dict:
+def kinds_of(config: Config, pairs: Dataset) -> list[str] | None:
+    """What is wrong with each pair's rejected answer, where that is noted: of the repository's own set."""
+    if config.data != knobs.EMBEDDED:
+        return None
+    kinds = sources.rejected_kinds()
+    return [kinds.get(prompt_id, "not noted") for prompt_id in pairs["prompt_id"]]
+
+
+def derive(records, prompts, before, after, *, noise, kl, instructions, verdicts, kinds, shown, target=()) -> dict:
     """The report, derived from what was measured: statistics with intervals, and the conclusion in words."""
     held_out = stats.summarise(records)
-    rules, form = stats.rules(before, after, house_style.RULES), stats.form(before, after)
+    rules, form = stats.corrected(
+        stats.rules(before, after, house_style.RULES, target), stats.form(before, after, target)
+    )
     cut = stats.equal_length(before, after)
-    same_length, same_form = stats.rules(*cut, house_style.OF_TEXT), stats.form(*cut)
-    against_words = words and {
-        "words": stats.rate(sum(words), len(words)),
-        "difference": stats.paired_difference(words, stats.right([r["margin"] for r in records])),
-    }
+    same_length, same_form = stats.corrected(stats.rules(*cut, house_style.OF_TEXT), stats.form(*cut))
+    against = baselines.against(records, verdicts)
     return {
         "held_out": {"before": stats.summarise(stats.untrained(records)), "after": held_out},
         "noise": noise,
-        "against_words": against_words,
+        "against": against,
+        "by_kind": baselines.by_kind(records, verdicts, kinds) if kinds else {},
         "by_position": stats.reward_by_position(records),
-        "kl": {"inside": kl, "outside": outside["kl"]},
+        "kl": {"inside": kl, "outside": instructions["kl"]},
         "rules": rules,
         "form": form,
         "same_length": same_length,
         "same_form": same_form,
-        "outside": outside,
-        "verdict": verdict.verdict(held_out, rules, noise, against_words, kl, form, same_length, same_form),
+        "instructions": instructions,
+        "verdict": verdict.verdict(held_out, rules, noise, against, kl, form, same_length, same_form, instructions),
         "token_rewards": shown,
         "answers": [{"prompt": p, "before": b, "after": a} for p, b, a in zip(prompts, before, after, strict=True)],
     }

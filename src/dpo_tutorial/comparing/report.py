@@ -45,15 +45,17 @@ def page(records: Sequence[dict], comparison: dict) -> str:
     inside, outside = c["kl"]["inside"], c["kl"]["outside"]
     asked = [row["prompt"] for row in c["answers"]]
     before, after = ([row[when] for row in c["answers"]] for when in ("before", "after"))
-    kept = {when: sum(c["outside"]["kept"][when]) for when in ("before", "after")}
+    checked = c["instructions"]
     sections = {
         "In words": _list(c["verdict"]),
         "Held-out pairs": show.held_out_table(held_out["before"], held_out["after"]).data
         + _text(
-            f"{_against_words(c['against_words'])} Scoring the same pairs with other padding moves a margin "
-            f"by {noise['spread']:.2g} (root mean square, {noise['dtype']}); {noise['within']} of {len(records)} "
-            f"margins are below the noise floor of {noise['floor']:.2g}."
+            f"Scoring the same pairs with other padding moves a margin by {noise['spread']:.2g} (root mean square, "
+            f"{noise['dtype']}); {noise['within']} of {len(records)} margins are below the noise floor of "
+            f"{noise['floor']:.2g}."
         )
+        + show.against_table(c["against"], held_out["after"]["accuracy"]).data
+        + (show.kinds_table(c["by_kind"]).data if c["by_kind"] else "")
         + _picture(show.margins(records))
         + _picture(show.by_length_gap(held_out["after"]["by_length_gap"], held_out["after"]["accuracy"]))
         + _picture(show.calibration(held_out["after"]["calibration"])),
@@ -61,17 +63,15 @@ def page(records: Sequence[dict], comparison: dict) -> str:
         + "".join(show.conversation(shown["prompt"]).data + show.heat_map(shown).data for shown in c["token_rewards"]),
         "How far it moved": _text(
             f"KL from the base on the policy's own answers: {show.average(inside['per_answer'])} nats an answer, "
-            f"{show.average(inside['per_token'])} a token; on requests outside the style "
+            f"{show.average(inside['per_token'])} a token; on the instructions below "
             f"{show.average(outside['per_token'])} a token."
         ),
         "Rules a program can check": _picture(show.rates(c["rules"]["before"], c["rules"]["after"]))
         + show.change_table(c["rules"], "share of answers that keep the rule").data,
         "Form of the answers": show.change_table(c["form"], "form of the answers").data,
         "Answers": show.answers(asked, before, after).data,
-        "Outside the style": _text(
-            f"Of {len(c['outside']['prompts'])} requests the base keeps {kept['before']}, the policy {kept['after']}."
-        )
-        + show.answers(c["outside"]["prompts"], c["outside"]["before"], c["outside"]["after"]).data,
+        "Instructions": show.instructions_table(checked).data
+        + show.requests_table(checked["requests"], checked["answers"], checked["followed"]).data,
         "How it was made": _text(f"Judged on {len(records)} pairs of {c['data']}.")
         + show.table([{"": name, "value": value} for name, value in settings.items()], "Training").data
         + show.table(

@@ -12,18 +12,20 @@ def verdict(
     held_out: dict,
     rules: dict[str, dict],
     noise: dict | None = None,
-    words: dict | None = None,
+    against: dict[str, dict] | None = None,
     kl: dict | None = None,
     form: dict[str, dict] | None = None,
     same_length: dict[str, dict] | None = None,
     same_form: dict[str, dict] | None = None,
+    instructions: dict | None = None,
 ) -> list[str]:
     """What changed and what did not, one sentence each, drawn from the numbers; nothing of what was not measured.
 
     Args:
         held_out: as `summarise`; rules: as `rules`; noise: as `scoring.noise_floor`; form: as `form`.
-        words: `words`, the bag of words' accuracy as `rate`, and `difference`, policy minus that, paired.
-        kl: as `generation.kl_from_reference`.
+        against: as `baselines.against`.
+        kl: as `generation.kl_from_base`.
+        instructions: as `instructions.summary`.
         same_length, same_form: as `rules` and `form`, of the answers that `equal_length` gives.
     """
     a, chosen, rejected = held_out["accuracy"], held_out["reward_chosen"]["mean"], held_out["reward_rejected"]["mean"]
@@ -34,12 +36,19 @@ def verdict(
         said = [f"The policy prefers the rejected answers: accuracy {span}. Look for swapped labels."]
     else:
         said = [f"No effect is shown on held-out pairs: accuracy {span} includes 0.50."]
-    if words:
-        gap = words["difference"]
-        judged = "does better" if gap["low"] > 0 else "does worse" if gap["high"] < 0 else "shows no advantage"
+    if against:
+        scores = ", ".join(f"{name} {found['share']['rate']:.2f}" for name, found in against.items())
+        gaps = {name: found["difference"] for name, found in against.items()}
+        beaten = [name for name, gap in gaps.items() if gap["low"] > 0]
+        name, gap = min(gaps.items(), key=lambda item: item[1]["difference"])
+        judged = (
+            "As a judge the policy is above each of them"
+            if len(beaten) == len(gaps)
+            else f"As a judge the policy is not shown to be above: {', '.join(n for n in gaps if n not in beaten)}"
+        )
         said.append(
-            f"Word counting scores {words['words']['rate']:.2f} on the same pairs: as a judge the policy {judged} "
-            f"({gap['difference']:+.2f}, {show.span(gap, '+.2f')})."
+            f"Simple judges of the same pairs: {scores}. {judged} (the smallest difference: "
+            f"{gap['difference']:+.2f}, {show.span(gap, '+.2f')}, to {name})."
         )
     if noise:
         said.append(
@@ -84,9 +93,23 @@ def verdict(
             f"At equal length the policy repeats itself {'more' if repeat['difference'] > 0 else 'less'}: its longest "
             f"repeat is {repeat['difference']:+.1f} words ({repeat['low']:+.1f} to {repeat['high']:+.1f})."
         )
+    if instructions:
+        said.append(_instructions(instructions))
     said.append(
         f"Not shown to move with {n} answers: {'; '.join(still)}."
         if still
         else "Every rule that a program can check moved."
     )
     return said
+
+
+def _instructions(found: dict) -> str:
+    n, smallest = found["before"]["n"], found["smallest"]["power_80"]
+    counts = (
+        f"Of {n} requests that a program can check the base follows {found['before']['rate']:.0%}, the policy "
+        f"{found['after']['rate']:.0%} ({found['gained']} gained, {found['lost']} lost)"
+    )
+    if found["p"] < 0.05:
+        return f"{counts}: {'a gain' if found['gained'] > found['lost'] else 'a loss'}, p {found['p']:.2g}."
+    could = "too few changed to show anything" if smallest is None else f"it would have found {smallest:.0%} of them"
+    return f"{counts}: no change is shown; {could}" + ("." if smallest is None else ", four times in five.")

@@ -172,12 +172,17 @@ def load_empty(config: Config) -> PreTrainedModel:
 
 
 def quantization_config(config: Config) -> BitsAndBytesConfig:
-    """NF4 with double quantization (Dettmers et al. 2023, QLoRA); matmuls run in `config.dtype`."""
+    """NF4 with double quantization (Dettmers et al. 2023, QLoRA); matmuls run in `config.dtype`.
+
+    The LM head stays as it is, as transformers has it by itself as long as no list is given, and so do the layers that
+    `config.keep_16bit` names: by the end of their name, or by a regular expression for its beginning.
+    """
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=hardware.torch_dtype(config.dtype),
+        llm_int8_skip_modules=[*config.keep_16bit, "lm_head"],  # its old name; it counts for 4 bits too
     )
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import bitsandbytes as bnb
 import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.quantizers_utils import should_convert_module
 
 
 def linear_layers(model: PreTrainedModel | PeftModel) -> dict[str, torch.nn.Module]:
@@ -36,9 +39,18 @@ def weight_bytes(model: PreTrainedModel | PeftModel) -> dict[str, int]:
     return measured
 
 
-def linear_weights(model: PreTrainedModel | PeftModel) -> tuple[int, int]:
-    """(weights that NF4 quantizes: linear layers but the LM head; all other weights), of a 16- or 32-bit model."""
-    inside = sum(layer.weight.numel() for layer in linear_layers(model).values())
+def becomes_nf4(name: str, keep: Sequence[str] = ()) -> bool:
+    """Whether transformers quantizes the linear layer of that name: not the LM head, nor what `keep_16bit` names."""
+    return should_convert_module(name, [*keep, "lm_head"])
+
+
+def linear_weights(model: PreTrainedModel | PeftModel, keep: Sequence[str] = ()) -> tuple[int, int]:
+    """(weights that NF4 quantizes; all other weights), of a 16- or 32-bit model.
+
+    Args:
+        keep: as `config.keep_16bit`.
+    """
+    inside = sum(m.weight.numel() for n, m in linear_layers(model).items() if becomes_nf4(n, keep))
     return inside, sum(p.numel() for p in model.parameters()) - inside
 
 

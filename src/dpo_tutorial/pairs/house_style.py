@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable
 
@@ -39,27 +38,3 @@ RULES: dict[str, Callable[[dict], bool]] = {
 
 #: The rules that judge the text alone; "ends complete" also asks whether the token limit cut it.
 OF_TEXT = {name: check for name, check in RULES.items() if name != "ends complete"}
-
-
-def _is_json(text: str) -> bool:
-    try:
-        return isinstance(json.loads(text.strip().removeprefix("```json").strip("`\n ")), dict)
-    except ValueError:
-        return False
-
-
-#: Requests outside the style's reach, most of them for a form that it forbids; each with a check of the answer's text.
-OUTSIDE: dict[str, Callable[[str], bool]] = {
-    "List the three primary colours as bullet points.": lambda text: len(_LIST.findall(text)) == 3,
-    "Turn this into a numbered list: wash the rice, boil it for 12 minutes, let it rest.": lambda text: bool(
-        re.search(r"^\s*1[.)].*^\s*3[.)]", text, re.MULTILINE | re.DOTALL)
-    ),
-    "In capital letters only: what is the capital of Italy?": lambda text: text.isupper() and "ROME" in text,
-    "Translate into French: Where is the station?": lambda text: "gare" in text.lower(),
-    "Write a Python function that returns the larger of two numbers. Code only.": lambda text: "def " in text,
-    "Give me a JSON object with the keys name and age for Ana, who is 31. Only the object.": _is_json,
-    "Repeat exactly, and nothing else: the quick brown fox": lambda text: text.strip("\"'. ") == "the quick brown fox",
-    "What is 17 + 26? Only the number.": lambda text: text.strip(" .") == "43",
-    "Continue the sequence: 2, 4, 6, 8,": lambda text: "10" in text,
-    "In one word: what is the opposite of hot?": lambda text: text.strip(" .").lower() == "cold",
-}

@@ -108,6 +108,16 @@ def fix_of(reason: str) -> str:
     return _FIXES.get(reason, "Fix the rows in the source; docs/data.md shows what a row may look like.")
 
 
+def rejected_kinds() -> dict[str, str]:
+    """prompt_id → what is wrong with the rejected answer, of the repository's own set.
+
+    "base sample" was drawn from the base; "form" was written to break the style; the others keep the form and fail in
+    substance (`resources/README.md` says how).
+    """
+    rows = map(json.loads, embedded_file("provenance").read_text(encoding="utf-8").splitlines())
+    return {row["prompt_id"]: row["rejected_kind"] for row in rows}
+
+
 def read(config: Config, judge: bool = False) -> Iterator[tuple[object, dict, str]]:
     """The rows of a source, one at a time.
 

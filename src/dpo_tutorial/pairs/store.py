@@ -69,7 +69,7 @@ def ensure_data(run: run_folder.Run, tokenizer: PreTrainedTokenizerBase) -> prep
     return prepared
 
 
-VERSION = 4  # raise it when the same source would give other rows: prepared data of another version is not reused
+VERSION = 5  # raise it when the same source would give other rows: prepared data of another version is not reused
 
 
 def source_identity(config: Config) -> dict:

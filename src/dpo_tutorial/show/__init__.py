@@ -29,6 +29,7 @@ from .result_figures import (  # noqa: F401
     training_curves,
 )
 from .tables import (  # noqa: F401
+    against_table,
     answers,
     average,
     change,
@@ -36,6 +37,9 @@ from .tables import (  # noqa: F401
     config_table,
     conversation,
     held_out_table,
+    instructions_table,
+    kinds_table,
+    requests_table,
     share,
     source,
     span,

@@ -87,18 +87,69 @@ def held_out_table(before: dict, after: dict) -> HTML:
 
 
 def change_table(found: dict[str, dict], what: str) -> HTML:
-    """`stats.rules` or `stats.form` as a table: before, after, and the paired change."""
+    """`stats.rules` or `stats.form` as a table: before, after, the chosen answers if given, and the paired change."""
 
-    def written(value):
-        return share(value) if "rate" in value else average(value)
+    def written(when: str, name: str) -> str:
+        value = found[when][name]
+        return f"{value['rate'] if 'rate' in value else value['mean']:.2f}"
+
+    rows = []
+    for name, changed in found["change"].items():
+        p = changed.get("corrected", changed["p"])
+        row = {what: name, "before → after": f"{written('before', name)} → {written('after', name)}"}
+        row |= {"chosen answers": written("target", name)} if "target" in found else {}
+        row |= {"change, same prompts": change(changed)}
+        row["corrected p" if "corrected" in changed else "p"] = f"{p:.2g}" + (", moved" if p < 0.05 else "")
+        rows.append(row)
+    return table(rows)
+
+
+def against_table(against: dict[str, dict], accuracy: dict) -> HTML:
+    """The policy's accuracy, and each simple judge's of the same pairs with the paired difference."""
+    rows = [{"judge": "policy", "accuracy": share(accuracy), "policy minus judge": ""}]
+    rows += [
+        {"judge": name, "accuracy": share(found["share"]), "policy minus judge": change(found["difference"])}
+        for name, found in against.items()
+    ]
+    return table(rows, f"{accuracy['n']} held-out pairs")
+
+
+def kinds_table(found: dict[str, dict]) -> HTML:
+    """`baselines.by_kind` as a table, without the judges that go by length or per token."""
+
+    def shown(name: str) -> bool:
+        return name not in ("n", "longer", "shorter") and "per token" not in name
 
     return table([
-        {
-            what: name, "before": written(found["before"][name]), "after": written(found["after"][name]),
-            "change, same prompts": change(found["change"][name]),
-        }
-        for name in found["before"]
+        {"rejected answer": kind, "pairs": row["n"]}
+        | {name: f"{value['rate']:.2f}" for name, value in row.items() if shown(name)}
+        for kind, row in found.items()
     ])  # fmt: skip
+
+
+def instructions_table(found: dict) -> HTML:
+    """`instructions.summary`: all requests, and those that go with and against the style."""
+    parts = {"all": found, "within the style": found["within_style"], "against the style": found["against_style"]}
+    rows = []
+    for name, part in parts.items():
+        if part is None:
+            continue
+        seen = part["smallest"]["power_80"]
+        rows.append({
+            "requests": name, "n": part["before"]["n"], "base": share(part["before"]), "policy": share(part["after"]),
+            "gained, lost": f"{part['gained']}, {part['lost']}", "p": f"{part['p']:.2g}",
+            "would find, 4 times in 5": "nothing" if seen is None else f"{seen:.2f}",
+        })  # fmt: skip
+    return table(rows)
+
+
+def requests_table(requests: Sequence[dict], answers: dict, followed: dict) -> HTML:
+    """Each request with both answers, and whether they do what it asks."""
+    rows = [{"request": request["prompt"]} for request in requests]
+    for column, when in (("base", "before"), ("after DPO", "after")):
+        for row, answer, good in zip(rows, answers[when], followed[when], strict=True):
+            row[column] = ("followed: " if good else "not followed: ") + _answer(answer)
+    return table(rows)
 
 
 def source(*functions: Callable) -> str:

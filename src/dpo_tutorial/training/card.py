@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from .. import knobs
 from ..knobs import Config
 from ..loading.embedded import GGUF_NAME, REQUIREMENT
@@ -20,6 +22,7 @@ def model_card(config: Config, record: dict) -> str:
         ("Training pairs", f"{pairs['number']}, digest {pairs['sha256'][:12]}…"),
         ("Method", f"DPO (loss {config.loss_type}, beta {config.beta:g}), LoRA r={config.lora_r}"),
         ("Base weights", base["storage"]),
+        *([("Went on from", Path(config.start_from).name)] if config.start_from else []),
         ("Steps", f"{steps} at batch {config.batch_size} x {config.grad_accum}, peak rate {config.learning_rate:g}"),
         ("Seed", config.seed),
         ("Compute type", config.dtype),

@@ -23,7 +23,7 @@ class FastDPOTrainer(timing.Timed, DPOTrainer):
 
     - The prompt of a pair goes through the model once (`prefix`), where the model is of a kind that allows it.
     - On a CPU the LM head leaves prompt and padding out (`cpu_head`).
-    - Trainable weights are float32 (`cast_trainable_to_fp32`).
+    - Trainable weights are float32 (`cast_trainable_to_fp32`), and an adapter that was given keeps its values.
     - `times` says where the seconds went (`timing.TimeSplit`).
     - It stops where the loss means nothing (`watch.LossWatch`), unless `ref_model` gives it a reference of its own.
 
@@ -35,8 +35,12 @@ class FastDPOTrainer(timing.Timed, DPOTrainer):
 
     def __init__(self, *, args: DPOConfig, share_prefixes: bool = True, **kwargs) -> None:
         self.share_prefixes = share_prefixes
+        model = kwargs["model"]
+        given = {n: p.data.clone() for n, p in model.named_parameters() if p.requires_grad and "lora_" in n}
         super().__init__(args=one_gpu(args), **kwargs)
         cast_trainable_to_fp32(self.model)
+        for name, weight in given.items():  # an adapter that goes on: the cast to bfloat16 and back has rounded it
+            self.model.get_parameter(name).data.copy_(weight)
         if kwargs.get("ref_model") is None:
             self.add_callback(watch.LossWatch)
         _ = self.shares_prefixes  # asks now: its short passes are no part of a training

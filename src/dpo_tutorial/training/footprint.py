@@ -16,7 +16,7 @@ from .. import knobs
 from ..errors import ModelUnsuitableError, first_line
 from ..knobs import Config
 from ..loading import models
-from ..loading.sizes import linear_layers
+from ..loading import sizes as sizes_of
 from ..machine import hardware
 
 FP32 = 4
@@ -27,7 +27,8 @@ TILE = {"cuda": (4096, 32768), "cpu": (512, 4096)}  # tokens x words of logits t
 class Shape:
     """What the arithmetic needs of an architecture. Sizes count elements unless they say bytes."""
 
-    linears: tuple[tuple[str, int, int], ...]  # (name, in, out) of every layer that NF4 quantizes
+    linears: tuple[tuple[str, int, int], ...]  # (name, in, out) of every linear layer of the blocks
+    nf4: tuple[bool, ...]  # of each, whether it is quantized
     others: int  # all other weights: embedding, norms, biases, head; tied ones once
     stored: int  # bytes of one weight in the checkpoint
     layers: int
@@ -54,7 +55,7 @@ def read_shape(config: Config) -> Shape:
         ModelFetchError: config.json is not at hand and cannot be fetched.
         ModelUnsuitableError: its blocks are not of Llama's kind.
     """
-    return _read_shape(config.model, config.model_revision)
+    return _read_shape(config.model, config.model_revision, config.keep_16bit)
 
 
 def _not_planned(model: str, why: str) -> ModelUnsuitableError:
@@ -65,7 +66,7 @@ def _not_planned(model: str, why: str) -> ModelUnsuitableError:
 
 
 @functools.lru_cache(maxsize=8)  # advice plans many times over
-def _read_shape(model: str, revision: str | None) -> Shape:
+def _read_shape(model: str, revision: str | None, keep: tuple[str, ...]) -> Shape:
     found = models.load_config(Config(model=model, model_revision=revision))
     if getattr(found, "num_local_experts", None) or getattr(found, "num_experts", None):
         raise _not_planned(model, "it is a mixture of experts")
@@ -78,11 +79,11 @@ def _read_shape(model: str, revision: str | None) -> Shape:
         empty = models.load_empty(Config(model=model, model_revision=revision))
     except (AttributeError, ValueError) as error:
         raise _not_planned(model, first_line(error)) from error
-    linears = tuple(
-        (name.rsplit(".", 1)[-1], m.in_features, m.out_features) for name, m in linear_layers(empty).items()
-    )
+    layers = sizes_of.linear_layers(empty)
+    linears = tuple((name.rsplit(".", 1)[-1], m.in_features, m.out_features) for name, m in layers.items())
+    nf4 = tuple(sizes_of.becomes_nf4(name, keep) for name in layers)
     others = sum(p.numel() for p in empty.parameters()) - sum(i * o for _, i, o in linears)
-    return Shape(linears, others, stored=(getattr(found, "dtype", None) or torch.bfloat16).itemsize, **sizes)
+    return Shape(linears, nf4, others, stored=(getattr(found, "dtype", None) or torch.bfloat16).itemsize, **sizes)
 
 
 def size_of(config: Config) -> int:
@@ -93,7 +94,10 @@ def size_of(config: Config) -> int:
 def weight_bytes(shape: Shape, size: int) -> int:
     """NF4 with double quantization, as `sizes.weight_bytes` measures it; all other weights in `size` bytes each."""
     total = size * shape.others
-    for _, inside, outside in shape.linears:
+    for (_, inside, outside), quantized in zip(shape.linears, shape.nf4, strict=True):
+        if not quantized:
+            total += size * inside * outside
+            continue
         blocks = math.ceil(inside * outside / 64)  # each has an 8-bit scale, and 256 of those share a float32
         code_book = 256 * FP32
         total += math.ceil(inside * outside / 2) + blocks + FP32 * math.ceil(blocks / 256) + code_book

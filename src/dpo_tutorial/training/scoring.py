@@ -10,7 +10,8 @@ from datasets import Dataset
 from peft import PeftModel
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from trl.trainer.utils import use_adapter
 
 from ..knobs import Config
 from ..machine import hardware
@@ -75,17 +76,54 @@ def answer_log_probs(
     for start in tqdm(range(0, len(order), size), desc="scoring", leave=False):
         chosen = order[start : start + size]
         batch = collate([encoded[i] for i in chosen], tokenizer.pad_token_id, model.device, padding)
-        found = _forward(config, model, batch)
-        with model.disable_adapter():
-            base = _forward(config, model, batch)
+        found = log_probs_of(logits_of(config, model, batch), batch)
+        with reference_of(model):
+            base = log_probs_of(logits_of(config, model, batch), batch)
         for i, ours, theirs in zip(chosen, found, base, strict=True):
             policy[i], reference[i] = ours, theirs
     return policy, reference
 
 
-def _forward(config: Config, model: PeftModel, batch: dict) -> list[Tensor]:
+@torch.no_grad()
+def answer_kl(config: Config, model: PeftModel, tokenizer: PreTrainedTokenizerBase, encoded) -> list[Tensor]:
+    """KL(policy ‖ base) of the next token, summed over the whole vocabulary, at each token of the answers.
+
+    Args:
+        encoded: (prompt ids, answer ids) each.
+
+    Returns:
+        `[answer length]` each, nats, in the given order; none is below 0 but for rounding.
+    """
+    model.eval()
+    order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i][0]) - len(encoded[i][1]))
+    found = [torch.empty(0)] * len(encoded)
+    size = config.batch_size  # logits of two models at once
+    for start in tqdm(range(0, len(order), size), desc="measuring KL", leave=False):
+        chosen = order[start : start + size]
+        batch = collate([encoded[i] for i in chosen], tokenizer.pad_token_id, model.device)
+        ours = logits_of(config, model, batch)
+        with model.disable_adapter():
+            theirs = logits_of(config, model, batch)
+        for i, row, other, mask in zip(chosen, ours, theirs, batch["completion_mask"], strict=True):
+            before = mask[1:].bool()  # position t predicts token t + 1
+            p, q = (logits[:-1][before].float().log_softmax(-1) for logits in (row, other))
+            found[i] = (p.exp() * (p - q)).sum(-1).double().cpu()
+    return found
+
+
+def reference_of(model: PeftModel):
+    """Inside the block `model` is the reference: its adapter off, or TRL's adapter `ref` where there is one."""
+    return use_adapter(model, "ref" if "ref" in model.peft_config else None)
+
+
+def logits_of(config: Config, model: PreTrainedModel | PeftModel, batch: dict) -> Tensor:
+    """`[n, length, vocabulary]` of a batch as `collate` makes it, in the precision of training."""
     with autocast(config):
-        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
+        return model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
+
+
+def log_probs_of(logits: Tensor, batch: dict) -> list[Tensor]:
+    """Log-probabilities of the answers' tokens, nats, `[answer length]` each."""
     rows = zip(logits, batch["input_ids"], batch["completion_mask"], strict=True)
     return [  # row by row: softmax in fp32 is large
         dpo.token_log_probs(row[None], ids[None])[0][mask[1:].bool()].double().cpu() for row, ids, mask in rows

@@ -24,7 +24,8 @@ def dpo_config(config: Config, output_dir: str | Path, **changes) -> DPOConfig:
     arguments = dict(
         output_dir=str(output_dir),
         beta=config.beta,
-        loss_type=config.loss_type,
+        loss_type=[config.loss_type, "sft"] if config.sft_weight else config.loss_type,
+        loss_weights=[1.0, config.sft_weight] if config.sft_weight else None,
         learning_rate=config.learning_rate,
         warmup_steps=config.warmup_ratio,  # transformers 5: a value below 1 is a share of all steps
         num_train_epochs=config.epochs,
@@ -76,6 +77,8 @@ def build_trainer(
 ) -> faster.FastDPOTrainer:
     """A trainer over a fresh adapter, whose reference is the same model with the adapter switched off.
 
+    With `config.start_from` it goes on with that adapter instead, and a frozen copy of it is the reference.
+
     Args:
         model: the base model, without adapter. TRL attaches the one that `peft_config` describes; a second model in
             memory (`ref_model`) is not needed.
@@ -83,14 +86,15 @@ def build_trainer(
         changes: arguments of `DPOConfig` that differ from `config`; where they do not say so, no checkpoint is saved.
     """
     lora.check_lora_targets(model, config)
+    given = lora.go_on_from(config, model, config.start_from) if config.start_from else None
     quiet = {"save_strategy": "no"} | ({} if val else {"eval_strategy": "no"})
     return faster.FastDPOTrainer(
-        model=model,
+        model=given or model,
         args=dpo_config(config, output_dir, **(quiet | changes)),
         train_dataset=train,
         eval_dataset=val,
         processing_class=tokenizer,
-        peft_config=lora.lora_config(config, model),
+        peft_config=None if given else lora.lora_config(config, model),
         share_prefixes=config.prefix_sharing,
     )
 
