@@ -426,7 +426,7 @@ class StopAfterSaving(TrainerCallback):
         raise KeyboardInterrupt
 
 
-def stopped(changed, tokenizer, pairs):
+def stopped_after_saving(changed, tokenizer, pairs):
     run = run_folder.Run(changed)
     where = checkpoints.folder(run)
     trainer = train.build_trainer(
@@ -444,7 +444,7 @@ def test_a_stopped_training_from_an_adapter_ends_as_an_undisturbed_one(cfg, toke
     runs = []
     for name in ("undisturbed", "stopped"):
         changed = onwards(cfg, sft, tmp_path / name, max_steps=4, save_steps=2)
-        run = stopped(changed, tokenizer, pairs) if name == "stopped" else run_folder.Run(changed)
+        run = stopped_after_saving(changed, tokenizer, pairs) if name == "stopped" else run_folder.Run(changed)
         train.train(changed, run, models.load_base(cfg), tokenizer, pairs, pairs)
         runs.append(run)
     assert "Resuming after step 2 of 4" in capsys.readouterr().out
