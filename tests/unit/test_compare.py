@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,34 @@ def test_answers_come_back_in_order_whatever_the_batching(cfg, policy, tokenizer
 def test_an_answer_that_hits_the_limit_is_not_finished(cfg, policy, tokenizer, pairs):
     answers = generation.generate(cfg, policy, tokenizer, pairs["prompt"], max_new_tokens=1)
     assert all(a["tokens"] == (0 if a["finished"] else 1) for a in answers)
+
+
+@pytest.mark.parametrize("on", [True, False], ids=["policy", "base"])
+@pytest.mark.parametrize("targets", [("all-linear",), ("q_proj",)], ids=["every layer", "one kind"])
+def test_the_copy_that_writes_on_a_cpu_is_the_same_model(cfg, tokenizer, pairs, targets, on):
+    model = get_peft_model(
+        base := models.load_base(cfg), lora.lora_config(dataclasses.replace(cfg, lora_targets=targets), base)
+    )
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    batch = scoring.collate(encoded(tokenizer, pairs), tokenizer.pad_token_id, model.device)
+    before = {name: value.clone() for name, value in model.state_dict().items() if isinstance(value, torch.Tensor)}
+    model.eval()
+    with torch.no_grad(), nullcontext() if on else model.disable_adapter():
+        copied = lora.written_out(model)
+        ours, theirs = (m(input_ids=batch["input_ids"]).logits for m in (model, copied))
+    assert (ours - theirs).abs().max() < 1e-4
+    assert {p.dtype for p in copied.parameters()} == {torch.float32}
+    assert {type(m) for m in copied.modules() if isinstance(m, torch.nn.Linear)} == {torch.nn.Linear}
+    assert all(torch.equal(before[n], v) for n, v in model.state_dict().items() if n in before), "a copy, not the model"
+
+
+def test_where_the_copy_does_not_fit_the_model_itself_writes(cfg, policy, tokenizer, pairs, monkeypatch):
+    roomy = generation.generate(cfg, policy, tokenizer, pairs["prompt"])
+    monkeypatch.setattr("dpo_tutorial.machine.memory.free_memory_gib", lambda: 0.0)
+    monkeypatch.setattr("dpo_tutorial.adapter.lora.written_out", lambda model: pytest.fail("there is no room"))
+    assert generation.generate(cfg, policy, tokenizer, pairs["prompt"]) == roomy
 
 
 @pytest.fixture
@@ -313,7 +342,7 @@ def test_the_command_judges_an_adapter_on_every_row_of_other_data(file, n, train
     assert code == 0 and sorted(prompts) == sorted(f"Other {i}?" for i in range(n))
     assert f"{n} rows; 0 left out," in capsys.readouterr().out
     comparison = json.loads((tmp_path / "out" / "comparison.json").read_text())
-    assert comparison["against_words"] is None and comparison["data"] == data.split("/")[-1]
+    assert "word counts" not in comparison["against"] and comparison["data"] == data.split("/")[-1]
     assert comparison["token_rewards"][0]["prompt"][0]["content"].startswith("Other")
     assert "Word counting was left out" in (tmp_path / "out" / "report.html").read_text()
 

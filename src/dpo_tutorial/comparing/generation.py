@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 from datasets import Dataset
 from peft import PeftModel
 from tqdm.auto import tqdm
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..adapter import lora
 from ..knobs import Config
+from ..machine import memory
 from ..training import scoring
 from . import instructions, stats
 
@@ -50,11 +53,12 @@ def _answer_ids(
     side, tokenizer.padding_side = tokenizer.padding_side, "left"  # every answer starts at the same column
     how = dict(do_sample=True, temperature=1.0, top_k=0, top_p=1.0) if sample else dict(do_sample=False)
     answers: list[list[int]] = [[]] * len(texts)
+    model, precision = _fast(model, config)
     try:
         for start in tqdm(range(0, len(order), 24), desc="generating", leave=False):
             chosen = order[start : start + 24]
             batch = tokenizer([texts[i] for i in chosen], return_tensors="pt", padding=True, add_special_tokens=False)
-            with scoring.autocast(config):
+            with precision:
                 out = model.generate(
                     **batch.to(model.device), **how, max_new_tokens=limit, use_cache=True,
                     repetition_penalty=1.0,  # a checkpoint may ship its own, which acts under greedy decoding too
@@ -66,6 +70,14 @@ def _answer_ids(
     finally:
         tokenizer.padding_side = side
     return answers
+
+
+def _fast(model, config: Config):
+    """The model that writes, and its precision: on a CPU with room for it a copy in float32, without 4-bit layers."""
+    fits = isinstance(model, PreTrainedModel | PeftModel) and model.device.type == "cpu"
+    if fits and model.num_parameters() * 4 / 2**30 < memory.free_memory_gib() / 2:
+        return lora.written_out(model), nullcontext()
+    return model, scoring.autocast(config)
 
 
 def _ends(model: PeftModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -18,6 +18,9 @@ padding: 0 1em;} img {max-width: 100%; height: auto;} section {overflow-x: auto;
 </style>"""
 
 
+NO_WORD_COUNTS = "Word counting was left out: it learns from a training split, and these pairs have none."
+
+
 def save(run: run_folder.Run, training: dict, records: Sequence[dict], comparison: dict) -> list[Path]:
     """Write `records.json`, `comparison.json` and `report.html` into the run's folder.
 
@@ -55,6 +58,7 @@ def page(records: Sequence[dict], comparison: dict) -> str:
             f"{noise['floor']:.2g}."
         )
         + show.against_table(c["against"], held_out["after"]["accuracy"]).data
+        + ("" if "word counts" in c["against"] else _text(NO_WORD_COUNTS))
         + (show.kinds_table(c["by_kind"]).data if c["by_kind"] else "")
         + _picture(show.margins(records))
         + _picture(show.by_length_gap(held_out["after"]["by_length_gap"], held_out["after"]["accuracy"]))
@@ -87,13 +91,6 @@ def page(records: Sequence[dict], comparison: dict) -> str:
         f"<title>Before and after DPO: {base}</title>{_STYLE}</head>"
         f"<body><h1>Before and after DPO: {base}</h1>{body}</body></html>\n"
     )
-
-
-def _against_words(found: dict | None) -> str:
-    if not found:
-        return "Word counting was left out: it learns from a training split, and these pairs have none."
-    scores = f"Word counting alone finds the chosen answer in {show.share(found['words'])}"
-    return f"{scores}; the policy's accuracy minus that: {show.change(found['difference'])}."
 
 
 def _text(words: str) -> str:
