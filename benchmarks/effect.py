@@ -1,7 +1,7 @@
 """Does DPO work on the embedded set, by which recipe, on which seeds, and against which simpler explanation?
 
     python benchmarks/effect.py recipes                   # on the validation pairs only, about two hours on two cores
-    for s in 42 1 2; do make run PROFILE=cpu SEED=$s ARTIFACTS=artifacts/seed$s; done
+    for s in 42 1 2; do dpo-tutorial train -p PROFILE cpu -p SEED $s -p ARTIFACTS artifacts/seed$s; done
     python benchmarks/effect.py seeds --runs artifacts/seed42 artifacts/seed1 artifacts/seed2      # on the test pairs
     python benchmarks/effect.py swapped                   # the same training with every label swapped: it must fail
 
@@ -101,7 +101,7 @@ def answers(cfg, model, tokenizer, pairs) -> dict:
 
 
 def judge(task: dict, folder: Path) -> dict:
-    """A run's adapter on all test pairs and requests: what `dpo-tutorial compare` reports, and what the run took."""
+    """A run's adapter on all test pairs and requests: what `dpo-tutorial compare` reports, and what training took."""
     from dpo_tutorial import config, run_folder
     from dpo_tutorial.adapter import lora
     from dpo_tutorial.comparing import compare
@@ -111,7 +111,8 @@ def judge(task: dict, folder: Path) -> dict:
     from dpo_tutorial.training import save
 
     run = run_folder.Run(config.resolve(profile="cpu", artifacts=task["run"]))
-    trained, summary = save.read_training_record(run.adapter)["config"], run.read_json("summary.json")
+    about = save.read_training_record(run.adapter)
+    trained = about["config"]
     cfg = config.resolve(profile="cpu", **{"dtype": trained["dtype"]} | WHOLE | task.get("knobs", {}))
     hardware.seed_everything(cfg.seed)
     tokenizer = models.load_tokenizer(cfg)
@@ -126,7 +127,7 @@ def judge(task: dict, folder: Path) -> dict:
             name: checked[name]
             for name in ("before", "after", "gained", "lost", "p", "smallest", "against_style", "within_style")
         },
-        **{name: summary[name] for name in ("minutes", "peak_memory_gib")},
+        **{name: about[name] for name in ("seconds", "peak_memory_gib")},
         "seed": trained["seed"],
         "samples": found["answers"][:3],
     }
@@ -220,7 +221,7 @@ OF_SEEDS = REWARDS | {
     "KL per answer": lambda r: plus_minus(r["kl"]["inside"]["per_answer"], 1),
     "KL per token": lambda r: plus_minus(r["kl"]["inside"]["per_token"]),
     "tokens": lambda r: f"{r['form']['before']['tokens']['mean']:.0f} → {r['form']['after']['tokens']['mean']:.0f}",
-    "minutes": lambda r: f"{sum(r['minutes'].values()):.1f}",
+    "minutes of training": lambda r: f"{r['seconds'] / 60:.1f}",
     "peak GiB": lambda r: f"{r['peak_memory_gib']:.1f}",
 }
 
@@ -311,7 +312,7 @@ def tables(lines: list[dict]) -> dict[str, str]:
 
 
 def options(parser) -> None:
-    parser.add_argument("--runs", nargs="*", default=[], help="folders that `make run ARTIFACTS=…` wrote")
+    parser.add_argument("--runs", nargs="*", default=[], help="folders that `dpo-tutorial train -p ARTIFACTS …` wrote")
     parser.add_argument("--only", nargs="*", default=[], help="recipes by name, or base")
 
 

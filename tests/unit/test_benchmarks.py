@@ -305,7 +305,6 @@ def test_sft_comes_first_where_a_recipe_asks_for_it(knobs, tmp_path):
 def test_a_saved_adapter_is_judged_on_everything_and_written(knobs, cfg, tokenizer, pairs, tmp_path, monkeypatch):
     run = run_folder.Run(config.resolve(profile="cpu", artifacts=str(tmp_path)))
     train.train(cfg, run, models.load_base(cfg), tokenizer, Dataset.from_list(list(pairs)), pairs)
-    run.write_json("summary.json", {"minutes": {"05": 1.0}, "peak_memory_gib": 1.0})
     monkeypatch.setattr(effect, "WHOLE", {"compare_prompts": 4, "max_new_tokens": 8, "instructions": 6})
     monkeypatch.setattr(effect, "child", lambda script, task, env=None: effect.judge(task, tmp_path))
     record = begun(tmp_path, "seeds")
