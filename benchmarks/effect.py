@@ -168,11 +168,12 @@ def choose(results: dict) -> str | None:
     Sound is a recipe whose answers repeat themselves no more than the base's do (mean distinct-2), and that loses no
     more instructions than chance (McNemar, p < 0.05). Of the sound ones, those whose answers keep as many rules of the
     style as the best of them, within 1.96 standard errors paired by prompt, count as equal; of these the smallest KL
-    per token wins. Accuracy is not asked.
+    per token wins. Accuracy is not asked. SFT alone is the control, and no candidate.
     """
     from dpo_tutorial.comparing import stats
 
-    base, tried = results["base"], {name: r for name, r in results.items() if name != "base"}
+    base = results["base"]
+    tried = {name: r for name, r in results.items() if name != "base" and not name.startswith("SFT, 0")}
 
     def loses(result: dict) -> bool:
         fewer = sum(result["followed"]) < sum(base["followed"])

@@ -84,6 +84,14 @@ def test_the_copy_that_writes_on_a_cpu_is_the_same_model(cfg, tokenizer, pairs, 
     assert all(torch.equal(before[n], v) for n, v in model.state_dict().items() if n in before), "a copy, not the model"
 
 
+def test_the_copy_of_a_model_in_a_trainer_calls_itself(cfg, tokenizer, pairs, tmp_path):
+    trainer = train.build_trainer(cfg, models.load_base(cfg), tokenizer, pairs, None, tmp_path)
+    trainer.train()
+    copied = lora.written_out(trainer.model)
+    torch.nn.init.zeros_(copied.get_output_embeddings().weight)
+    assert not copied(input_ids=torch.tensor([[5, 6]])).logits.any()
+
+
 def test_where_the_copy_does_not_fit_the_model_itself_writes(cfg, policy, tokenizer, pairs, monkeypatch):
     roomy = generation.generate(cfg, policy, tokenizer, pairs["prompt"])
     monkeypatch.setattr("dpo_tutorial.machine.memory.free_memory_gib", lambda: 0.0)
