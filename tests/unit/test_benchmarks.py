@@ -153,6 +153,7 @@ def test_a_recipe_is_chosen_by_what_it_writes_its_cost_and_its_distance():
     assert effect.choose(tried) == "near", "as good as the best within its error, and closer to the base"
     assert effect.choose(tried | {"near": near | {"distinct_2": {"mean": 0.5}}}) == "best", "repeats itself"
     assert effect.choose(tried | {"near": near | {"followed": [0] * 20}}) == "best", "no longer follows instructions"
+    assert effect.choose(tried | {"SFT, 0.00015": recipe([1.0] * 20, 0.01)}) == "near", "the control is no candidate"
     assert effect.choose({"base": base, "only": recipe([1.0] * 20, 0.1, distinct=0.5)}) is None
 
 
