@@ -4,12 +4,11 @@ import dataclasses
 import json
 import math
 import shutil
-import subprocess
-import sys
 from contextlib import nullcontext
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState, PartialState
 from conftest import TEXTS, pair
 from datasets import Dataset, concatenate_datasets
 from safetensors.torch import load_file, save_file
@@ -517,32 +516,18 @@ def test_without_our_cast_fp16_fails_on_cuda(cfg, tokenizer, pairs, tmp_path, mo
         trainer.train()
 
 
-TWO_GPUS = """
-import torch
-from transformers import AutoModelForCausalLM
-from dpo_tutorial import knobs as config
-from dpo_tutorial.loading import models
-from dpo_tutorial.training import faster, train
-
-torch.cuda.is_available, torch.cuda.device_count = (lambda: True), (lambda: 2)
-torch.cuda.set_device = lambda device: None
-
-class Loaded(Exception): pass
-def from_pretrained(*_, device_map, **__): raise Loaded(device_map)
-AutoModelForCausalLM.from_pretrained = from_pretrained
-
-made = faster.one_gpu(train.dpo_config(config.Config(dtype="fp16"), "unused"))
-print(made.n_gpu, made.device, made.parallel_mode.value)
-try: models.load_base(config.Config(model={model!r}, dtype="fp16"))
-except Loaded as loaded: print(*loaded.args)
-"""
-
-
-def test_where_two_gpus_are_in_view_as_on_kaggle_one_process_takes_the_first_alone(tiny_folder, tmp_path):
-    """In a process of its own, because accelerate keeps what it saw; in such a process torch.cuda can be faked."""
-    code = TWO_GPUS.format(model=str(tiny_folder))
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
-    assert done.stdout.splitlines() == ["1 cuda:0 not_parallel", "{'': 0}"], done.stderr[-2000:]
+def test_where_two_gpus_are_in_view_as_on_kaggle_one_process_takes_the_first_alone(cfg, tmp_path, monkeypatch):
+    for name, value in {"is_available": True, "device_count": 2, "set_device": None}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    for state in (PartialState, AcceleratorState):  # as in a new process
+        monkeypatch.setattr(state, "_shared_state", {})
+    made = faster.one_gpu(train.dpo_config(dataclasses.replace(cfg, dtype="fp16"), tmp_path))
+    assert (made.n_gpu, str(made.device), made.parallel_mode.value) == (1, "cuda:0", "not_parallel")
+    asked = []
+    monkeypatch.setattr(models.AutoModelForCausalLM, "from_pretrained", lambda *_, **how: asked.append(how) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        models.load_base(dataclasses.replace(cfg, dtype="fp16"))
+    assert asked[0]["device_map"] == {"": 0}
 
 
 def test_what_lies_in_an_input_folder_is_read_and_never_written_as_on_kaggle(tiny_folder, cfg, tokenizer, tmp_path):
