@@ -13,6 +13,7 @@ from dpo_tutorial.cli import main as cli
 from dpo_tutorial.loading import embedded
 from dpo_tutorial.pairs import prepare, sources
 
+pytestmark = pytest.mark.end_to_end  # make check asks for no sample
 ROOT = Path(__file__).parents[2]
 SAMPLE = Path(
     os.environ.get("ULTRAFEEDBACK_SAMPLE") or ROOT.parent / "shared" / "data" / "ultrafeedback_binarized_sample"
@@ -66,7 +67,6 @@ def small(tmp_path) -> Path:
     return folder
 
 
-@pytest.mark.end_to_end
 def test_all_six_notebooks_run_on_real_rows(sample, small, tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # as in this process, which compares what both have computed
     made = run_quietly({"PROFILE": "smoke", "MODEL": str(small), "DATA": str(sample), "ARTIFACTS": str(tmp_path)})

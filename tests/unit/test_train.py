@@ -161,8 +161,9 @@ def test_a_training_that_ends_above_its_beginning_says_so(cfg, tokenizer, pairs,
     assert ("worse than none: lower LEARNING_RATE (100)" in said) is warned
 
 
-@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe", "olmoe"])
-@pytest.mark.parametrize("prefix_sharing", [True, False])
+@pytest.mark.parametrize(
+    ("kind", "prefix_sharing"), [("mixtral", True), ("mixtral", False), ("qwen3_moe", True), ("olmoe", True)]
+)
 def test_a_mixture_of_experts_trains_without_its_routers_loss(kind, prefix_sharing, cfg, tokenizer, pairs, tmp_path):
     tiny(kind, tokenizer, output_router_logits=True).save_pretrained(tmp_path / kind)
     changed = dataclasses.replace(cfg, model=str(tmp_path / kind), prefix_sharing=prefix_sharing)
@@ -265,7 +266,7 @@ def test_the_adapter_is_saved_with_its_base_and_scores_the_same_after_reloading(
 
 
 def test_a_policy_taught_swapped_labels_fails_on_pairs_it_has_not_seen(cfg, tokenizer):
-    """The same with held-out pairs: one style, other words."""
+    """The evaluation can fail: taught the wrong way, a policy prefers the rejected answers; one style, other words."""
 
     def rows(start, stop):
         made = []
@@ -286,19 +287,6 @@ def test_a_policy_taught_swapped_labels_fails_on_pairs_it_has_not_seen(cfg, toke
     nothing = {when: {"rule": stats.rate(1, 2)} for when in ("before", "after")}
     said = verdict.verdict(found, nothing | {"change": {"rule": {"p": 1.0}}})
     assert "swapped labels" in said[0]
-
-
-def test_training_on_swapped_labels_turns_the_margin_round(cfg, tokenizer, pairs, tmp_path):
-    """The evaluation can fail: a policy taught the wrong way prefers the rejected answers."""
-    longer = dataclasses.replace(cfg, max_steps=20)
-    swapped = pairs.rename_columns({"chosen": "rejected", "rejected": "chosen"})
-    accuracy = {}
-    for name, rows in (("right", pairs), ("swapped", swapped)):
-        trainer = trainer_for(longer, tokenizer, rows, tmp_path)
-        trainer.train()
-        records = scoring.score_pairs(longer, trainer.model, tokenizer, pairs)
-        accuracy[name] = stats.summarise(records)["accuracy"]["rate"]
-    assert accuracy == {"right": 1.0, "swapped": 0.0}
 
 
 VARIANTS = {
