@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from peft import get_peft_model
 from dpo_tutorial import run_folder
 from dpo_tutorial.adapter import lora
 from dpo_tutorial.cli import main as cli
-from dpo_tutorial.comparing import compare, generation, instructions, stats
+from dpo_tutorial.comparing import compare, generation, instructions, report, stats
 from dpo_tutorial.loading import models
 from dpo_tutorial.pairs import encoding, house_style, sources, store
 from dpo_tutorial.training import scoring, train
@@ -288,8 +289,9 @@ def test_of_the_settings_of_the_training_what_is_given_now_and_the_environment_c
 
 
 def judged(trained, out, *options):
-    """The exit code of `compare`, and the prompts that it judged the adapter on."""
-    code = cli.main(["compare", "--adapter", str(trained.adapter), "--out", str(out), *options])
+    """The exit code of `compare`, and the prompts that it judged the adapter on; its figures are not drawn."""
+    with patch.object(report, "_picture", return_value=""):
+        code = cli.main(["compare", "--adapter", str(trained.adapter), "--out", str(out), *options])
     return code, [r["prompt_id"] for r in json.loads((out / "records.json").read_text())] if code == 0 else []
 
 
