@@ -4,8 +4,9 @@ VENV   := .venv
 PY     := $(VENV)/bin/python
 STAMP  := $(VENV)/.installed
 GUIDE  := build/guide
-# Each of two workers takes two files at the start: the longest one should get a short one beside it.
-FIRST  := tests/end_to_end/test_ultrafeedback.py tests/notebooks/test_quickstart.py tests/unit/test_report.py
+# The longest files first, so that two workers end together.
+FIRST  := tests/end_to_end/test_resume.py tests/end_to_end/test_ultrafeedback.py tests/notebooks/test_quickstart.py
+CELLS  := OMP_NUM_THREADS=1 DPO_TUTORIAL_PROFILE=smoke DPO_TUTORIAL_HEADLESS=1 $(PY) -m pytest --nbval-lax -p no:cacheprovider --durations=6
 UNIT   := tests -m 'not (end_to_end or slow or gpu or guide or colab)' -n auto --dist loadfile
 
 # A typed value as one word of the shell, whatever is in it; neither make nor the shell may read it as a command.
@@ -14,7 +15,7 @@ quoted = '$(subst ','\'',$(value $(1)))'
 # What reaches the notebooks: make run PROFILE=cpu BETA=0.3. Every variable that is typed, but make's own and never the
 # shell's; the command knows which names there are.
 TYPED := $(sort $(foreach name,$(.VARIABLES),$(if $(filter command,$(origin $(name))),$(name))))
-TYPED := $(filter-out PYTHON VENV PY STAMP GUIDE FIRST UNIT REPO SHELL MAKEFLAGS,$(TYPED))
+TYPED := $(filter-out PYTHON VENV PY STAMP GUIDE FIRST CELLS UNIT REPO SHELL MAKEFLAGS,$(TYPED))
 PARAMETERS := $(foreach name,$(TYPED),-p '$(name)' $(call quoted,$(name)))
 unexport $(TYPED) REPO
 
@@ -24,7 +25,7 @@ UNKNOWN := $(filter-out $(KNOBS),$(TYPED))
 FOLDER := $(if $(and $(filter command,$(origin ARTIFACTS)),$(value ARTIFACTS)),$(call quoted,ARTIFACTS),artifacts)
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart run test colab lowest notebooks check lint pins badges shape bench gpu guide clean
+.PHONY: help quickstart run test lessons results colab lowest notebooks check lint pins badges shape bench gpu guide clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
@@ -59,8 +60,15 @@ test: check  ## all of check, then the end-to-end tests and all six notebooks in
 	OMP_NUM_THREADS=1 $(PY) -m pytest $(FIRST) tests -m 'end_to_end and not slow' -n auto --dist loadfile --no-loadscope-reorder --durations=15
 	rm -rf artifacts/smoke
 	mkdir -p artifacts/smoke
-	$(PY) -m papermill notebooks/00_quickstart.ipynb artifacts/smoke/00_quickstart.ipynb -p PROFILE smoke -p ARTIFACTS artifacts/smoke
-	DPO_TUTORIAL_PROFILE=smoke DPO_TUTORIAL_HEADLESS=1 $(PY) -m pytest --nbval-lax notebooks --ignore=notebooks/00_quickstart.ipynb -p no:cacheprovider --durations=6
+	$(MAKE) --jobs=2 lessons results
+
+# Side by side, each on a core and in a folder of its own: 06 reads what 05 has saved, no other needs one before it.
+lessons: $(STAMP)
+	OMP_NUM_THREADS=1 $(PY) -m papermill notebooks/00_quickstart.ipynb artifacts/smoke/00_quickstart.ipynb -p PROFILE smoke -p ARTIFACTS artifacts/smoke
+	DPO_TUTORIAL_ARTIFACTS=artifacts/smoke/lessons $(CELLS) notebooks/0[1-4]_*.ipynb
+
+results: $(STAMP)
+	$(CELLS) notebooks/0[56]_*.ipynb
 
 colab: $(STAMP)  ## a stand-in for Colab: its versions, the first cell, every notebook alone
 	$(PY) -m pytest -m colab tests/end_to_end/test_colab_standin.py

@@ -134,7 +134,7 @@ def tiny_config(model: Path, artifacts: Path) -> knobs.Config:
     return dataclasses.replace(
         knobs.Config(), model=str(model), dtype="fp32", artifacts=str(artifacts), lora_r=4, lora_alpha=8,
         gradient_checkpointing=False, batch_size=2, grad_accum=1, max_steps=2, max_tokens=128, learning_rate=1e-2,
-        max_new_tokens=8,
+        max_new_tokens=8, instructions=4,
     )  # fmt: skip
 
 

@@ -68,14 +68,28 @@ def build(cfg, run, tokenizer, pairs):
     return train.build_trainer(cfg, models.load_base(cfg), tokenizer, pairs, few, folder, save_strategy="steps")
 
 
-def stopped(cfg, tokenizer, pairs, step=4, action=interrupt, error=KeyboardInterrupt) -> run_folder.Run:
-    """A run that is stopped inside a step, before its checkpoint."""
+def stopped(cfg, tokenizer, pairs, action=interrupt, error=KeyboardInterrupt) -> run_folder.Run:
+    """A run that is stopped inside its fourth step, before its checkpoint."""
     run = run_folder.Run(cfg)
     trainer = build(cfg, run, tokenizer, pairs)
     trainer.add_callback(train.Progress(run.dir / "progress.jsonl"))
-    trainer.add_callback(At(step, action))
+    trainer.add_callback(At(4, action))
     with pytest.raises(error):
         resume.resume_or_start(trainer, cfg, run)
+    return run
+
+
+_interrupted = []
+
+
+@pytest.fixture
+def interrupted(cfg, tokenizer, many, tmp_path_factory) -> run_folder.Run:
+    """A run that was interrupted; the same files for every test, so trained once and copied."""
+    if not _interrupted:
+        kept = dataclasses.replace(cfg, artifacts=str(tmp_path_factory.mktemp("interrupted")))
+        _interrupted.append(stopped(kept, tokenizer, many).dir)
+    run = run_folder.Run(cfg)
+    shutil.copytree(_interrupted[0], run.dir, dirs_exist_ok=True)
     return run
 
 
@@ -118,16 +132,17 @@ def test_checkpoints_change_nothing_about_the_training(cfg, tokenizer, many, und
     assert weights(run) == undisturbed
 
 
-def test_a_stopped_training_resumes_by_itself_and_says_so_in_one_line(cfg, tokenizer, many, undisturbed, capsys):
-    run = stopped(cfg, tokenizer, many)
-    assert names(run) == ["checkpoint-3", "checkpoint-2"], "the last two"
+def test_a_stopped_training_resumes_by_itself_and_says_so_in_one_line(
+    cfg, tokenizer, many, interrupted, undisturbed, capsys
+):
+    assert names(interrupted) == ["checkpoint-3", "checkpoint-2"], "the last two"
     capsys.readouterr()
     trainer = again(cfg, tokenizer, many)
     said = [line for line in capsys.readouterr().out.splitlines() if "checkpoint-" in line]
     assert said == ["Resuming after step 3 of 6, from checkpoint-3."]
-    assert weights(run) == undisturbed
+    assert weights(interrupted) == undisturbed
     assert [row["step"] for row in save.history(trainer)["train"]] == [1, 2, 3, 4, 5, 6]
-    lines = [json.loads(line) for line in (run.dir / "progress.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (interrupted.dir / "progress.jsonl").read_text().splitlines()]
     assert [r["step"] for r in lines if "loss" in r] == [1, 2, 3, 4, 5, 6]
 
 
@@ -175,13 +190,12 @@ def test_after_a_finished_training_the_next_one_starts_anew(cfg, tokenizer, many
     assert "Resuming" not in capsys.readouterr().out
 
 
-def test_seconds_count_those_before_the_stop(cfg, tokenizer, many):
-    run = stopped(cfg, tokenizer, many)
-    first = checkpoints.saved(run)[0]
+def test_seconds_count_those_before_the_stop(cfg, tokenizer, many, interrupted):
+    first = checkpoints.saved(interrupted)[0]
     seal = checkpoints.read_seal(first)
-    run.write_json(first.relative_to(run.dir) / checkpoints.SEAL, seal | {"seconds": 1000.0})
+    interrupted.write_json(first.relative_to(interrupted.dir) / checkpoints.SEAL, seal | {"seconds": 1000.0})
     again(cfg, tokenizer, many)
-    assert 1000 < save.read_training_record(run.adapter)["seconds"] < 1100
+    assert 1000 < save.read_training_record(interrupted.adapter)["seconds"] < 1100
 
 
 def unsealed(checkpoint):
@@ -207,28 +221,25 @@ def seal_damaged(checkpoint):
 
 
 @pytest.mark.parametrize("harm", [unsealed, cut_short, flipped, file_gone, seal_damaged])
-def test_a_torn_checkpoint_is_passed_over_and_removed(cfg, tokenizer, many, undisturbed, capsys, harm):
-    run = stopped(cfg, tokenizer, many)
-    harm(checkpoints.saved(run)[0])
+def test_a_torn_checkpoint_is_passed_over_and_removed(cfg, tokenizer, many, interrupted, undisturbed, capsys, harm):
+    harm(checkpoints.saved(interrupted)[0])
     capsys.readouterr()
     again(cfg, tokenizer, many)
     said = capsys.readouterr().out
     assert "torn by a stop: checkpoint-3." in said and "Resuming after step 2 of 6" in said
-    assert weights(run) == undisturbed
+    assert weights(interrupted) == undisturbed
 
 
-def test_with_nothing_but_torn_checkpoints_training_starts_over(cfg, tokenizer, many, undisturbed, capsys):
-    run = stopped(cfg, tokenizer, many)
-    for checkpoint in checkpoints.saved(run):
+def test_with_nothing_but_torn_checkpoints_training_starts_over(cfg, tokenizer, many, interrupted, undisturbed, capsys):
+    for checkpoint in checkpoints.saved(interrupted):
         unsealed(checkpoint)
     again(cfg, tokenizer, many)
     assert "Resuming" not in capsys.readouterr().out
-    assert weights(run) == undisturbed
+    assert weights(interrupted) == undisturbed
 
 
-def test_the_adapter_of_a_checkpoint_is_safetensors(cfg, tokenizer, many):
-    run = stopped(cfg, tokenizer, many)
-    saved = {path.name for path in checkpoints.saved(run)[0].iterdir()}
+def test_the_adapter_of_a_checkpoint_is_safetensors(cfg, tokenizer, many, interrupted):
+    saved = {path.name for path in checkpoints.saved(interrupted)[0].iterdir()}
     assert "adapter_model.safetensors" in saved and "adapter_model.bin" not in saved
 
 
@@ -244,35 +255,31 @@ def test_the_adapter_of_a_checkpoint_is_safetensors(cfg, tokenizer, many):
         (dict(loss_type="ipo", beta=0.2), "BETA .*LOSS_TYPE"),
     ],
 )
-def test_a_changed_config_refuses_to_resume_and_names_what_changed(cfg, tokenizer, many, change, named):
-    run = stopped(cfg, tokenizer, many)
-    before = names(run)
+def test_a_changed_config_refuses_to_resume_and_names_what_changed(cfg, tokenizer, many, interrupted, change, named):
+    before = names(interrupted)
     with pytest.raises(ArtifactError, match=named) as caught:
         again(dataclasses.replace(cfg, **change), tokenizer, many)
     assert "FRESH=True" in caught.value.fix and "set these back" in caught.value.fix and "ARTIFACTS" in caught.value.fix
-    assert names(run) == before, "the refused run leaves the checkpoints"
-    assert not run.adapter.exists()
+    assert names(interrupted) == before, "the refused run leaves the checkpoints"
+    assert not interrupted.adapter.exists()
     again(cfg, tokenizer, many)
 
 
-def test_another_number_of_processes_refuses_to_resume(cfg, tokenizer, many):
-    run = stopped(cfg, tokenizer, many)
-    first = checkpoints.saved(run)[0]
+def test_another_number_of_processes_refuses_to_resume(cfg, tokenizer, many, interrupted):
+    first = checkpoints.saved(interrupted)[0]
     seal = checkpoints.read_seal(first)
     seal["fingerprint"]["processes"] = 4
-    run.write_json(first.relative_to(run.dir) / checkpoints.SEAL, seal)
+    interrupted.write_json(first.relative_to(interrupted.dir) / checkpoints.SEAL, seal)
     with pytest.raises(ArtifactError, match=r"Changed: the number of processes \(4, now 1\)[.]"):
         again(cfg, tokenizer, many)
 
 
-def test_changed_pairs_refuse_to_resume(cfg, tokenizer, many):
-    stopped(cfg, tokenizer, many)
+def test_changed_pairs_refuse_to_resume(cfg, tokenizer, many, interrupted):
     with pytest.raises(ArtifactError, match="Changed: the training pairs[.]"):
         again(cfg, tokenizer, many.select(reversed(range(len(many)))))
 
 
-def test_another_base_in_the_same_folder_refuses_to_resume(cfg, tokenizer, many):
-    stopped(cfg, tokenizer, many)
+def test_another_base_in_the_same_folder_refuses_to_resume(cfg, tokenizer, many, interrupted):
     model = LlamaForCausalLM.from_pretrained(cfg.model)
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight.mul_(-1)
@@ -281,44 +288,41 @@ def test_another_base_in_the_same_folder_refuses_to_resume(cfg, tokenizer, many)
         again(cfg, tokenizer, many)
 
 
-def test_the_same_weights_with_another_config_refuse_to_resume(cfg, tokenizer, many):
-    stopped(cfg, tokenizer, many)
+def test_the_same_weights_with_another_config_refuse_to_resume(cfg, tokenizer, many, interrupted):
     path = Path(cfg.model) / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"rms_norm_eps": 0.1}))
     with pytest.raises(ArtifactError, match="the weights or the config of the base model[.]"):
         again(cfg, tokenizer, many)
 
 
-def test_a_model_and_data_that_have_moved_are_the_same(cfg, tokenizer, many, undisturbed, tmp_path, capsys):
-    run = stopped(cfg, tokenizer, many)
+def test_a_model_and_data_that_have_moved_are_the_same(
+    cfg, tokenizer, many, interrupted, undisturbed, tmp_path, capsys
+):
     moved = shutil.move(cfg.model, tmp_path / "moved")
     again(dataclasses.replace(cfg, model=str(moved), data="moved.jsonl"), tokenizer, many)
-    assert "Resuming" in capsys.readouterr().out and weights(run) == undisturbed
+    assert "Resuming" in capsys.readouterr().out and weights(interrupted) == undisturbed
 
 
 @pytest.mark.parametrize("change", [dict(save_steps=2), dict(max_new_tokens=9, compare_prompts=3)])
-def test_what_the_adapter_does_not_depend_on_may_change(cfg, tokenizer, many, undisturbed, capsys, change):
-    run = stopped(cfg, tokenizer, many)
+def test_what_the_adapter_does_not_depend_on_may_change(cfg, tokenizer, many, interrupted, undisturbed, capsys, change):
     again(dataclasses.replace(cfg, **change), tokenizer, many)
     assert "Resuming" in capsys.readouterr().out
-    assert weights(run) == undisturbed
+    assert weights(interrupted) == undisturbed
 
 
-def test_a_resumed_training_keeps_to_the_new_save_steps(cfg, tokenizer, many):
-    run = stopped(cfg, tokenizer, many)
+def test_a_resumed_training_keeps_to_the_new_save_steps(cfg, tokenizer, many, interrupted):
     changed = dataclasses.replace(cfg, save_steps=2)
-    trainer = build(changed, run, tokenizer, many)
+    trainer = build(changed, interrupted, tokenizer, many)
     trainer.add_callback(At(6, interrupt))
     with pytest.raises(KeyboardInterrupt):
-        resume.resume_or_start(trainer, changed, run)
-    assert names(run) == ["checkpoint-4", "checkpoint-3"]
+        resume.resume_or_start(trainer, changed, interrupted)
+    assert names(interrupted) == ["checkpoint-4", "checkpoint-3"]
 
 
-def test_fresh_starts_over_whatever_changed(cfg, tokenizer, many, capsys):
-    run = stopped(cfg, tokenizer, many)
+def test_fresh_starts_over_whatever_changed(cfg, tokenizer, many, interrupted, capsys):
     trainer = again(dataclasses.replace(cfg, learning_rate=0.5, fresh=True), tokenizer, many)
     assert "Resuming" not in capsys.readouterr().out
-    assert len(save.history(trainer)["train"]) == 6 and names(run) == []
+    assert len(save.history(trainer)["train"]) == 6 and names(interrupted) == []
 
 
 # --- one training at a time ---------------------------------------------------------------------------------------

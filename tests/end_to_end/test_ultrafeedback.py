@@ -3,14 +3,17 @@
 import dataclasses
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from test_run import run_quietly
+from transformers import AutoConfig, AutoTokenizer, LlamaForCausalLM
 
+from dpo_tutorial.cli import main as cli
+from dpo_tutorial.loading import embedded
 from dpo_tutorial.pairs import prepare, sources
 
+pytestmark = pytest.mark.end_to_end  # make check asks for no sample
 ROOT = Path(__file__).parents[2]
 SAMPLE = Path(
     os.environ.get("ULTRAFEEDBACK_SAMPLE") or ROOT.parent / "shared" / "data" / "ultrafeedback_binarized_sample"
@@ -54,23 +57,28 @@ def test_the_audit_finds_the_real_dirt_and_loses_no_row(cfg, sample, tokenizer):
         }
 
 
-@pytest.mark.end_to_end
-def test_all_six_notebooks_run_on_real_rows(sample, tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-m", "dpo_tutorial", "run", "-p", "PROFILE", "smoke", "-p", "DATA", str(sample),
-         "-p", "ARTIFACTS", str(tmp_path)],
-        cwd=ROOT, capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
-    summary = json.loads((tmp_path / "smoke" / "summary.json").read_text())
+@pytest.fixture
+def small(tmp_path) -> Path:
+    """The embedded model's tokenizer, template and kind, with two narrow layers of random weights."""
+    given, folder = embedded.ensure_embedded_model(), tmp_path / "small"
+    narrow = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, head_dim=16)
+    LlamaForCausalLM(AutoConfig.from_pretrained(given, num_key_value_heads=2, **narrow)).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(given).save_pretrained(folder)
+    return folder
+
+
+def test_all_six_notebooks_run_on_real_rows(sample, small, tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # as in this process, which compares what both have computed
+    made = run_quietly({"PROFILE": "smoke", "MODEL": str(small), "DATA": str(sample), "ARTIFACTS": str(tmp_path)})
+    assert made.error is None, made.error
+    summary, adapter = made.summary, tmp_path / "smoke" / "adapter"
+    assert json.loads((tmp_path / "smoke" / "summary.json").read_text()) == summary
     assert len(summary["minutes"]) == 6 and summary["held_out"]["n"] == 8 and summary["peak_memory_gib"] > 0.5
     assert set(summary["rewards"]) == {"chosen", "rejected"} and isinstance(summary["kl_per_answer"], float)
-    assert (tmp_path / "smoke" / "adapter" / "adapter_model.safetensors").is_file()
+    assert (adapter / "adapter_model.safetensors").is_file()
     in_06 = json.loads((tmp_path / "smoke" / "comparison.json").read_text())
-    again = tmp_path / "again"
-    command = [sys.executable, "-m", "dpo_tutorial", "compare", "--adapter", str(tmp_path / "smoke" / "adapter")]
-    subprocess.run([*command, "--out", str(again)], cwd=ROOT, capture_output=True, text=True, check=True)
-    outside = json.loads((again / "comparison.json").read_text())
+    assert cli.main(["compare", "--adapter", str(adapter), "--out", str(tmp_path / "again")]) == 0
+    outside = json.loads((tmp_path / "again" / "comparison.json").read_text())
     assert set(outside) == set(in_06), "the command and notebook 06 report the same things"
     for part in ("held_out", "rules", "form", "kl", "answers", "verdict"):
         assert outside[part] == in_06[part], part

@@ -17,7 +17,7 @@ import pytest
 import test_notebooks
 import test_prose
 import torch
-from conftest import pair, script
+from conftest import code_cells, pair, script
 from nbformat.v4 import new_code_cell
 from peft import PeftModel
 from safetensors.torch import load_file
@@ -83,11 +83,14 @@ def pairs_folder(tmp_path_factory):
     return folder.parent
 
 
+def given(model, pairs, where):
+    return {"MODEL": str(model), "DATA": str(pairs), "PAIRS": PAIRS, "ARTIFACTS": str(where)}
+
+
 def start(notebook, model, pairs, where):
     where.mkdir(exist_ok=True)
-    given = {"MODEL": model, "DATA": pairs, "PAIRS": PAIRS, "ARTIFACTS": where}
     command = [sys.executable, "-m", "papermill", notebook, where / "executed.ipynb", "--no-progress-bar"]
-    command += [word for name, value in given.items() for word in ("-p", name, value)]
+    command += [word for name, value in given(model, pairs, where).items() for word in ("-p", name, value)]
     log = (where / "log.txt").open("w")
     return subprocess.Popen(list(map(str, command)), stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
@@ -208,9 +211,17 @@ def test_a_killed_session_goes_on_and_ends_as_an_undisturbed_one(
 
 
 @pytest.mark.end_to_end
-def test_a_finished_training_is_not_repeated(undisturbed, instrumented, tiny_folder, pairs_folder, tmp_path):
+def test_a_finished_training_is_not_repeated(
+    undisturbed, instrumented, tiny_folder, pairs_folder, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", undisturbed["gpu"])
     shutil.copytree(Path(undisturbed["output"]).parent, tmp_path / "again")
-    again = finish(start(instrumented, tiny_folder, pairs_folder, tmp_path / "again"), tmp_path / "again")
+    names = {}
+    for cell in code_cells(instrumented):  # in this process, which has imported everything
+        exec(compile(cell.source, NOTEBOOK.name, "exec"), names)
+        if "parameters" in cell.metadata.get("tags", []):
+            names |= given(tiny_folder, pairs_folder, tmp_path / "again")
+    again = json.loads((tmp_path / "again" / "report.json").read_text())
     assert (again["steps"], again["reached"]) == (0, STEPS)
     assert (again["losses"], again["margins"]) == (undisturbed["losses"], undisturbed["margins"])
 

@@ -6,6 +6,7 @@ import re
 import shutil
 from contextlib import nullcontext
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from peft import get_peft_model
 from dpo_tutorial import run_folder
 from dpo_tutorial.adapter import lora
 from dpo_tutorial.cli import main as cli
-from dpo_tutorial.comparing import compare, generation, instructions, stats
+from dpo_tutorial.comparing import compare, generation, instructions, report, stats
 from dpo_tutorial.loading import models
 from dpo_tutorial.pairs import encoding, house_style, sources, store
 from dpo_tutorial.training import scoring, train
@@ -325,8 +326,9 @@ def test_of_the_settings_of_the_training_what_is_given_now_and_the_environment_c
 
 
 def judged(trained, out, *options):
-    """The exit code of `compare`, and the prompts that it judged the adapter on."""
-    code = cli.main(["compare", "--adapter", str(trained.adapter), "--out", str(out), *options])
+    """The exit code of `compare`, and the prompts that it judged the adapter on; its figures are not drawn."""
+    with patch.object(report, "_picture", return_value=""):
+        code = cli.main(["compare", "--adapter", str(trained.adapter), "--out", str(out), *options])
     return code, [r["prompt_id"] for r in json.loads((out / "records.json").read_text())] if code == 0 else []
 
 
@@ -341,9 +343,7 @@ def other_rows(path, n):
     return str(path.parent if path.name == "test.jsonl" else path)
 
 
-@pytest.mark.parametrize(
-    ("file", "n"), [("other.jsonl", 60), ("other.jsonl", 5), ("other.jsonl", 1), ("d/test.jsonl", 7)]
-)
+@pytest.mark.parametrize(("file", "n"), [("other.jsonl", 60), ("other.jsonl", 1), ("d/test.jsonl", 7)])
 def test_the_command_judges_an_adapter_on_every_row_of_other_data(file, n, trained, tmp_path, capsys):
     data = other_rows(tmp_path / file, n)
     code, prompts = judged(trained, tmp_path / "out", "--data", data)

@@ -302,9 +302,11 @@ def test_where_torch_cannot_be_loaded_the_packages_are_still_checked(monkeypatch
 # --- the command ----
 
 
-def test_the_command_imports_what_a_word_needs_only_when_it_is_called():
-    code = "import sys; from dpo_tutorial.cli import doctor, main; print({'torch', 'transformers'} & set(sys.modules))"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "set()"
+def test_the_command_imports_what_a_word_needs_only_once_its_knobs_are_known():
+    code = "import sys; from dpo_tutorial.cli import doctor, main; print(main.main(['train', '-p', 'BTA', '1']), "
+    code += "{'torch', 'transformers'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "1 set()" and "Unknown parameter BTA" in done.stderr
 
 
 def test_the_command_is_declared_and_knows_its_words(capsys):
@@ -316,10 +318,9 @@ def test_the_command_is_declared_and_knows_its_words(capsys):
     assert all(word in said for word in ("run", "train", "compare", "doctor"))
 
 
-def test_this_machine_is_ready_for_the_cpu_profile():
-    done = subprocess.run([sys.executable, "-m", "dpo_tutorial", "doctor", "-p", "PROFILE", "cpu"], capture_output=True)
-    shown = done.stdout.decode()
-    assert done.returncode == 0, shown
+def test_this_machine_is_ready_for_the_cpu_profile(capsys):
+    code, shown = cli.main(["doctor", "-p", "PROFILE", "cpu"]), capsys.readouterr().out
+    assert code == 0, shown
     assert str(ROOT) not in shown and f"{Path.home()}/" not in shown
 
 

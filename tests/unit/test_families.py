@@ -8,8 +8,9 @@ import pytest
 import torch
 from conftest import conversations
 from datasets import Dataset
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, Gemma2ForCausalLM, set_seed
+from transformers import AutoModelForCausalLM, Gemma2ForCausalLM, set_seed
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from trl import DPOConfig, DPOTrainer
 
 from dpo_tutorial.training import faster, prefix
@@ -47,7 +48,8 @@ TINY = dict(
     mamba_chunk_size=16, chunk_size=16,
 )  # fmt: skip
 MOST = 20e6  # weights of a model that counts as tiny
-OTHERS = [name for name in CONFIG_MAPPING if CONFIG_MAPPING[name] in MODEL_FOR_CAUSAL_LM_MAPPING and name not in KNOWN]
+#: By name: asking for the classes would import every family, in each worker.
+OTHERS = [name for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if name in CONFIG_MAPPING and name not in KNOWN]
 
 
 def tiny(name: str, tokenizer, **changes):

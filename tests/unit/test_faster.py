@@ -57,6 +57,7 @@ def alone(tiny_folder):
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.end_to_end
 @pytest.mark.parametrize("ours_first", [True, False])
 def test_in_either_order_the_stock_trainer_is_stock(tiny_folder, alone, ours_first):
     before = of_trl()

@@ -33,6 +33,7 @@ def record(tmp_path):
     return Record(tmp_path / "gpu.jsonl")
 
 
+@pytest.mark.slow
 def test_stage_a_trains_with_and_without_our_cast_and_compares_the_memory_plan(options, record, monkeypatch):
     monkeypatch.setattr(gpu_first, "said", lambda words, last=0: {"code": 0, "said": words})  # minutes of tests
     gpu_first.stage_a(record, options)
@@ -51,6 +52,7 @@ def test_a_command_is_recorded_with_its_exit_code_and_what_it_said():
     assert gpu_first.said(words, last=1)["said"] == ["two"]
 
 
+@pytest.mark.slow
 def test_stage_b_measures_stock_and_ours_and_profiles_a_step(options, record):
     options.trainers = ["stock TRL", "ours"]
     gpu_speed.stage_b(record, options)
@@ -88,6 +90,7 @@ def test_stage_c_asks_for_the_notebooks_and_the_quickstart(options, record, monk
     assert "DTYPE fp16" in " ".join(asked["ultrafeedback-fp16"][1])
 
 
+@pytest.mark.slow
 def test_stage_d_holds_every_row_out_once_and_scores_what_was_trained(options, record):
     gpu_ultrafeedback.stage_d(record, options)
     lines = record.lines()

@@ -53,7 +53,7 @@ def printed(path):
     return "".join(o.text for c in cells if c.cell_type == "code" for o in c.outputs if o.output_type == "stream")
 
 
-def run_quietly(parameters, paths):
+def run_quietly(parameters, paths=None):
     """`run_all` with its screen and its error caught, and the environment put back."""
     screen, saved, error, summary = io.StringIO(), dict(os.environ), None, None
     try:
@@ -343,11 +343,11 @@ def test_a_failed_run_writes_no_notebook(tmp_path, monkeypatch):
 
 
 @pytest.mark.end_to_end
-def test_the_last_notebook_run_alone_names_the_one_that_makes_the_adapter(tmp_path):
-    last = run.notebooks()[-1]
-    with pytest.raises(NotebookError, match="05_train_dpo") as error:
-        run.run_all({"PROFILE": "smoke", "ARTIFACTS": str(tmp_path)}, [last])
-    assert "TRAIN_IF_MISSING" in str(error.value), "and says what else can be done"
+def test_the_last_notebook_run_alone_names_the_one_that_makes_the_adapter(tiny_folder, tmp_path):
+    given = {"PROFILE": "smoke", "MODEL": str(tiny_folder), "ARTIFACTS": str(tmp_path)}
+    error = run_quietly(given, run.notebooks()[-1:]).error
+    assert isinstance(error, NotebookError) and "05_train_dpo" in str(error)
+    assert "TRAIN_IF_MISSING" in str(error), "and says what else can be done"
 
 
 def test_a_long_training_cell_is_followed_line_by_line(tmp_path, capsys):

@@ -4,12 +4,11 @@ import dataclasses
 import json
 import math
 import shutil
-import subprocess
-import sys
 from contextlib import nullcontext
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState, PartialState
 from conftest import TEXTS, pair
 from datasets import Dataset, concatenate_datasets
 from safetensors.torch import load_file, save_file
@@ -162,8 +161,9 @@ def test_a_training_that_ends_above_its_beginning_says_so(cfg, tokenizer, pairs,
     assert ("worse than none: lower LEARNING_RATE (100)" in said) is warned
 
 
-@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe", "olmoe"])
-@pytest.mark.parametrize("prefix_sharing", [True, False])
+@pytest.mark.parametrize(
+    ("kind", "prefix_sharing"), [("mixtral", True), ("mixtral", False), ("qwen3_moe", True), ("olmoe", True)]
+)
 def test_a_mixture_of_experts_trains_without_its_routers_loss(kind, prefix_sharing, cfg, tokenizer, pairs, tmp_path):
     tiny(kind, tokenizer, output_router_logits=True).save_pretrained(tmp_path / kind)
     changed = dataclasses.replace(cfg, model=str(tmp_path / kind), prefix_sharing=prefix_sharing)
@@ -266,7 +266,7 @@ def test_the_adapter_is_saved_with_its_base_and_scores_the_same_after_reloading(
 
 
 def test_a_policy_taught_swapped_labels_fails_on_pairs_it_has_not_seen(cfg, tokenizer):
-    """The same with held-out pairs: one style, other words."""
+    """The evaluation can fail: taught the wrong way, a policy prefers the rejected answers; one style, other words."""
 
     def rows(start, stop):
         made = []
@@ -287,19 +287,6 @@ def test_a_policy_taught_swapped_labels_fails_on_pairs_it_has_not_seen(cfg, toke
     nothing = {when: {"rule": stats.rate(1, 2)} for when in ("before", "after")}
     said = verdict.verdict(found, nothing | {"change": {"rule": {"p": 1.0}}})
     assert "swapped labels" in said[0]
-
-
-def test_training_on_swapped_labels_turns_the_margin_round(cfg, tokenizer, pairs, tmp_path):
-    """The evaluation can fail: a policy taught the wrong way prefers the rejected answers."""
-    longer = dataclasses.replace(cfg, max_steps=20)
-    swapped = pairs.rename_columns({"chosen": "rejected", "rejected": "chosen"})
-    accuracy = {}
-    for name, rows in (("right", pairs), ("swapped", swapped)):
-        trainer = trainer_for(longer, tokenizer, rows, tmp_path)
-        trainer.train()
-        records = scoring.score_pairs(longer, trainer.model, tokenizer, pairs)
-        accuracy[name] = stats.summarise(records)["accuracy"]["rate"]
-    assert accuracy == {"right": 1.0, "swapped": 0.0}
 
 
 VARIANTS = {
@@ -517,32 +504,18 @@ def test_without_our_cast_fp16_fails_on_cuda(cfg, tokenizer, pairs, tmp_path, mo
         trainer.train()
 
 
-TWO_GPUS = """
-import torch
-from transformers import AutoModelForCausalLM
-from dpo_tutorial import knobs as config
-from dpo_tutorial.loading import models
-from dpo_tutorial.training import faster, train
-
-torch.cuda.is_available, torch.cuda.device_count = (lambda: True), (lambda: 2)
-torch.cuda.set_device = lambda device: None
-
-class Loaded(Exception): pass
-def from_pretrained(*_, device_map, **__): raise Loaded(device_map)
-AutoModelForCausalLM.from_pretrained = from_pretrained
-
-made = faster.one_gpu(train.dpo_config(config.Config(dtype="fp16"), "unused"))
-print(made.n_gpu, made.device, made.parallel_mode.value)
-try: models.load_base(config.Config(model={model!r}, dtype="fp16"))
-except Loaded as loaded: print(*loaded.args)
-"""
-
-
-def test_where_two_gpus_are_in_view_as_on_kaggle_one_process_takes_the_first_alone(tiny_folder, tmp_path):
-    """In a process of its own, because accelerate keeps what it saw; in such a process torch.cuda can be faked."""
-    code = TWO_GPUS.format(model=str(tiny_folder))
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
-    assert done.stdout.splitlines() == ["1 cuda:0 not_parallel", "{'': 0}"], done.stderr[-2000:]
+def test_where_two_gpus_are_in_view_as_on_kaggle_one_process_takes_the_first_alone(cfg, tmp_path, monkeypatch):
+    for name, value in {"is_available": True, "device_count": 2, "set_device": None}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    for state in (PartialState, AcceleratorState):  # as in a new process
+        monkeypatch.setattr(state, "_shared_state", {})
+    made = faster.one_gpu(train.dpo_config(dataclasses.replace(cfg, dtype="fp16"), tmp_path))
+    assert (made.n_gpu, str(made.device), made.parallel_mode.value) == (1, "cuda:0", "not_parallel")
+    asked = []
+    monkeypatch.setattr(models.AutoModelForCausalLM, "from_pretrained", lambda *_, **how: asked.append(how) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        models.load_base(dataclasses.replace(cfg, dtype="fp16"))
+    assert asked[0]["device_map"] == {"": 0}
 
 
 def test_what_lies_in_an_input_folder_is_read_and_never_written_as_on_kaggle(tiny_folder, cfg, tokenizer, tmp_path):

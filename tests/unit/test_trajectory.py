@@ -65,7 +65,7 @@ def test_in_fp32_it_is_stock_trls_trajectory(longer, tokenizer, tmp_path, precom
 
 def test_in_bf16_it_is_stock_trls_trajectory_within_rounding(longer, tokenizer, tmp_path):
     cfg, pairs = longer
-    cfg = dataclasses.replace(cfg, dtype="bf16", learning_rate=3e-3)
+    cfg = dataclasses.replace(cfg, dtype="bf16", learning_rate=3e-3, max_steps=4)
     stock = {
         padding: trajectory(built(stock_trainer, cfg, tokenizer, pairs, tmp_path, pad_to_multiple_of=padding), cfg)
         for padding in (None, 48)
@@ -80,7 +80,7 @@ def test_a_wrong_mask_would_be_seen(longer, tokenizer, tmp_path, monkeypatch):
     """The comparison can fail: let the rejected answer see the chosen one."""
     from dpo_tutorial.training import prefix
 
-    cfg, pairs = longer
+    cfg, pairs = dataclasses.replace(longer[0], max_steps=3), longer[1]
     theirs = trajectory(built(stock_trainer, cfg, tokenizer, pairs, tmp_path), cfg)
     honest = prefix.pack
     monkeypatch.setattr(

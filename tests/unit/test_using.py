@@ -1,7 +1,6 @@
 """Merge, export, the gate, and chat, on a tiny model; three exports are spoiled on purpose."""
 
 import dataclasses
-import io
 import json
 import os
 import shutil
@@ -321,20 +320,13 @@ def test_columns_show_each_line_once_and_all_of_both_texts(capsys):
 QUESTIONS = "/heat\nWhat is the capital of France?\n/heat\n/quit\nnever asked\n"
 
 
-def heard(said):
+def test_the_command_answers_over_a_pipe_shows_the_token_rewards_and_ends(trained, monkeypatch, capfd):
+    there, here = os.pipe()
+    os.write(here, QUESTIONS.encode())
+    os.close(here)
+    with open(there) as questions:
+        monkeypatch.setattr(sys, "stdin", questions)
+        assert cli.main(words("chat", trained)) == 0
+    said = capfd.readouterr().out
     assert said.count("\n> ") == 4, "nothing is read after /quit"
     assert " | " in said and "policy: reward " in said and "[+" in said and "\x1b" not in said
-
-
-def test_the_command_answers_shows_the_token_rewards_and_ends(trained, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "stdin", io.StringIO(QUESTIONS))
-    assert cli.main(words("chat", trained)) == 0
-    heard(capsys.readouterr().out)
-
-
-@pytest.mark.end_to_end
-def test_the_command_talks_over_pipes(trained):
-    command = [sys.executable, "-m", "dpo_tutorial", *words("chat", trained)]
-    done = subprocess.run(command, input=QUESTIONS, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    heard(done.stdout)

@@ -11,41 +11,41 @@ from .. import config
 from ..errors import exit_code
 
 
-def run(options: argparse.Namespace) -> None:
+def run(options: argparse.Namespace, given: dict[str, str]) -> None:
     from . import run
 
-    run.run_all(config.named(options.p))
+    run.run_all(given)
 
 
-def train(options: argparse.Namespace) -> None:
+def train(options: argparse.Namespace, given: dict[str, str]) -> None:
     from ..training import train
 
-    train.train_headless(config.named(options.p))
+    train.train_headless(given)
 
 
-def compare(options: argparse.Namespace) -> None:
+def compare(options: argparse.Namespace, given: dict[str, str]) -> None:
     from ..comparing import compare
 
-    compare.write_report(options.adapter, options.data, options.out, config.named(options.p))
+    compare.write_report(options.adapter, options.data, options.out, given)
 
 
-def doctor(options: argparse.Namespace) -> int:
+def doctor(options: argparse.Namespace, given: dict[str, str]) -> int:
     from . import doctor
 
-    return doctor.main(config.named(options.p))
+    return doctor.main(given)
 
 
-def export(options: argparse.Namespace) -> int:
+def export(options: argparse.Namespace, given: dict[str, str]) -> int:
     from ..using import export
 
     how = dict(into=options.into, store=options.store, kind=options.kind, pairs=options.pairs)
-    return export.main(options.adapter, options.to, options.out, config.named(options.p), **how)
+    return export.main(options.adapter, options.to, options.out, given, **how)
 
 
-def chat(options: argparse.Namespace) -> None:
+def chat(options: argparse.Namespace, given: dict[str, str]) -> None:
     from ..using import chat
 
-    chat.main(options.adapter, config.named(options.p))
+    chat.main(options.adapter, given)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -83,4 +83,4 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Exit code: 0; 1 where the work failed, with its message; 2 where the words make no sense."""
     options = parser().parse_args(argv)
-    return exit_code(options.action, options)
+    return exit_code(lambda: options.action(options, config.named(options.p)))  # a wrong name is found before imports

@@ -229,7 +229,7 @@ def picture(figure: Figure) -> Image:
     less room in a notebook than one pixel in all colours would.
     """
     drawn, packed = io.BytesIO(), io.BytesIO()
-    figure.savefig(drawn, format="png", facecolor="white", dpi=192)
+    figure.savefig(drawn, format="png", facecolor="white", dpi=192, pil_kwargs={"compress_level": 0})  # packed below
     PIL.Image.open(drawn).convert("RGB").quantize().save(packed, format="PNG", optimize=True)
     shown = round(96 * figure.get_figwidth())
     return Image(packed.getvalue(), width=shown, metadata={"alt": alt_text(figure)})  # IPython 7.34 has no `alt=`
