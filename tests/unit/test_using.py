@@ -313,7 +313,8 @@ def test_columns_show_each_line_once_and_all_of_both_texts(capsys):
     for n in range(0, len(left) + 1, 5):
         columns.show({"base": left[:n], "policy": right[:n]}, False)
     columns.show({"base": left, "policy": right}, True)
-    lines = capsys.readouterr().out.splitlines()
+    head, rule, *lines = capsys.readouterr().out.splitlines()
+    assert [name.strip() for name in head.split("|")] == ["base", "policy"] and set(rule) == {"-", " ", "|"}
     assert " ".join(line.split("|")[0].strip() for line in lines) == left.strip()
     assert "".join(line.split("|")[1].strip() for line in lines) == right
 

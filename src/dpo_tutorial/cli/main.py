@@ -43,9 +43,12 @@ def export(options: argparse.Namespace) -> int:
 
 
 def chat(options: argparse.Namespace) -> None:
-    from ..using import chat
+    from ..using import chat, served
 
-    chat.main(options.adapter, config.named(options.p))
+    if options.url:
+        served.main(options.url, options.model, config.named(options.p))
+    else:
+        chat.main(options.adapter, config.named(options.p))
 
 
 def parser() -> argparse.ArgumentParser:
@@ -74,8 +77,11 @@ def parser() -> argparse.ArgumentParser:
     )
     exporting.add_argument("--kind", default="q8_0", choices=["f16", "q8_0"], help="type of the GGUF weights")
     exporting.add_argument("--pairs", type=int, default=16, help="test pairs scored again (default: 16)")
-    chatting = word(chat, "talk to base and policy side by side")
-    chatting.add_argument("--adapter", required=True, metavar="DIR", help="folder that training saved")
+    chatting = word(chat, "talk to base and policy side by side, or to a served model")
+    with_what = chatting.add_mutually_exclusive_group(required=True)
+    with_what.add_argument("--adapter", metavar="DIR", help="folder that training saved")
+    with_what.add_argument("--url", help="a server with the OpenAI API, such as http://127.0.0.1:8000")
+    chatting.add_argument("--model", default="", metavar="NAME", help="with --url: the server's name of the model")
     word(doctor, "is this machine ready for a profile?")
     return top
 

@@ -18,7 +18,7 @@ from ..pairs import encoding
 from ..training import dpo, scoring
 from . import merge
 
-WIDTH = 38  # of a column; two and their border fit into 80
+WIDTH = 79  # of all columns with what is between them
 
 
 def plain(text: str) -> str:
@@ -95,36 +95,32 @@ class Chat:
 
 
 class Columns:
-    """Two growing texts in two columns, printed line by line; on a terminal the line being written is redrawn."""
+    """Growing texts in columns under their names, printed line by line; on a terminal the last line is redrawn."""
 
     def __init__(self) -> None:
         self.printed = 0
 
     def show(self, texts: dict[str, str], done: bool) -> None:
-        columns = [
-            [line for part in plain(text).strip().split("\n") for line in textwrap.wrap(part, WIDTH) or [""]]
-            for text in texts.values()
-        ]
+        width = (WIDTH - 3 * (len(texts) - 1)) // len(texts)
+
+        def laid(text: str) -> list[str]:
+            return [line for part in plain(text).strip().split("\n") for line in textwrap.wrap(part, width) or [""]]
+
+        def line(at: int) -> str:
+            return " | ".join(f"{column[at] if at < len(column) else '':{width}}" for column in columns)
+
+        columns = [[name, "-" * width, *laid(text)] for name, text in texts.items()]
         whole = max(map(len, columns)) if done else min(map(len, columns)) - 1
         back = "\r" if sys.stdout.isatty() else ""
         for at in range(self.printed, whole):
-            print(back + self._line(columns, at))
+            print(back + line(at))
         self.printed = max(self.printed, whole)
         if back and not done:
-            print(back + self._line(columns, self.printed), end="", flush=True)
-
-    @staticmethod
-    def _line(columns: list[list[str]], at: int) -> str:
-        left, right = (column[at] if at < len(column) else "" for column in columns)
-        return f"{left:{WIDTH}} | {right:{WIDTH}}"
+            print(back + line(self.printed), end="", flush=True)
 
 
-def main(adapter: str, parameters: dict[str, str]) -> None:
-    """Read questions from standard input until `/quit` or its end."""
-    config = merge.config_of(adapter, parameters)
-    tokenizer = models.load_tokenizer(config)
-    chat = Chat(config, lora.load_policy(config, adapter), tokenizer, config.beta)
-    print("Greedy answers of base (left) and policy (right). /heat: token rewards of the last answers. /quit: end.")
+def questions() -> Iterator[str]:
+    """What is typed, without empty lines, until `/quit` or the end of standard input."""
     while True:
         try:
             question = input("\n> ").strip()
@@ -132,9 +128,20 @@ def main(adapter: str, parameters: dict[str, str]) -> None:
             return
         if question == "/quit":
             return
+        if question:
+            yield question
+
+
+def main(adapter: str, parameters: dict[str, str]) -> None:
+    """Answer what is typed, by base and policy."""
+    config = merge.config_of(adapter, parameters)
+    tokenizer = models.load_tokenizer(config)
+    chat = Chat(config, lora.load_policy(config, adapter), tokenizer, config.beta)
+    print("Greedy answers. /heat: token rewards of the last answers. /quit: end.")
+    for question in questions():
         if question == "/heat":
             for who, tokens in chat.heat().items():
                 print(f"{who}: reward {sum(reward for _, reward in tokens):+.2f}")
                 print(" ".join(f"{plain(text).strip() or '␣'}[{reward:+.2f}]" for text, reward in tokens))
-        elif question:
+        else:
             chat.ask(question, Columns().show)
