@@ -344,12 +344,11 @@ def test_both_stream_the_greedy_answers_that_generate_gives(trained, policy, tok
     from dpo_tutorial.comparing import generation
 
     talk = chat.Chat(trained.config, policy, tokenizer, 0.1)
-    seen = []
-    talk.ask("Why is the sky blue?", lambda texts, done: seen.append(dict(texts)))
+    seen, done = zip(*talk.ask("Why is the sky blue?"), strict=True)
     prompt = [{"role": "user", "content": "Why is the sky blue?"}]
     before, after = generation.answers_of_both(trained.config, policy, tokenizer, [prompt])
     assert [seen[-1][who].strip() for who in ("base", "policy")] == [before[0]["text"], after[0]["text"]]
-    assert len(seen) > 2 and before != after
+    assert len(seen) > 2 and before != after and done == (False,) * (len(done) - 1) + (True,)
     heat = talk.heat()
     assert "".join(text for text, _ in heat["policy"]).startswith(seen[-1]["policy"])
     assert sum(r for _, r in heat["policy"]) > sum(r for _, r in heat["base"]), "each likes its own answer better"

@@ -1,4 +1,4 @@
-"""The command: `dpo-tutorial run|train|compare|export|chat|doctor`. What a word needs is imported once it is called."""
+"""The command: `dpo-tutorial WORD`. What a word needs is imported once it is called."""
 
 from __future__ import annotations
 
@@ -51,9 +51,15 @@ def chat(options: argparse.Namespace) -> None:
         chat.main(options.adapter, config.named(options.p))
 
 
+def demo(options: argparse.Namespace) -> None:
+    from ..using import demo
+
+    demo.main(options.adapter, options.host, options.port, config.named(options.p))
+
+
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="dpo-tutorial")
-    words = top.add_subparsers(required=True, metavar="run|train|compare|export|chat|doctor")
+    words = top.add_subparsers(required=True, metavar="run|train|compare|export|chat|demo|doctor")
 
     def word(action, what: str) -> argparse.ArgumentParser:
         made = words.add_parser(action.__name__, help=what, description=what)
@@ -82,6 +88,10 @@ def parser() -> argparse.ArgumentParser:
     with_what.add_argument("--adapter", metavar="DIR", help="folder that training saved")
     with_what.add_argument("--url", help="a server with the OpenAI API, such as http://127.0.0.1:8000")
     chatting.add_argument("--model", default="", metavar="NAME", help="with --url: the server's name of the model")
+    showing = word(demo, "a page on this machine: two blind answers, a vote, and the token rewards")
+    showing.add_argument("--adapter", required=True, metavar="DIR", help="folder that training saved")
+    showing.add_argument("--host", default="127.0.0.1", help="address it is shown at (default: this machine alone)")
+    showing.add_argument("--port", type=int, default=7860, help="default: 7860")
     word(doctor, "is this machine ready for a profile?")
     return top
 

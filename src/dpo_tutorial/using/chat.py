@@ -51,8 +51,8 @@ class Chat:
         self.turns: dict[str, list[dict]] = {"base": [], "policy": []}
         self.last: dict[str, tuple[list[int], list[int]]] = {}
 
-    def ask(self, question: str, show=lambda texts, done: None) -> dict[str, str]:
-        """Both answers; `show` is called with what each has so far, after every token."""
+    def ask(self, question: str) -> Iterator[tuple[dict[str, str], bool]]:
+        """What each has answered so far, after every token, and whether both are done."""
         for who, turns in self.turns.items():
             turns.append({"role": "user", "content": question})
             ids = self.tokenizer.apply_chat_template(
@@ -72,10 +72,9 @@ class Chat:
                     continue
                 self.last[who][1].append(token)
                 texts[who] = self.tokenizer.decode(self.last[who][1], skip_special_tokens=True).removesuffix("\ufffd")
-            show(texts, not writing)
+            yield dict(texts), not writing
         for who, turns in self.turns.items():
             turns.append({"role": "assistant", "content": texts[who]})
-        return texts
 
     def heat(self) -> dict[str, list[tuple[str, float]]]:
         """The last answers as (text, reward) pairs: beta times the log-ratio of policy to base; empty before the first.
@@ -144,4 +143,6 @@ def main(adapter: str, parameters: dict[str, str]) -> None:
                 print(f"{who}: reward {sum(reward for _, reward in tokens):+.2f}")
                 print(" ".join(f"{plain(text).strip() or '␣'}[{reward:+.2f}]" for text, reward in tokens))
         else:
-            chat.ask(question, Columns().show)
+            columns = Columns()
+            for texts, done in chat.ask(question):
+                columns.show(texts, done)
