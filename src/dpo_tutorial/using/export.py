@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 from ..adapter import lora
@@ -53,15 +54,18 @@ def export(
     return write(config, adapter, model, to, out, into=into, store=store, kind=kind)
 
 
-def write(config: Config, adapter: str | Path, model: gate.Trained, to: str, out: Path, *, into, store, kind) -> dict:
-    """As `export`, for what the trained model was scored on already."""
+def write(
+    config: Config, adapter: str | Path, model: gate.Trained, to: str, out: Path, *,
+    into: str, store: str, kind: str, opened: Callable[[Path, Config], engines.Exported] = engines.opened,
+) -> dict:  # fmt: skip
+    """As `export`, for what the trained model was scored on already; `opened` opens the export for the gate."""
     with Run.replacing(out) as folder, tempfile.TemporaryDirectory(dir=folder.parent) as aside:
         whole = folder if to == "merged" else Path(aside)
         merge.save(merge.merged(config, adapter, into, store), model.tokenizer, whole)
         file = folder if to == "merged" else convert.to_gguf(whole, folder / f"model-{kind}.gguf", kind)
         if to == "ollama":
             (folder / "Modelfile").write_text(convert.modelfile(model.tokenizer, file.name), encoding="utf-8")
-        found = gate.measure(model, engines.opened(file, config))
+        found = gate.measure(model, opened(file, config))
         about = {"to": to, "into": into, "store": store, "kind": None if to == "merged" else kind}
         (folder / "GATE.json").write_text(json.dumps(about | found, indent=2), encoding="utf-8")
         (folder / "README.md").write_text(_card(found, about), encoding="utf-8")
