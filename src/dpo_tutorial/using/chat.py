@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import textwrap
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 
 import torch
 from peft import PeftModel
@@ -30,8 +30,7 @@ def plain(text: str) -> str:
 def stream(config: Config, policy: PeftModel, ids: list[int], eos: int, base: bool = False) -> Iterator[int]:
     """Greedy tokens one by one, up to and including the EOS, at most `config.max_new_tokens`.
 
-    Args:
-        base: answer with the adapter switched off. It is off only while a token is made, so that both can take turns.
+    With `base` the adapter is off, but only while a token is made, so that both can take turns.
     """
     step, cache = torch.tensor([ids], device=policy.device), None
     for _ in range(config.max_new_tokens):
@@ -120,15 +119,10 @@ class Columns:
 
 def questions() -> Iterator[str]:
     """What is typed, without empty lines, until `/quit` or the end of standard input."""
-    while True:
-        try:
-            question = input("\n> ").strip()
-        except (EOFError, KeyboardInterrupt):
-            return
-        if question == "/quit":
-            return
-        if question:
-            yield question
+    with suppress(EOFError, KeyboardInterrupt):
+        while (question := input("\n> ").strip()) != "/quit":
+            if question:
+                yield question
 
 
 def main(adapter: str, parameters: dict[str, str]) -> None:

@@ -69,8 +69,8 @@ def to_gguf(folder: Path, target: Path, kind: str = "q8_0") -> Path:
 
 
 def _run(command: list, target: Path) -> None:
-    words, offline = [*map(str, command)], os.environ | {"HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(words, capture_output=True, text=True, env=offline)
+    offline = os.environ | {"HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, env=offline)
     if done.returncode:
         said = ([line for line in done.stderr.splitlines() if line.strip()] or ["it gave no reason"])[-1]
         if re.search(r"Errno (5|13|27|28|30|122)\b", said):

@@ -21,10 +21,7 @@ from . import chat, merge
 
 
 def page(config: Config, policy: PeftModel, tokenizer: PreTrainedTokenizerBase) -> Any:
-    """The page as `gradio.Blocks`: base and policy answer each question as A and B, in an order drawn anew.
-
-    A model's text stands in text boxes and, escaped, in the heat map. Only the vote says which answer was whose.
-    """
+    """The page as `gradio.Blocks`. A and B are base and policy, in an order that only the vote gives away."""
     import gradio as gr
 
     draw = random.Random(config.seed)
@@ -45,8 +42,7 @@ def page(config: Config, policy: PeftModel, tokenizer: PreTrainedTokenizerBase) 
         with gr.Row():
             answers = [gr.Textbox(label=letter, lines=8, interactive=False) for letter in "AB"]
         with gr.Row():
-            labels = ("A is better", "B is better", "No difference")
-            buttons = [gr.Button(label, interactive=False) for label in labels]
+            buttons = [gr.Button(word, interactive=False) for word in ("A is better", "B is better", "No difference")]
         outcome = gr.HTML()
         one = dict(concurrency_limit=1, concurrency_id="model")  # both switch the adapter of the same model
         question.submit(ask, question, [*answers, outcome, asked, *buttons], **one)
@@ -65,12 +61,7 @@ def told(heat: dict[str, list[tuple[str, float]]], names: list[str], votes: list
 
 
 def main(adapter: str, host: str, port: int, parameters: dict[str, str]) -> None:
-    """Show the page until it is interrupted.
-
-    Raises:
-        ConfigError: the extra is not installed.
-        ArtifactError: as `merge.config_of`.
-    """
+    """Show the page until it is interrupted. Raises ConfigError: the extra is not installed."""
     if not importlib.util.find_spec("gradio"):
         raise ConfigError("The page needs gradio, which is not there.", "Run `pip install 'dpo-tutorial[demo]'`.")
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read on import; without it gradio calls home

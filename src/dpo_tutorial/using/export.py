@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 
 from ..adapter import lora
@@ -15,8 +14,6 @@ from ..loading import models
 from ..pairs import prepare
 from ..run_folder import Run
 from . import convert, engines, gate, merge
-
-KINDS = ("merged", "gguf", "ollama")
 
 
 def export(
@@ -55,8 +52,7 @@ def export(
 
 
 def write(
-    config: Config, adapter: str | Path, model: gate.Trained, to: str, out: Path, *,
-    into: str, store: str, kind: str, opened: Callable[[Path, Config], engines.Exported] = engines.opened,
+    config: Config, adapter: str | Path, model: gate.Trained, to, out: Path, *, into, store, kind, opened=engines.opened
 ) -> dict:  # fmt: skip
     """As `export`, for what the trained model was scored on already; `opened` opens the export for the gate."""
     with Run.replacing(out) as folder, tempfile.TemporaryDirectory(dir=folder.parent) as aside:

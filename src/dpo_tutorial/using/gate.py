@@ -117,13 +117,7 @@ def _greedy(model: Trained, exported: Exported) -> dict:
         if at is not None and differs is None:
             spans = (answer[max(0, at - 8) : at], [answer[at]], [written[at]])
             after, ours, theirs = map(model.tokenizer.decode, spans)
-            differs = {
-                "prompt": prompt[-1]["content"],
-                "token": at,
-                "after": after,
-                "adapter": ours,
-                "exported": theirs,
-            }
+            differs = dict(prompt=prompt[-1]["content"], token=at, after=after, adapter=ours, exported=theirs)
     return {"prompts": len(model.greedy), "equal": equal, "differs": differs}
 
 

@@ -17,11 +17,7 @@ WAIT = 300  # seconds for the next piece; a server may load its model first
 
 
 def stream(url: str, model: str, turns: list[dict], max_tokens: int) -> Iterator[str]:
-    """The greedy answer to a conversation, piece by piece.
-
-    Args:
-        url: what stands before `/v1/chat/completions`.
-        model: the name that the server knows it by; "" leaves it to a server of one model.
+    """The greedy answer to a conversation, piece by piece; `model` may be "" where a server has only one.
 
     Raises:
         ConfigError: `url` is no address of a server.
@@ -30,21 +26,18 @@ def stream(url: str, model: str, turns: list[dict], max_tokens: int) -> Iterator
     if not url.startswith(("http://", "https://")):
         raise ConfigError(f"--url {url} is not an address of a server.", "Give one such as http://127.0.0.1:8000.")
     asked = {"messages": turns, "stream": True, "temperature": 0, "max_tokens": max_tokens}
-    request = urllib.request.Request(
-        url.rstrip("/").removesuffix("/v1") + "/v1/chat/completions",
-        json.dumps(asked | ({"model": model} if model else {})).encode(),
-        {"Content-Type": "application/json"},
-    )
-    reason = None
+    body = json.dumps(asked | ({"model": model} if model else {})).encode()
+    address = url.rstrip("/").removesuffix("/v1") + "/v1/chat/completions"
+    request = urllib.request.Request(address, body, {"Content-Type": "application/json"})
     try:
         with urllib.request.urlopen(request, timeout=WAIT) as lines:  # server-sent events
             for line in lines:
                 if line.startswith((b"data: {", b"error: {")):
                     (choice, *_) = json.loads(line.partition(b": ")[2])["choices"] or [{}]
                     yield choice.get("delta", {}).get("content") or ""
-                    reason = choice.get("finish_reason") or reason
-        if reason is None:
-            raise LookupError("it stopped in the middle of the answer")
+                    if choice.get("finish_reason"):
+                        return
+        raise LookupError("it stopped in the middle of the answer")
     except urllib.error.HTTPError as error:
         cause = f"{url} answered {error.code}: {chat.plain(error.read(500).decode(errors='replace'))}"
         raise ServerError(cause, "Check --model and the server.") from error
