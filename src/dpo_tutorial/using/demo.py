@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import importlib.util
 import os
 import random
@@ -57,7 +56,7 @@ def told(heat: dict[str, list[tuple[str, float]]], names: list[str], votes: list
     words = f"A was the {names[0]}, B the {names[1]}. So far the policy won {count['policy']}, "
     words += f"lost {count['base']} and tied {count['tie']}."
     rewards = {f"reward_{who}": sum(reward for _, reward in tokens) for who, tokens in heat.items()}
-    return f"<p>{html.escape(words)}</p>" + show.heat_map(heat | rewards).data
+    return f"<p>{words}</p>" + show.heat_map(heat | rewards).data
 
 
 def main(adapter: str, host: str, port: int, parameters: dict[str, str]) -> None:
