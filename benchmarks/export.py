@@ -1,7 +1,7 @@
-"""Is an export still the trained model? `python benchmarks/export.py --adapter DIR [ways|rounding|page]`.
+"""Is an export still the trained model? `python benchmarks/export.py --adapter DIR [ways|llama_cpp|rounding|page]`.
 
 Every way to merge and to convert, scored by the gate on the same 16 test pairs in float32. The limits of
-`dpo_tutorial.using.gate` are set from this table. Needs the extra `export`.
+`dpo_tutorial.using.gate` are set from the first table. Needs the extra `export`, and for `llama_cpp` that too.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ WAYS = {
     "GGUF F16": dict(to="gguf", kind="f16"),
     "GGUF Q8_0": dict(to="gguf", kind="q8_0"),
 }
+#: the same, of what llama.cpp itself computes
+LLAMA_CPP = {f"GGUF {kind.upper()}": dict(to="gguf", kind=kind) for kind in ("f16", "q8_0", "q4_k_m")}
 
 
 def measure(task: dict, folder: Path) -> dict:
@@ -27,15 +29,16 @@ def measure(task: dict, folder: Path) -> dict:
     from dpo_tutorial.adapter import lora
     from dpo_tutorial.loading import models
     from dpo_tutorial.pairs import prepare
-    from dpo_tutorial.using import export, gate, merge
+    from dpo_tutorial.using import engines, export, gate, merge
 
+    ways, opened = (LLAMA_CPP, engines.LlamaCpp) if task["llama_cpp"] else (WAYS, engines.Transformers)
     config = merge.config_of(task["adapter"], {}, "fp32")
     tokenizer = models.load_tokenizer(config)
     test = prepare.prepare(config, tokenizer).splits["test"].select(range(task["pairs"]))
     model = gate.trained(config, lora.load_policy(config, task["adapter"]), tokenizer, test)
     found = {}
-    for name, how in WAYS.items():
-        how = {"into": "4bit", "store": "fp16", "kind": ""} | how
+    for name, how in ways.items():
+        how = {"into": "4bit", "store": "fp16", "kind": "", "opened": opened} | how
         found[name] = export.write(config, task["adapter"], model, out=folder / "out", **how)
         size = sum(path.stat().st_size for path in (folder / "out").glob("model*"))
         found[name] |= {"megabytes": round(size / 1e6)}
@@ -79,14 +82,17 @@ def all_rounding(record: Record, options: argparse.Namespace) -> None:
         record.write("rounding", name, **child(__file__, task))
 
 
-def ways(record: Record, options: argparse.Namespace) -> None:
+def ways(record: Record, options: argparse.Namespace, stage: str = "ways") -> None:
     task = {"kind": "measure", "adapter": str(options.adapter), "pairs": options.pairs}
-    for name, found in child(__file__, task).items():
-        record.write("ways", name, **found)
+    for name, found in child(__file__, task | {"llama_cpp": stage == "llama_cpp"}).items():
+        record.write(stage, name, **found)
 
 
-def tables(lines: list[dict]) -> dict[str, str]:
-    about, found = latest(lines, "ways")
+def llama_cpp(record: Record, options: argparse.Namespace) -> None:
+    ways(record, options, "llama_cpp")
+
+
+def ways_table(found: dict[str, list[dict]]) -> str:
     rows = [
         [name, f"{r['margin']['exported']:.3f}", f"{r['margin_change_rms']:.3f}", f"{r['margin_change_share']:.1%}",
          f"{r['margin_change_largest']:.3f}", f"{r['kl']:.5f}", f"{r['other_tokens']:.1%}",
@@ -95,12 +101,20 @@ def tables(lines: list[dict]) -> dict[str, str]:
     ]  # fmt: skip
     head = ["export", "mean margin", "change, rms", "of the margins' rms", "largest", "KL per token, nats",
             "other likeliest token", "64 greedy tokens equal", "MB", "passes"]  # fmt: skip
+    return table(head, rows)
+
+
+def tables(lines: list[dict]) -> dict[str, str]:
+    about, found = latest(lines, "ways")
+    made = {"ways": ways_table(found), "machine": machine(about)}
+    if any(line["stage"] == "llama_cpp" for line in lines):
+        made["llama.cpp"] = ways_table(latest(lines, "llama_cpp")[1])
     (first, *_) = (r for (r,) in found.values())
     margin = f"{first['margin']['adapter']:.3f}, {first['pairs']} pairs"
     _, found = latest(lines, "rounding")
     lost = [[name, f"{r['kept']:.2f}", f"{r['unmoved']:.0%}"] for name, (r,) in found.items()]
     lost = table(["weights before the sum", "of the update kept", "weights unmoved"], lost)
-    return {"rounding": lost, "ways": table(head, rows), "adapter": margin, "machine": machine(about)}
+    return made | {"rounding": lost, "adapter": margin}
 
 
 def options(parser: argparse.ArgumentParser) -> None:
@@ -113,7 +127,7 @@ def options(parser: argparse.ArgumentParser) -> None:
 if __name__ == "__main__":
     main(
         __file__,
-        {"ways": ways, "rounding": all_rounding},
+        {"ways": ways, "llama_cpp": llama_cpp, "rounding": all_rounding},
         tables,
         kinds={"measure": measure, "rounding": rounding},
         options=options,

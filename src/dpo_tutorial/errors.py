@@ -57,6 +57,10 @@ class ArtifactError(TutorialError):
     """A file of the run is missing, stale, or cannot be written."""
 
 
+class ServerError(TutorialError):
+    """A model that is served elsewhere does not answer."""
+
+
 class NotebookError(TutorialError):
     """A notebook stopped; names the cell and the partial notebook."""
 

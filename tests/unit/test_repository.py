@@ -107,8 +107,8 @@ def test_torch_and_numpy_are_left_to_the_machine():
 
 
 def test_every_library_that_the_package_or_a_notebook_imports_is_declared():
-    declared = set(ranges()) | {"torch", "numpy"}
-    found = importlib.metadata.packages_distributions()
+    declared = set(ranges(*PROJECT["project"]["optional-dependencies"])) | {"torch", "numpy"}
+    found = {"llama_cpp": ["llama-cpp-python"]} | importlib.metadata.packages_distributions()
     for name, text in python_files():
         if name.startswith(("test_", "conftest")):
             continue

