@@ -1,4 +1,4 @@
-"""The command: `dpo-tutorial run|train|compare|export|chat|doctor`. What a word needs is imported once it is called."""
+"""The command: `dpo-tutorial run|train|compare|export|publish|chat|doctor`. A word imports what it needs."""
 
 from __future__ import annotations
 
@@ -42,6 +42,13 @@ def export(options: argparse.Namespace) -> int:
     return export.main(options.adapter, options.to, options.out, config.named(options.p), **how)
 
 
+def publish(options: argparse.Namespace) -> None:
+    from ..using import publish
+
+    given = config.named(options.p)
+    publish.main(options.adapter, options.to, options.what, options.report, options.dry_run, given)
+
+
 def chat(options: argparse.Namespace) -> None:
     from ..using import chat
 
@@ -50,7 +57,7 @@ def chat(options: argparse.Namespace) -> None:
 
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="dpo-tutorial")
-    words = top.add_subparsers(required=True, metavar="run|train|compare|export|chat|doctor")
+    words = top.add_subparsers(required=True, metavar="run|train|compare|export|publish|chat|doctor")
 
     def word(action, what: str) -> argparse.ArgumentParser:
         made = words.add_parser(action.__name__, help=what, description=what)
@@ -74,6 +81,12 @@ def parser() -> argparse.ArgumentParser:
     )
     exporting.add_argument("--kind", default="q8_0", choices=["f16", "q8_0"], help="type of the GGUF weights")
     exporting.add_argument("--pairs", type=int, default=16, help="test pairs scored again (default: 16)")
+    publishing = word(publish, "put a trained adapter on a hub, with a card of what was measured")
+    publishing.add_argument("--adapter", required=True, metavar="DIR", help="folder that training saved")
+    publishing.add_argument("--to", required=True, metavar="OWNER/NAME", help="repository; made if it is new")
+    publishing.add_argument("--what", default="adapter", choices=["adapter", "merged"], help="default: adapter")
+    publishing.add_argument("--report", default="", metavar="DIR", help="folder that compare wrote; default: the run's")
+    publishing.add_argument("--dry-run", action="store_true", help="upload nothing: list the files, print the card")
     chatting = word(chat, "talk to base and policy side by side")
     chatting.add_argument("--adapter", required=True, metavar="DIR", help="folder that training saved")
     word(doctor, "is this machine ready for a profile?")
