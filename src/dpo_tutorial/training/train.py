@@ -16,7 +16,7 @@ from ..knobs import Config
 from ..loading import models
 from ..machine import hardware, memory
 from ..pairs import store
-from . import checkpoints, faster, memory_plan, resume, save, watch
+from . import checkpoints, faster, memory_plan, resume, save, tracking, watch
 
 
 def dpo_config(config: Config, output_dir: str | Path, **changes) -> DPOConfig:
@@ -63,6 +63,7 @@ def other_arguments(config: Config) -> dict:
         fp16=config.dtype == "fp16",
         use_cpu=hardware.device() == "cpu",
         dataloader_pin_memory=hardware.device() == "cuda",
+        **tracking.arguments(config),
     )
 
 
@@ -132,6 +133,7 @@ def train(
     print(why)
     trainer = build_trainer(config, model, tokenizer, train, val, checkpoints.folder(run), save_strategy="steps")
     trainer.add_callback(Progress(run.dir / "progress.jsonl"))
+    tracking.watch(config, run, trainer)
     trainer.times.counting = False  # nobody reads the clock here, and on a GPU it waits at every phase
     seconds = resume.resume_or_start(trainer, config, run)
     if trainer.is_world_process_zero():

@@ -10,7 +10,7 @@ from pathlib import Path
 from ..adapter import lora
 from ..errors import ArtifactError, ConfigError
 from ..knobs import Config
-from ..loading import models
+from ..loading import embedded, models
 from ..pairs import prepare
 from ..run_folder import Run
 from . import convert, engines, gate, merge
@@ -63,7 +63,8 @@ def write(
             (folder / "Modelfile").write_text(convert.modelfile(model.tokenizer, file.name), encoding="utf-8")
         found = gate.measure(model, opened(file, config))
         about = {"to": to, "into": into, "store": store, "kind": None if to == "merged" else kind}
-        (folder / "GATE.json").write_text(json.dumps(about | found, indent=2), encoding="utf-8")
+        whose = {"adapter_sha256": embedded.sha256(Path(adapter) / "adapter_model.safetensors")}
+        (folder / "GATE.json").write_text(json.dumps(about | whose | found, indent=2), encoding="utf-8")
         (folder / "README.md").write_text(_card(found, about), encoding="utf-8")
     return found
 

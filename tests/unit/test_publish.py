@@ -1,0 +1,233 @@
+"""Publishing, to a hub that is a small server on this machine: what is in the card, and what never leaves."""
+
+import base64
+import json
+import shutil
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import huggingface_hub
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+from test_using import trained, words  # noqa: F401
+
+from dpo_tutorial import knobs
+from dpo_tutorial.cli import main as cli
+from dpo_tutorial.loading import models
+from dpo_tutorial.using import publish
+
+TOKEN = "hf_sentinelOfTheEnvironment"
+
+
+class Hub(BaseHTTPRequestHandler):
+    """Answers as the hub does to a client that makes a repository and commits to it; keeps every byte it is sent."""
+
+    sent: list[tuple[str, bytes]] = []
+    refuse: dict[str, int] = {}
+
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        self.sent.append((self.path, body))
+        status = next((code for part, code in self.refuse.items() if part in self.path), 200)
+        here = f"http://{self.headers['Host']}/some/one"
+        if self.path.endswith("/preupload/main"):
+            names = [file["path"] for file in json.loads(body)["files"]]
+            answer = {"files": [{"path": name, "uploadMode": "regular", "shouldIgnore": False} for name in names]}
+        else:
+            answer = {"url": here, "name": "some/one", "success": True, "commitOid": "0" * 40, "commitUrl": here}
+        answer = json.dumps(answer).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(answer)))
+        self.end_headers()
+        self.wfile.write(answer)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr(Hub, "sent", [])
+    monkeypatch.setattr(Hub, "refuse", {})
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    yield Hub
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture(scope="module")
+def judged(trained):  # noqa: F811
+    """The run of `trained` with a report beside its adapter."""
+    few = ["-p", "MAX_NEW_TOKENS", "4", "-p", "COMPARE_PROMPTS", "2", "-p", "INSTRUCTIONS", "2"]
+    assert cli.main(words("compare", trained, "--out", trained.dir, *few)) == 0
+    return trained
+
+
+@pytest.fixture
+def run_copy(judged, tmp_path):
+    """A copy of the run to harm: its folder."""
+    for name in ("adapter", "comparison.json", "report.html", "places.json"):
+        copy = shutil.copytree if name == "adapter" else shutil.copy
+        copy(judged.dir / name, tmp_path / name)
+    return tmp_path
+
+
+def command(folder, *more):
+    return cli.main(["publish", "--adapter", str(folder / "adapter"), "--to", "some/one", *map(str, more)])
+
+
+def change(path, **values):
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def committed(hub):
+    """Name → bytes of the one commit that was sent."""
+    (body,) = [body for path, body in hub.sent if path.endswith("/commit/main")]
+    lines = [json.loads(line) for line in body.splitlines()]
+    return {x["value"]["path"]: base64.b64decode(x["value"]["content"]) for x in lines if x["key"] == "file"}
+
+
+# --- what is uploaded ----
+
+
+def test_what_is_sent_is_what_the_dry_run_lists_and_no_byte_of_it_is_private(judged, hub, capsys, tmp_path_factory):
+    assert command(judged.dir, "--dry-run") == 0
+    listed = capsys.readouterr().out
+    assert hub.sent == []
+    assert command(judged.dir) == 0
+    sent = committed(hub)
+    assert {"README.md", "adapter_model.safetensors", "tokenizer.json", "training.json"} <= set(sent)
+    assert "report.html" not in sent, "it quotes local pairs"
+    for name, content in sent.items():
+        assert f"{name:32}{len(content) / 1e3:12,.1f} kB" in listed
+    data = judged.config.data
+    folders = (str(judged.dir), str(tmp_path_factory.getbasetemp()))
+    for private in (*folders, data.rpartition("/")[2], TOKEN, "boil an egg"):
+        assert not [path for path, body in hub.sent if private.encode() in body]
+        assert not [name for name, content in sent.items() if private.encode() in content], private
+    assert json.loads(sent["training.json"])["config"]["data"] == "local pairs"
+    assert sent["README.md"].decode() in listed
+
+
+def test_a_public_report_goes_along(run_copy, hub):
+    for path in (run_copy / "comparison.json", run_copy / "adapter" / "training.json"):
+        record = json.loads(path.read_text())
+        record.get("adapter", record)["config"]["data"] = "some/pairs"
+        path.write_text(json.dumps(record))
+    (run_copy / "places.json").unlink()
+    files = publish.publish(run_copy / "adapter", "some/one", dry_run=True)
+    assert files["report.html"].read_bytes() and b"datasets:\n- some/pairs" in files["README.md"]
+
+
+def test_the_card_has_the_measured_numbers_and_valid_metadata(judged):
+    text = publish.publish(judged.adapter, "some/one", dry_run=True)["README.md"].decode()
+    found = json.loads((judged.dir / "comparison.json").read_text())
+    accuracy = found["held_out"]["after"]["accuracy"]
+    assert f"{accuracy['rate']:.2f} ({accuracy['low']:.2f} to {accuracy['high']:.2f})" in text
+    assert all(f"| {name} | {row['share']['rate']:.2f}" in text for name, row in found["against"].items())
+    assert all(f"- {line}" in text for line in found["verdict"]) and "local pairs" in text
+    record = json.loads((judged.adapter / "training.json").read_text())
+    assert f"{record['seconds'] / 60:.1f} minutes" in text and "ADAPTER = 'tiny-llama', \"some/one\"" in text
+    about = ModelCard(text).data.to_dict()
+    assert about["library_name"] == "peft" and "dpo" in about["tags"]
+    assert about == yaml.safe_load(text.split("---")[1]), "nothing that the hub would not read"
+
+
+def test_of_the_embedded_model_the_card_says_what_it_was_and_its_licence(judged):
+    record = json.loads((judged.adapter / "training.json").read_text())
+    record["config"] |= {"model": knobs.EMBEDDED, "data": knobs.EMBEDDED}
+    record["base"] |= {"name": models._EMBEDDED_NAME}
+    text = publish.written(record, "some/one", None, None)
+    about = ModelCard(text).data
+    assert about.base_model == "HuggingFaceTB/SmolLM2-135M-Instruct" and about.license == "apache-2.0"
+    assert "DPO on UltraFeedback" in text and "CC0-1.0" in text and "pip download" in text
+
+
+def test_without_a_report_the_card_says_that_it_was_not_judged(run_copy):
+    (run_copy / "comparison.json").unlink()
+    files = publish.publish(run_copy / "adapter", "some/one", dry_run=True)
+    assert b"Not judged. `dpo-tutorial compare" in files["README.md"] and "report.html" not in files
+
+
+def test_a_merged_model_goes_with_what_the_gate_found_or_not_at_all(judged, hub, capsys):
+    assert command(judged.dir, "--what", "merged") == 1
+    assert "holds no merged model" in capsys.readouterr().err
+    assert cli.main(words("export", judged, "--to", "merged")) == 0
+    assert command(judged.dir, "--what", "merged") == 0
+    sent = committed(hub)
+    assert "model.safetensors" in sent and "adapter_model.safetensors" not in sent
+    about = ModelCard(sent["README.md"].decode()).data
+    assert about.library_name == "transformers" and b"KL per token, nats" in sent["README.md"]
+    gate = judged.dir / "merged" / "GATE.json"
+    kept = gate.read_text()
+    for values, why in (
+        ({"why": ["KL is high."]}, "is not the trained model: KL is high."),
+        ({"adapter_sha256": "0"}, "was not exported from this adapter"),
+    ):
+        change(gate, **values)
+        assert command(judged.dir, "--what", "merged") == 1
+        assert why in capsys.readouterr().err
+        gate.write_text(kept)
+
+
+# --- what is refused ----
+
+
+def spoil_base(folder):
+    path = folder / "adapter" / "training.json"
+    change(path, base=json.loads(path.read_text())["base"] | {"digest": "0" * 64})
+
+
+def another_training(folder):
+    change(folder / "adapter" / "training.json", seconds=1.0)
+
+
+def a_folder_inside(folder):
+    change(folder / "adapter" / "tokenizer_config.json", cache=str(folder / "secret"))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "more", "said"),
+    [
+        (spoil_base, [], "was trained on"),
+        (another_training, [], "comparison.json is of another training"),
+        (a_folder_inside, [], "tokenizer_config.json has a folder of this machine in it"),
+        (lambda folder: None, ["--report", "nowhere"], "There is no comparison.json in nowhere"),
+        (lambda folder: None, ["--to", "no-owner"], "--to no-owner is no name of a repository"),
+        (lambda folder: None, ["--to", "a/b/c"], "Give owner/name"),
+        (lambda folder: shutil.rmtree(folder / "adapter"), [], "There is no trained adapter"),
+    ],
+)
+def test_what_cannot_be_published_is_refused_before_anything_is_sent(spoil, more, said, run_copy, hub, capsys):
+    spoil(run_copy)
+    assert command(run_copy, *more) == 1
+    assert said in capsys.readouterr().err and hub.sent == []
+
+
+def test_without_a_token_nothing_is_sent_and_the_dry_run_needs_none(judged, hub, monkeypatch, capsys):
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
+    assert command(judged.dir, "--dry-run") == 0
+    assert command(judged.dir) == 1
+    assert "There is no token" in (said := capsys.readouterr().err) and "hf auth login" in said and hub.sent == []
+
+
+@pytest.mark.parametrize(
+    ("status", "said"), [(401, "the hub refuses your token"), (403, "this token may not write there")]
+)
+def test_a_hub_that_refuses_is_told_in_one_sentence_without_the_token(status, said, judged, hub, capsys):
+    hub.refuse["/api/repos/create"] = status
+    assert command(judged.dir) == 1
+    shown = capsys.readouterr().err
+    assert said in shown and TOKEN not in shown and len(hub.sent) == 1
+
+
+def test_a_hub_that_is_not_there_is_told_in_one_sentence(judged, hub, monkeypatch, capsys):
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    assert command(judged.dir) == 1
+    assert "some/one could not be published: the hub cannot be reached" in capsys.readouterr().err
