@@ -1,4 +1,4 @@
-"""The command: `dpo-tutorial run|train|compare|export|chat|doctor`. What a word needs is imported once it is called."""
+"""The command: `dpo-tutorial run|train|compare|…`. What a word needs is imported once it is called."""
 
 from __future__ import annotations
 
@@ -35,6 +35,13 @@ def doctor(options: argparse.Namespace) -> int:
     return doctor.main(config.named(options.p))
 
 
+def pairs(options: argparse.Namespace) -> None:
+    from ..using import new_pairs
+
+    how = dict(n=options.n, rank=options.rank, seed=options.seed)
+    new_pairs.main(options.adapter, options.prompts, options.out, config.named(options.p), **how)
+
+
 def export(options: argparse.Namespace) -> int:
     from ..using import export
 
@@ -50,7 +57,7 @@ def chat(options: argparse.Namespace) -> None:
 
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="dpo-tutorial")
-    words = top.add_subparsers(required=True, metavar="run|train|compare|export|chat|doctor")
+    words = top.add_subparsers(required=True, metavar="run|train|compare|pairs|export|chat|doctor")
 
     def word(action, what: str) -> argparse.ArgumentParser:
         made = words.add_parser(action.__name__, help=what, description=what)
@@ -64,6 +71,13 @@ def parser() -> argparse.ArgumentParser:
     comparing.add_argument("--adapter", required=True, metavar="DIR", help="folder that training saved")
     comparing.add_argument("--data", default="", help="hub id[@revision], folder or file; default: what it trained on")
     comparing.add_argument("--out", default="report", metavar="DIR", help="folder for the report (default: report)")
+    pairing = word(pairs, "write new pairs for a further round: best and worst of the policy's own answers")
+    pairing.add_argument("--adapter", required=True, metavar="DIR", help="folder that training saved")
+    pairing.add_argument("--prompts", default="", help="hub id, folder or file; default: what it trained on")
+    pairing.add_argument("--out", required=True, help="a new folder, or a new file.jsonl")
+    pairing.add_argument("--n", type=int, default=4, help="answers drawn for each prompt (default: 4)")
+    pairing.add_argument("--rank", default="house-style", metavar="PROGRAM", help="house-style, or a program")
+    pairing.add_argument("--seed", type=int, default=0, help="of what is drawn (default: 0)")
     exporting = word(export, "write the trained model for other programs, and check that it still is the trained model")
     exporting.add_argument("--adapter", required=True, metavar="DIR", help="folder that training saved")
     exporting.add_argument("--to", required=True, choices=["merged", "gguf", "ollama"])
