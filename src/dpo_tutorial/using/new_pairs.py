@@ -92,10 +92,12 @@ def make(
     drawn = generation.generate(config, policy, tokenizer, [p for p in prompts for _ in range(n)], seed=seed)
     answers, rows = [drawn[at : at + n] for at in range(0, len(drawn), n)], []
     for prompt, of_one, scores in zip(prompts, answers, scores_of(rank, prompts, answers), strict=True):
+        best = max(range(n), key=scores.__getitem__)
+        worst = min(reversed(range(n)), key=scores.__getitem__)  # another one than the best where all are equal: a tie
         row: dict = {"prompt": prompt}
-        for side, score in (("chosen", max(scores)), ("rejected", min(scores))):
-            row[side] = [{"role": "assistant", "content": of_one[scores.index(score)]["text"]}]
-            row[f"score_{side}"] = float(score)
+        for side, at in (("chosen", best), ("rejected", worst)):
+            row[side] = [{"role": "assistant", "content": of_one[at]["text"]}]
+            row[f"score_{side}"] = scores[at]
         rows.append(row)
     found = row_checks.audit_split((shapes.to_pair(row)[0] for row in rows), tokenizer, config.max_tokens)
     if not found.kept:
