@@ -68,11 +68,8 @@ def train(task: dict, folder: Path) -> dict:
     knobs = dict(task["knobs"])
     if knobs.get("start_from"):
         _, first = trained(**knobs | BEFORE | {"start_from": ""})
-        for found in first.peft_config.values():  # as `save.saving` names it
-            found.base_model_name_or_path, found.revision = models.source(cfg).name, models.source(cfg).revision
-        first.save_pretrained(folder / "sft", save_embedding_layers=False)
+        knobs["start_from"] = trainings.save_to_go_on(cfg, first, folder / "sft")
         del first
-        knobs["start_from"] = str(folder / "sft")
     cfg, model = trained(**knobs)
     found = stats.summarise(scoring.score_pairs(cfg, model, tokenizer, judged))
     return found | (answers(cfg, model, tokenizer, judged) if task.get("answers") else {})

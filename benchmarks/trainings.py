@@ -10,10 +10,12 @@ import gc
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
+from pathlib import Path
 from unittest import mock
 
 import torch
 from datasets import Dataset
+from peft import PeftModel
 from transformers import LlamaConfig, LlamaForCausalLM, PrinterCallback, TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
@@ -129,6 +131,14 @@ def plain_again(trainer: DPOTrainer) -> LlamaForCausalLM:
 
 def our_trainer(cfg, base, tokenizer, pairs, val, folder, **changes) -> DPOTrainer:
     return train.build_trainer(cfg, base, tokenizer, pairs, val, folder, disable_tqdm=True, **changes)
+
+
+def save_to_go_on(cfg: knobs.Config, model: PeftModel, folder: Path) -> str:
+    """Save an adapter with the name of its base, as `save.saving` does; what START_FROM takes."""
+    for found in model.peft_config.values():
+        found.base_model_name_or_path, found.revision = models.source(cfg).name, models.source(cfg).revision
+    model.save_pretrained(folder, save_embedding_layers=False)
+    return str(folder)
 
 
 class StockTrainer(timing.Timed, DPOTrainer):

@@ -12,12 +12,10 @@ import argparse
 import json
 from pathlib import Path
 
-import torch
-
 from dpo_tutorial import config
+from dpo_tutorial.comparing import generation
 from dpo_tutorial.loading import models
 from dpo_tutorial.pairs import sources
-from dpo_tutorial.training import scoring
 
 LIMIT, BATCH = 96, 24
 
@@ -35,26 +33,17 @@ def asked() -> dict[str, list[dict]]:
     return {prompt_id: conversations[prompt_id] for prompt_id in of_base}
 
 
-@torch.no_grad()
 def main(target: Path, seed: int) -> None:
     cfg = config.resolve(profile="cpu")
-    tokenizer, model = models.load_tokenizer(cfg), models.load_base(cfg).eval()
-    tokenizer.padding_side = "left"
+    tokenizer, model = models.load_tokenizer(cfg), models.load_base(cfg)
     rows, found = list(asked().items()), []
     for start in range(0, len(rows), BATCH):
         batch, drawn_with = rows[start : start + BATCH], seed + start // BATCH
-        texts = [tokenizer.apply_chat_template(c, tokenize=False, add_generation_prompt=True) for _, c in batch]
-        ids = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False)
-        torch.manual_seed(drawn_with)
-        with scoring.autocast(cfg):
-            out = model.generate(
-                **ids, do_sample=True, temperature=0.8, top_p=0.95, top_k=0, repetition_penalty=1.0, use_cache=True,
-                max_new_tokens=LIMIT, pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
-            )  # fmt: skip
-        for (prompt_id, _), answer in zip(batch, out[:, ids["input_ids"].shape[1] :], strict=True):
-            text = tokenizer.decode(answer, skip_special_tokens=True).strip()
-            cut = tokenizer.eos_token_id not in answer.tolist()
-            found.append({"prompt_id": prompt_id, "text": text, "cut": cut, "sample_seed": drawn_with})
+        prompts = [conversation for _, conversation in batch]
+        drawn = generation.generate(cfg, model, tokenizer, prompts, LIMIT, drawn_with, temperature=0.8, top_p=0.95)
+        for (prompt_id, _), answer in zip(batch, drawn, strict=True):
+            cut = not answer["finished"]
+            found.append({"prompt_id": prompt_id, "text": answer["text"], "cut": cut, "sample_seed": drawn_with})
     target.write_text("".join(json.dumps(row) + "\n" for row in found), encoding="utf-8")
 
 

@@ -164,12 +164,13 @@ class Config:
     def identity(self) -> dict:
         """The values that decide the result, as plain JSON types (not where or how often it is stored, nor why).
 
-        Of a local MODEL or DATA it has the name without the folders: a record leaves this machine.
+        Of a local MODEL, DATA or START_FROM it has the name without the folders: a record leaves this machine.
         """
         values = dataclasses.asdict(self)
         for name in _NOT_THE_RESULT:
             values.pop(name)
         values |= {name: Path(place).name for name, place in self.places().items()}
+        values["start_from"] = Path(self.start_from).name
         return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
 
     def training_identity(self) -> dict:

@@ -37,6 +37,30 @@ def read_json(path: Path) -> dict | list:
         raise ArtifactError(f"{path} is not valid JSON: {error}.", "Delete it and run again.") from error
 
 
+def write_text(path: Path, text: str) -> Path:
+    """Write a file beside its final place and rename it: a reader sees the old text or the new, never half.
+
+    Raises:
+        ArtifactError: it cannot be written.
+    """
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(prefix=".writing-", dir=path.parent)
+        with os.fdopen(handle, "w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise unwritable(path, error) from error
+    finally:
+        if temporary:
+            Path(temporary).unlink(missing_ok=True)
+    return path
+
+
 class Run:
     """The artifacts of one profile: `<artifacts>/<profile>/` with `manifest.json`, data, adapter, figures, results.
 
@@ -68,23 +92,7 @@ class Run:
     # --- small files ---
 
     def write_text(self, name: str | Path, text: str) -> Path:
-        """Write a file beside its final place and rename it: a reader sees the old text or the new, never half."""
-        path, temporary = self.dir / name, None
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            handle, temporary = tempfile.mkstemp(prefix=".writing-", dir=path.parent)
-            with os.fdopen(handle, "w", encoding="utf-8") as stream:
-                stream.write(text)
-                stream.flush()
-                os.fsync(stream.fileno())
-            os.chmod(temporary, 0o644)
-            os.replace(temporary, path)
-        except OSError as error:
-            raise unwritable(path, error) from error
-        finally:
-            if temporary:
-                Path(temporary).unlink(missing_ok=True)
-        return path
+        return write_text(self.dir / name, text)
 
     def write_json(self, name: str | Path, value: object) -> Path:
         return self.write_text(name, json.dumps(value, indent=2, ensure_ascii=False) + "\n")

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from itertools import islice
 from pathlib import Path
 
 import colab
@@ -18,6 +19,7 @@ import gpu
 import growth
 import harness
 import memory_plan
+import on_policy
 import pytest
 import reliability
 import tasks
@@ -27,11 +29,12 @@ from conftest import pair
 from datasets import Dataset
 
 from dpo_tutorial import config, run_folder
+from dpo_tutorial.comparing import generation
 from dpo_tutorial.knobs import PROFILES
 from dpo_tutorial.loading import models
 from dpo_tutorial.training import train
 
-BENCHMARKS = (colab, effect, export, four_bit, gpu, growth, memory_plan, reliability, training_speed)
+BENCHMARKS = (colab, effect, export, four_bit, gpu, growth, memory_plan, on_policy, reliability, training_speed)
 
 
 def lines_of(name):
@@ -301,6 +304,26 @@ def test_an_effect_is_measured_and_written(knobs, tmp_path):
 def test_sft_comes_first_where_a_recipe_asks_for_it(knobs, tmp_path):
     found = effect.train({"knobs": knobs | {"start_from": "SFT"}, "split": "val"}, tmp_path)
     assert (tmp_path / "sft" / "adapter_model.safetensors").is_file() and found["margin"]["mean"] != 0
+
+
+def test_two_second_rounds_are_measured_and_written(knobs, tmp_path, monkeypatch):
+    tiny = knobs | {"learning_rate": 1e-2, "lora_r": 4, "max_train": 8, "max_test": 2, "instructions": 2}
+    drawn = iter(range(10**6))
+
+    def generate(config, model, tokenizer, prompts, *_, **__):  # every second answer keeps a rule less
+        return [{"text": f"It is {n}{'.!'[n % 2]}", "tokens": 4, "finished": True} for n in islice(drawn, len(prompts))]
+
+    monkeypatch.setattr(generation, "generate", generate)
+    monkeypatch.setattr(
+        on_policy, "child", lambda script, task, env: on_policy.rounds(task | {"knobs": tiny}, tmp_path)
+    )
+    record = begun(tmp_path, "rounds")
+    on_policy.second_round(record, argparse.Namespace(seeds=[42]))
+    found = {line["name"].partition(",")[0]: line for line in record.lines() if line["name"] != "machine"}
+    assert list(found) == list(on_policy.ROUNDS) and [found[name]["pairs"] for name in on_policy.ROUNDS] == [0, 4, 4, 4]
+    margins = [found[name]["margin"]["mean"] for name in on_policy.ROUNDS]
+    assert margins[0] == 0 < margins[1] and len(set(margins)) == 4, "each is scored against the base"
+    assert on_policy.tables(record.lines())["rounds"].count("\n") == 1 + len(on_policy.ROUNDS)
 
 
 def test_a_saved_adapter_is_judged_on_everything_and_written(knobs, cfg, tokenizer, pairs, tmp_path, monkeypatch):

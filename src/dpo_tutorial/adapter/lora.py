@@ -175,13 +175,37 @@ def go_on_from(config: Config, base: PreTrainedModel, adapter: str | Path) -> Pe
     TRL keeps a frozen copy of it under the name `ref`, which is the reference of what follows.
 
     Raises:
-        ArtifactError: as `check_adapter`.
+        ArtifactError, ConfigError: as `check_start`.
     """
-    check_adapter(config, adapter)
-    with _adapter_errors(Path(adapter)):
+    adapter = check_start(config, adapter)
+    with _adapter_errors(adapter):
         policy = PeftModel.from_pretrained(base, str(adapter), is_trainable=True, torch_device=hardware.device())
     policy.peft_config["default"].base_model_name_or_path = base.name_or_path  # else a checkpoint asks the hub
     return policy
+
+
+def check_start(config: Config, adapter: str | Path) -> Path:
+    """The folder of an adapter to go on from, unless the run would replace it, or `config` describes another.
+
+    Raises:
+        ArtifactError: as `check_adapter`, or it is this run's own.
+        ConfigError: its rank, its layers or the 4-bit layers of its base are not those of `config`.
+    """
+    folder = Path(adapter).expanduser()
+    check_adapter(config, folder)
+    if folder.resolve() == (config.run_dir / "adapter").resolve():
+        raise ArtifactError(f"START_FROM={adapter} would be replaced by the run.", "Set ARTIFACTS to a new folder.")
+    with _adapter_errors(folder):
+        trained = LoraConfig.from_pretrained(str(folder))
+        known = {"lora_r": trained.r, "lora_alpha": trained.lora_alpha}
+        if (folder / "training.json").is_file():
+            record = dict(run_folder.read_json(folder / "training.json"))["config"]
+            known |= {name: record[name] for name in ("lora_targets", "keep_16bit")}
+    now = {name: getattr(config, name) for name in known}
+    said, here = ({n: v if isinstance(v, int) else ",".join(v) or "none" for n, v in o.items()} for o in (known, now))
+    if wrong := [f"{name.upper()}={value}" for name, value in said.items() if value != here[name]]:
+        raise ConfigError(f"The adapter in {folder} was trained with other knobs.", f"Set {', '.join(wrong)}.")
+    return folder
 
 
 def attach_reference(policy: PeftModel, adapter: str | Path) -> None:

@@ -35,6 +35,13 @@ def doctor(options: argparse.Namespace, given: dict[str, str]) -> int:
     return doctor.main(given)
 
 
+def pairs(options: argparse.Namespace, given: dict[str, str]) -> None:
+    from ..using import new_pairs
+
+    how = dict(n=options.n, rank=options.rank, seed=options.seed)
+    new_pairs.main(options.adapter, options.prompts, options.out, given, **how)
+
+
 def export(options: argparse.Namespace, given: dict[str, str]) -> int:
     from ..using import export
 
@@ -62,7 +69,7 @@ def demo(options: argparse.Namespace, given: dict[str, str]) -> None:
 
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="dpo-tutorial")
-    words = top.add_subparsers(required=True, metavar="run|train|compare|export|publish|chat|demo|doctor")
+    words = top.add_subparsers(required=True, metavar="run|train|compare|pairs|export|publish|chat|demo|doctor")
 
     def word(action, what: str, adapter: bool = False) -> argparse.ArgumentParser:
         made = words.add_parser(action.__name__, help=what, description=what)
@@ -77,6 +84,12 @@ def parser() -> argparse.ArgumentParser:
     comparing = word(compare, "judge a trained adapter: comparison.json, records.json and one page, report.html", True)
     comparing.add_argument("--data", default="", help="hub id[@revision], folder or file; default: what it trained on")
     comparing.add_argument("--out", default="report", metavar="DIR", help="folder for the report (default: report)")
+    pairing = word(pairs, "write new pairs for a further round: best and worst of the policy's own answers", True)
+    pairing.add_argument("--prompts", default="", help="hub id, folder or file; default: what it trained on")
+    pairing.add_argument("--out", required=True, help="a new folder, or a new file.jsonl")
+    pairing.add_argument("--n", type=int, default=4, help="answers drawn for each prompt (default: 4)")
+    pairing.add_argument("--rank", default="house-style", metavar="PROGRAM", help="house-style, or a program")
+    pairing.add_argument("--seed", type=int, default=0, help="of what is drawn (default: 0)")
     exporting = word(export, "write the trained model for other programs, and check that it still is that one", True)
     exporting.add_argument("--to", required=True, choices=["merged", "gguf", "ollama"])
     exporting.add_argument("--out", default="", metavar="DIR", help="default: beside the adapter, named as --to")

@@ -20,6 +20,7 @@ from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 
 from .. import config, run_folder
+from ..adapter import lora
 from ..errors import ArtifactError, NotebookError, first_line
 from ..loading import models
 from ..machine import hardware, memory, paths, session
@@ -67,6 +68,8 @@ def run_all(parameters: dict[str, str], paths: list[Path] | None = None) -> dict
     run = run_folder.Run(resolved)
     models.load_tokenizer(resolved)  # a missing model or data file is found now, not after minutes
     sources.load_preferences(resolved)
+    if resolved.start_from:
+        lora.check_start(resolved, resolved.start_from)
     run.lock("notebooks")
     try:
         return _run_all(run, parameters, paths)

@@ -26,14 +26,19 @@ def generate(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[list[dict]],
     max_new_tokens: int | None = None,
-):
-    """Answer each conversation greedily.
+    seed: int | None = None,
+    **how,
+) -> list[dict]:
+    """Answer each conversation: greedily or, with a seed, drawn from the model.
+
+    Args:
+        how: of what is drawn, arguments of transformers' `generate` in place of temperature 1 and all tokens.
 
     Returns:
         One `{"text", "tokens", "finished"}` per prompt, in order; `finished` is False where the limit cut the answer.
     """
     answers, ends = [], _ends(model, tokenizer)
-    for ids in _answer_ids(config, model, tokenizer, prompts, max_new_tokens or config.max_new_tokens, sample=False):
+    for ids in _answer_ids(config, model, tokenizer, prompts, max_new_tokens or config.max_new_tokens, seed, **how):
         finished = ids[-1] in ends
         ids = ids[:-1] if finished else ids
         text = tokenizer.decode(ids, skip_special_tokens=True).strip()
@@ -43,21 +48,27 @@ def generate(
 
 @torch.no_grad()
 def _answer_ids(
-    config: Config, model: PeftModel, tokenizer: PreTrainedTokenizerBase, prompts, limit: int, sample: bool
-) -> list[list[int]]:
-    """Token ids of one answer per prompt, the EOS included where there is one; greedy, or drawn from the model."""
+    config: Config, model: PeftModel, tokenizer: PreTrainedTokenizerBase, prompts, limit: int,
+    seed: int | None = None, **how,
+) -> list[list[int]]:  # fmt: skip
+    """Token ids of one answer per prompt, the EOS included where there is one; arguments as of `generate`."""
     model.eval()
     ends = _ends(model, tokenizer)
     texts = [tokenizer.apply_chat_template(p, tokenize=False, add_generation_prompt=True) for p in prompts]
     order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
-    side, tokenizer.padding_side = tokenizer.padding_side, "left"  # every answer starts at the same column
-    how = dict(do_sample=True, temperature=1.0, top_k=0, top_p=1.0) if sample else dict(do_sample=False)
+    drawn = dict(do_sample=True, temperature=1.0, top_k=0, top_p=1.0) | how
+    how = dict(do_sample=False) if seed is None else drawn
     answers: list[list[int]] = [[]] * len(texts)
     model, precision = _fast(model, config)
-    try:
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count()), enabled=seed is not None):
+        if seed is not None:
+            torch.manual_seed(seed)
         for start in tqdm(range(0, len(order), 24), desc="generating", leave=False):
             chosen = order[start : start + 24]
-            batch = tokenizer([texts[i] for i in chosen], return_tensors="pt", padding=True, add_special_tokens=False)
+            batch = tokenizer(
+                [texts[i] for i in chosen], return_tensors="pt", padding=True, add_special_tokens=False,
+                padding_side="left",  # every answer starts at the same column
+            )  # fmt: skip
             with precision:
                 out = model.generate(
                     **batch.to(model.device), **how, max_new_tokens=limit, use_cache=True,
@@ -67,8 +78,6 @@ def _answer_ids(
             for i, ids in zip(chosen, out[:, batch["input_ids"].shape[1] :].tolist(), strict=True):
                 end = next((n for n, token in enumerate(ids, 1) if token in ends), len(ids))
                 answers[i] = ids[:end]
-    finally:
-        tokenizer.padding_side = side
     return answers
 
 
@@ -104,9 +113,7 @@ def kl_from_base(
         `per_answer` and `per_token`, in nats, each `{"mean", "standard_error", "low", "high", "n"}`; `tokens` drawn.
     """
     limit = max_new_tokens or config.max_new_tokens
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        torch.manual_seed(config.seed)
-        answers = _answer_ids(config, model, tokenizer, prompts, limit, sample=True)
+    answers = _answer_ids(config, model, tokenizer, prompts, limit, config.seed)
     encoded = []
     for prompt, answer in zip(prompts, answers, strict=True):
         ids = tokenizer.apply_chat_template(prompt, tokenize=True, return_dict=False, add_generation_prompt=True)

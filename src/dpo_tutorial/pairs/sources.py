@@ -62,7 +62,7 @@ def load_preferences(config: Config, judge: bool = False) -> tuple[DatasetDict, 
 
     def pairs(rows: Rows) -> Iterator[dict]:
         for place, row in rows:
-            pair, said = _pair(place, row, columns)
+            pair, said = as_pair(place, row, columns)
             if problem := pair["problem"]:
                 odd[problem] += 1
                 first.setdefault(problem, f"{place}: {said}")
@@ -131,7 +131,7 @@ def read(config: Config, judge: bool = False) -> Iterator[tuple[object, dict, st
     columns = shapes.columns(config.data_columns)
     for name in splits.used(parts, judge).values():
         for place, row in parts[name]():
-            yield row, *_pair(place, row, columns)
+            yield row, *as_pair(place, row, columns)
 
 
 def before_and_after(config: Config) -> tuple[object, dict, str]:
@@ -146,7 +146,8 @@ def before_and_after(config: Config) -> tuple[object, dict, str]:
     return found
 
 
-def _pair(place: str, row: object, columns: Mapping[str, str]) -> tuple[dict, str]:
+def as_pair(place: str, row: object, columns: Mapping[str, str]) -> tuple[dict, str]:
+    """(A row as the splits hold it; the name of its shape, or why it is no pair)."""
     problem = ""
     try:
         if isinstance(row, NotAPair):

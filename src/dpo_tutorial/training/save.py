@@ -24,7 +24,8 @@ from ..pairs import row_checks
 from . import card, checkpoints
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
-#: One line for each training pair, in 32 hex digits: half of them of its prompt's digest, half of the whole pair's.
+#: One line for each pair trained on, in earlier rounds too, in 32 hex digits: half of them of its prompt's digest, half
+#: of the whole pair's.
 PAIRS_FILE = "training_pairs.txt"
 #: Where a local MODEL or DATA lies on this machine: in the run's folder, and so not in the adapter's, which may leave.
 PLACES_FILE = "places.json"
@@ -130,6 +131,8 @@ def saving(config: Config, run: run_folder.Run, trainer: DPOTrainer, seconds: fl
     for peft_config in trainer.model.peft_config.values():
         peft_config.base_model_name_or_path, peft_config.revision = where.name, where.revision
     lines = "".join(line + "\n" for line in pair_digests(trainer.train_dataset))
+    earlier = Path(config.start_from).expanduser() / PAIRS_FILE
+    before = earlier.read_text(encoding="utf-8") if config.start_from and earlier.is_file() else ""
     record = {
         "config": config.identity(),
         "base": {name: getattr(where, name) for name in ("name", "revision", "digest", "pin")}
@@ -144,7 +147,7 @@ def saving(config: Config, run: run_folder.Run, trainer: DPOTrainer, seconds: fl
     }
     with run.replacing(run.adapter) as folder:
         yield folder
-        (folder / PAIRS_FILE).write_text(lines, encoding="utf-8")
+        (folder / PAIRS_FILE).write_text(lines + before, encoding="utf-8")
         (folder / "training.json").write_text(json.dumps(record, indent=2), encoding="utf-8")
         (folder / "README.md").write_text(card.model_card(config, record), encoding="utf-8")
     run.write_json(PLACES_FILE, config.places())

@@ -52,7 +52,7 @@ def trained(config: Config, policy: PeftModel, tokenizer: PreTrainedTokenizerBas
                 base = _log_prob(_rows(logits_of(policy, sum(ids, [])), ids), ids[1])
             answers.append((pair["prompt"], pair[side], ids, _rows(logits_of(policy, sum(ids, [])), ids), base))
     prompts = pairs["prompt"][:PROMPTS]
-    greedy = generation._answer_ids(config, policy, tokenizer, prompts, TOKENS, sample=False)
+    greedy = generation._answer_ids(config, policy, tokenizer, prompts, TOKENS)
     return Trained(answers, list(zip(prompts, greedy, strict=True)), tokenizer, config.beta)
 
 
