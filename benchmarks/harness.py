@@ -240,6 +240,7 @@ def main(
         for path, figure in figures(record.lines()).items():
             from dpo_tutorial.show.figures import picture
 
+            (where.parent / path).parent.mkdir(exist_ok=True)
             (where.parent / path).write_bytes(picture(figure).data)
     return record.lines()
 

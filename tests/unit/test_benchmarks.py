@@ -9,11 +9,13 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import colab
 import effect
 import export
+import failures
 import four_bit
 import gpu
 import growth
@@ -32,11 +34,13 @@ from datasets import Dataset
 from dpo_tutorial import config, run_folder
 from dpo_tutorial.knobs import PROFILES
 from dpo_tutorial.loading import models
+from dpo_tutorial.pairs import encoding, sources
 from dpo_tutorial.show import figures
 from dpo_tutorial.training import train
 
 BENCHMARKS = (
-    colab, effect, export, four_bit, gpu, growth, memory_plan, methods, reliability, training_speed, ultrafeedback,
+    colab, effect, export, failures, four_bit, gpu, growth, memory_plan, methods, reliability, training_speed,
+    ultrafeedback,
 )  # fmt: skip
 
 
@@ -411,7 +415,13 @@ def test_the_commands_of_the_harness_are_the_packages(tmp_path):
         assert reliability.fault(tmp_path, word, {"BTA": "0.1"})["says"].startswith("Unknown parameter BTA.")
 
 
-def test_ultrafeedback_holds_each_row_out_once_and_records_no_text(knobs, tmp_path, monkeypatch):
+@pytest.fixture
+def one_at_a_time(monkeypatch):
+    """Children that are called here, and not in processes of their own, do not share torch and TRL with another."""
+    monkeypatch.setattr(harness, "ThreadPoolExecutor", lambda n: ThreadPoolExecutor(1))
+
+
+def test_ultrafeedback_holds_each_row_out_once_and_records_no_text(knobs, tmp_path, monkeypatch, one_at_a_time):
     monkeypatch.setenv("ULTRAFEEDBACK_SAMPLE", knobs.pop("data"))
     monkeypatch.setattr(ultrafeedback, "FOLDS", 2)
     done = []
@@ -487,3 +497,47 @@ def test_methods_share_what_beta_means_and_are_compared_at_one_distance(tmp_path
     done = len(record.lines())
     methods.sigmoid(record, None)
     assert len(record.lines()) == done
+
+
+def test_faults_are_what_they_say(pairs, tokenizer, monkeypatch):
+    ten = Dataset.from_list(list(pairs) * 3).select(range(10))
+    swapped = failures.swap_three_in_ten(ten, tokenizer)
+    assert [row["chosen"] == old["rejected"] for row, old in zip(swapped, ten, strict=True)] == [True] * 3 + [False] * 7
+    assert swapped[0]["rejected"] == ten[0]["chosen"] and swapped[3] == ten[3]
+    longer = failures.chosen_is_longer(ten, tokenizer)
+    assert longer["prompt_id"] == [row["prompt_id"] for row in ten if row["chosen_tokens"] > row["rejected_tokens"]]
+    for row in failures.eos_twice(pairs, tokenizer):
+        for side in ("chosen", "rejected"):
+            assert encoding.encode(tokenizer, row["prompt"], row[side])[1].count(tokenizer.eos_token_id) == 2
+    kinds = {row["prompt_id"]: "base sample" if n % 2 else "form" for n, row in enumerate(pairs)}
+    monkeypatch.setattr(sources, "rejected_kinds", lambda: kinds)
+    parts = [
+        made(pairs, tokenizer)["prompt_id"] for made in (failures.rejected_by_others, failures.rejected_by_the_base)
+    ]
+    assert parts == [pairs["prompt_id"][::2], pairs["prompt_id"][1::2]]
+
+
+def test_a_fault_and_its_remedy_are_measured_and_shown(knobs, tmp_path, monkeypatch, one_at_a_time):
+    def child(script, task, env):
+        small = {"max_val": 2, "learning_rate": 1e-4, "max_steps": 5}  # A has no gradient until B has left 0
+        return failures.measure(task | {"knobs": knobs | small}, tmp_path)
+
+    few = ("bf16", "bf16, in float32", "template")
+    monkeypatch.setattr(failures, "RUNS", {name: failures.RUNS[name] for name in few})
+    monkeypatch.setattr(failures, "FAULTS", {"bf16": failures.RUNS["bf16"]})
+    monkeypatch.setattr(harness, "child", child)
+    record = begun(tmp_path, "failures")
+    failures.failures(record, None)
+    found = harness.newest(record.lines(), "failures")
+    assert found["bf16"]["untouched"] > 2 * found["bf16, in float32"]["untouched"], "steps too small for bfloat16"
+    assert found["template"]["nll"] != pytest.approx(found["bf16"]["nll"]), "other tokens"
+    tables = failures.tables(record.lines())
+    assert "![bf16. fault: loss 0.69" in tables["bf16"] and "| remedy | 0.693" in tables["bf16"]
+    assert list(failures.drawn(record.lines())) == ["failures/bf16.png"]
+
+
+def test_the_gallery_shows_how_each_fault_is_made():
+    tables = failures.tables([])
+    assert all(tables[f"{name}, made"].startswith("```") for name in failures.FAULTS)
+    assert "LEARNING_RATE 1.5e-05" in tables["bf16, made"] and "def bf16_adapter" in tables["bf16, made"]
+    assert "def" not in tables["swapped, cured"] and "LOSS_TYPE robust" in tables["swapped, cured"]
