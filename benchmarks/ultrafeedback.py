@@ -78,7 +78,7 @@ def all_folds(record: Record, options) -> None:
 JUDGES: dict[str, Callable[[dict], list[float]]] = {
     "the longer answer": lambda r: r["longer"],
     "likelier for the base": lambda r: r["reference"],
-    "likelier for the base, per token": lambda r: r["reference_per_token"],
+    "likelier per token": lambda r: r["reference_per_token"],
     "word counts": lambda r: [word - 0.5 for word in r["words"]],
 }
 Runs = dict[tuple[int, float, int], list[dict]]
@@ -154,10 +154,10 @@ def accuracies(runs: Runs):
         sides = [[abs(f["rate"] - f[side]) for f in some.values()] for side in ("low", "high")]
         axis.errorbar(middle, list(some), xerr=sides, fmt="o", color=color, capsize=3)
     axis.axvline(0.5, color=figures.GREY, linestyle=":", label="chance")
-    axis.axvline(MAKERS, color=figures.ORANGE, linestyle="--", label=f"the makers' own DPO: {MAKERS}")
+    axis.axvline(MAKERS, color=figures.ORANGE, linestyle="--", label=f"the makers' own DPO, {MAKERS}")
     axis.invert_yaxis()
-    axis.set(xlabel="accuracy, 95% interval", title="Rate and seed; below, simple judges")
-    axis.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.4, -0.16 * 6 / (2 + 0.26 * len(shown | judges))))
+    axis.set(xlabel="accuracy, 95% interval", title="On held-out rows")
+    figure.legend(fontsize=9, ncols=2, frameon=False, loc="outside lower center")
     return figure
 
 

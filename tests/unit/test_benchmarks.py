@@ -509,6 +509,10 @@ def test_faults_are_what_they_say(pairs, tokenizer, monkeypatch):
     for row in failures.eos_twice(pairs, tokenizer):
         for side in ("chosen", "rejected"):
             assert encoding.encode(tokenizer, row["prompt"], row[side])[1].count(tokenizer.eos_token_id) == 2
+    other = copy.deepcopy(tokenizer)
+    before, after = encoding.encode(other, pairs[0]["prompt"], failures.wrong_template(pairs, other)[0]["chosen"])
+    assert before != encoding.encode(tokenizer, pairs[0]["prompt"], pairs[0]["chosen"])[0]
+    assert after.count(tokenizer.eos_token_id) == 1, "nothing else is wrong with it"
     kinds = {row["prompt_id"]: "base sample" if n % 2 else "form" for n, row in enumerate(pairs)}
     monkeypatch.setattr(sources, "rejected_kinds", lambda: kinds)
     parts = [
@@ -522,7 +526,7 @@ def test_a_fault_and_its_remedy_are_measured_and_shown(knobs, tmp_path, monkeypa
         small = {"max_val": 2, "learning_rate": 1e-4, "max_steps": 5}  # A has no gradient until B has left 0
         return failures.measure(task | {"knobs": knobs | small}, tmp_path)
 
-    few = ("bf16", "bf16, in float32", "template")
+    few = ("bf16", "bf16, in float32")
     monkeypatch.setattr(failures, "RUNS", {name: failures.RUNS[name] for name in few})
     monkeypatch.setattr(failures, "FAULTS", {"bf16": failures.RUNS["bf16"]})
     monkeypatch.setattr(harness, "child", child)
@@ -530,7 +534,6 @@ def test_a_fault_and_its_remedy_are_measured_and_shown(knobs, tmp_path, monkeypa
     failures.failures(record, None)
     found = harness.newest(record.lines(), "failures")
     assert found["bf16"]["untouched"] > 2 * found["bf16, in float32"]["untouched"], "steps too small for bfloat16"
-    assert found["template"]["nll"] != pytest.approx(found["bf16"]["nll"]), "other tokens"
     tables = failures.tables(record.lines())
     assert "![bf16. fault: loss 0.69" in tables["bf16"] and "| remedy | 0.693" in tables["bf16"]
     assert list(failures.drawn(record.lines())) == ["failures/bf16.png"]
