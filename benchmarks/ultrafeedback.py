@@ -7,7 +7,7 @@ Each row is held out once a seed, and scored in float32 by an adapter that never
 and one that is there is not measured again, so the second command goes on where it was stopped.
 
 With 512 tokens a sample of 1,000 rows has 467 usable ones. A fold costs about 22 CPU-minutes: 12 to 14 for the training
-on 311 pairs, 8 for the scores of 156 in float32, 1 for the first fold's KL. On a machine that is busy otherwise it costs
+on 311 pairs, 8 for the scores of 156 in float32, 1 for the first fold's KL. On a machine that is busy it costs
 about twice that. The first command is six folds, 130 CPU-minutes. It is the smallest part that answers "above chance on
 each of three seeds?": with 311 rows a seed and an accuracy of 0.635, as on a GPU, the interval leaves 0.5 out 499 times
 in 500; with one fold a seed 14 times in 15, and on all three seeds less often. All of it is 36 folds, 800 CPU-minutes;
