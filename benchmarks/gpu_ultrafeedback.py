@@ -1,49 +1,35 @@
 """Stage D of `gpu.py`: the embedded model trained on UltraFeedback, each row held out once, several rates and seeds.
 
-ULTRAFEEDBACK_SAMPLE names a folder of rows, laid out as the hub serves it.
+The rows are those of `folds`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import multiprocessing
-import os
 import queue
-import random
 import tempfile
 import time
 from pathlib import Path
 
+import folds
 import trainings
-from datasets import Dataset
 from harness import Record, interval, table
-from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 
 from dpo_tutorial import knobs
-from dpo_tutorial.adapter import lora
 from dpo_tutorial.comparing import generation, stats
-from dpo_tutorial.comparing.baselines import bag_of_words
 from dpo_tutorial.loading import models
-from dpo_tutorial.machine import hardware
-from dpo_tutorial.pairs import prepare
-from dpo_tutorial.training import scoring
 
 FOLDS = 5
 RATES = (5e-6, 1.5e-5, 5e-5, 1.5e-4)
 
 
 def usable_rows(tokenizer, options) -> list[dict]:
-    """All usable rows of the sample, of all its splits, in one list; a few of them, or of our own, in a tiny run."""
-    folder = os.environ.get("ULTRAFEEDBACK_SAMPLE")
-    if not folder and not options.tiny:
-        raise SystemExit("Set ULTRAFEEDBACK_SAMPLE to a folder of UltraFeedback-binarized rows.")
-    most = dict.fromkeys(("max_train", "max_val", "max_test"), 10**6)
-    length = 128 if options.tiny else 1024
-    cfg = trainings.config_of(options.tiny, data=folder or knobs.EMBEDDED, max_tokens=length, **most)
-    splits = prepare.prepare(cfg, tokenizer).splits
-    rows = [row for name in ("train", "val", "test") for row in splits[name]]
-    return rows[:24] if options.tiny else rows
+    """All usable rows of the sample; a few of them, or of our own, in a tiny run."""
+    if not options.tiny:
+        return folds.usable_rows(trainings.config_of(data=folds.sample(), max_tokens=1024), tokenizer)
+    cfg = trainings.config_of(True, data=folds.sample(knobs.EMBEDDED), max_tokens=128)
+    return folds.usable_rows(cfg, tokenizer)[:24]
 
 
 def trainings_to_do(options) -> list[dict]:
@@ -78,23 +64,8 @@ def stage_d(record: Record, options) -> None:
 
 def baselines(rows: list[dict]) -> dict:
     """What needs no training: the longer answer, and word counts learnt on the other folds."""
-    words = []
-    for fold in range(FOLDS):
-        held, rest = split(rows, 42, fold)
-        words += bag_of_words(Dataset.from_list(rest), Dataset.from_list(held))
-    gaps = [row["chosen_tokens"] - row["rejected_tokens"] for row in rows]
-    return {"longer": stats.accuracy(gaps), "words": stats.rate(sum(words), len(words))}
-
-
-def split(rows: list[dict], seed: int, fold: int, folds: int = FOLDS) -> tuple[list[dict], list[dict]]:
-    """(held out, the rest), cut by prompt: each prompt is held out in exactly one fold of a seed."""
-    prompts = sorted({json.dumps(row["prompt"]) for row in rows})
-    random.Random(seed).shuffle(prompts)
-    held = set(prompts[fold::folds])
-    sides = ([], [])
-    for row in rows:
-        sides[json.dumps(row["prompt"]) not in held].append(row)
-    return sides
+    words = [word for fold in range(FOLDS) for word in folds.words(*folds.split(rows, 42, fold, FOLDS))]
+    return {"longer": stats.accuracy(folds.longer(rows)), "words": stats.rate(sum(words), len(words))}
 
 
 def worker(options, waiting, path: Path, rows: list[dict]) -> None:
@@ -107,43 +78,21 @@ def worker(options, waiting, path: Path, rows: list[dict]) -> None:
         base, judge = (trainings.random_base("tiny", c, tokenizer) for c in (cfg, exact))
     else:
         base, judge = models.load_base(cfg), models.load_base(exact)
-    scorer = get_peft_model(judge, lora.lora_config(exact))
+    scorer = folds.scorer_of(exact, judge)
     while time.perf_counter() - started < options.seconds:
         try:
             task = waiting.get_nowait()
         except queue.Empty:
             return
-        held, rest = split(rows, task["seed"], task["fold"], 2 if options.tiny else FOLDS)
+        held, rest = folds.split(rows, task["seed"], task["fold"], 2 if options.tiny else FOLDS)
         ours = dataclasses.replace(cfg, learning_rate=task["rate"], epochs=float(task["epochs"]), seed=task["seed"])
-        hardware.seed_everything(ours.seed)
         begun = time.perf_counter()
         with tempfile.TemporaryDirectory() as folder:
-            shuffled = Dataset.from_list(rest).shuffle(seed=ours.seed)
-            trainer = trainings.our_trainer(ours, base, tokenizer, shuffled, None, folder)
-            ran = trainings.run(trainer, ours.seed)
-        set_peft_model_state_dict(scorer, get_peft_model_state_dict(trainer.model))
-        found = held_out(scoring.score_pairs(exact, scorer, tokenizer, Dataset.from_list(held)))
+            trainer, found = folds.one(ours, base, scorer, tokenizer, held, rest, Path(folder))
         if task["fold"] == 0:
             found |= what_it_writes(options, ours, trainer.model, tokenizer, [row["prompt"] for row in held])
         base = trainings.plain_again(trainer)
-        record.write(
-            "D", "fold", **task, train_seconds=ran["seconds"], steps=len(ran["losses"]), first_loss=ran["losses"][0],
-            **found, seconds=time.perf_counter() - begun,
-        )  # fmt: skip
-
-
-def held_out(records: list[dict]) -> dict:
-    """Margins and rewards of scored pairs, and by how much the base prefers their chosen answers."""
-    return {
-        "n": len(records), "margins": [round(r["margin"], 5) for r in records],
-        "reward_chosen": stats.mean([r["reward_chosen"] for r in records])["mean"],
-        "reward_rejected": stats.mean([r["reward_rejected"] for r in records])["mean"],
-        "reference": [round(r["reference_chosen"] - r["reference_rejected"], 3) for r in records],
-        "reference_per_token": [
-            round(r["reference_chosen"] / r["chosen_tokens"] - r["reference_rejected"] / r["rejected_tokens"], 4)
-            for r in records
-        ],
-    }  # fmt: skip
+        record.write("D", "fold", **task, **found, seconds=time.perf_counter() - begun)
 
 
 def what_it_writes(options, cfg, model, tokenizer, prompts) -> dict:
@@ -166,12 +115,12 @@ def tables(lines: list[dict]) -> dict[str, str]:
         if r["name"] == "fold":
             runs.setdefault((r["epochs"], r["rate"], r["seed"]), []).append(r)
     rows = []
-    for (epochs, rate, seed), folds in sorted(runs.items()):
-        margins = [m for r in folds for m in r["margins"]]
+    for (epochs, rate, seed), parts in sorted(runs.items()):
+        margins = [m for r in parts for m in r["margins"]]
         mean = stats.mean(margins)
-        kl = next((r["kl"]["per_answer"] for r in folds if "kl" in r), None)
+        kl = next((r["kl"]["per_answer"] for r in parts if "kl" in r), None)
         rows.append(
-            [f"{rate:g}", epochs, seed, f"{len(folds)} of {FOLDS}", len(margins),
+            [f"{rate:g}", epochs, seed, f"{len(parts)} of {FOLDS}", len(margins),
              interval(stats.accuracy(margins), 3), f"{mean['mean']:.3f} ({mean['standard_error']:.3f})",
              f"{kl['mean']:.1f} ({kl['standard_error']:.1f})" if kl else ""]
         )  # fmt: skip

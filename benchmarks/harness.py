@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -62,6 +63,27 @@ def turns(variants: Iterable[str], n: int) -> Iterator[tuple[int, str]]:
     return ((turn, name) for turn in range(n) for name in names)
 
 
+def in_turn(script: str | Path, record: Record, stage: str, tasks: dict[str, dict], at_once: int = 2) -> None:
+    """Have tasks done, each in a process on one core, and record each as it ends; what was measured before is left out.
+
+    Args:
+        tasks: by the name of the measurement.
+
+    Raises:
+        SystemExit: one failed, as of `child`; those that had not begun are left for the next run.
+    """
+    done = newest(record.lines(), stage)
+
+    def one(name: str) -> None:
+        record.write(stage, name, **child(script, tasks[name], {"OMP_NUM_THREADS": "1"}))
+
+    pool = ThreadPoolExecutor(at_once)
+    try:
+        list(pool.map(one, [name for name in tasks if name not in done]))
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
 # --- records --------------------------------------------------------------------------------------------------------
 
 
@@ -95,6 +117,17 @@ def latest(lines: list[dict], stage: str) -> tuple[dict, dict[str, list[dict]]]:
         elif line["stage"] == stage:
             runs[-1][1].setdefault(line["name"], []).append(line)
     return next(run for run in reversed(runs) if run[1])
+
+
+def newest(lines: list[dict], stage: str) -> dict[str, dict]:
+    """The newest measurement by name over all runs of a stage: of one that goes on where it was stopped."""
+    return {line["name"]: line for line in lines if line["stage"] == stage and line["name"] != "machine"}
+
+
+def machines(lines: list[dict], stage: str) -> str:
+    """The machines of all runs of a stage in words, each once."""
+    found = (machine(line) for line in lines if line["stage"] == stage and line["name"] == "machine")
+    return "\n\n".join(dict.fromkeys(found))
 
 
 def machine_task(task: dict, folder: Path) -> dict:
@@ -153,6 +186,14 @@ def with_tables(text: str, tables: dict[str, str]) -> str:
     return text
 
 
+UNMEASURED = "Not measured yet."  # what stands between two marks until there is a record
+
+
+def image(figure, path: str) -> str:
+    """A figure of `show.figures` in Markdown, its alt text included; `path` is from the page."""
+    return f"![{figure.get_label()}]({path})"
+
+
 # --- the command line of a benchmark --------------------------------------------------------------------------------
 
 
@@ -163,6 +204,8 @@ def main(
     kinds: dict[str, Callable] | None = None,
     options: Callable[[argparse.ArgumentParser], None] = lambda parser: None,
     argv: list[str] | None = None,
+    figures: Callable[[list[dict]], dict] = lambda lines: {},
+    page: str = "",
 ) -> list[dict]:
     """`python benchmarks/SCRIPT.py [STAGE …] [page]`: run the stages, then write the page's tables.
 
@@ -171,6 +214,8 @@ def main(
         tables: from all lines of the record, the page's tables by their marks.
         kinds: what a child of this script can be asked for; see `answer`.
         options: adds what the stages want to know to the parser.
+        figures: from all lines of the record, the page's figures by their path from the page; they are written as PNG.
+        page: path of the page from the folder of the record, where it is not NAME.md in it.
 
     Returns:
         All lines of the record.
@@ -185,13 +230,18 @@ def main(
     options(parser)
     chosen = parser.parse_args(argv)
     name = Path(script).stem
-    record, page = Record(chosen.out / f"{name}.jsonl"), chosen.out / f"{name}.md"
+    record, where = Record(chosen.out / f"{name}.jsonl"), chosen.out / (page or f"{name}.md")
     for stage in chosen.stages or stages:
         if stage != "page":
             record.begin(stage)
             stages[stage](record, chosen)
-    if page.exists():
-        page.write_text(with_tables(page.read_text(encoding="utf-8"), tables(record.lines())), encoding="utf-8")
+    if where.exists():
+        where.write_text(with_tables(where.read_text(encoding="utf-8"), tables(record.lines())), encoding="utf-8")
+        for path, figure in figures(record.lines()).items():
+            from dpo_tutorial.show.figures import picture
+
+            (where.parent / path).parent.mkdir(exist_ok=True)
+            (where.parent / path).write_bytes(picture(figure).data)
     return record.lines()
 
 

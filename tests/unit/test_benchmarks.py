@@ -8,23 +8,28 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
 
 import colab
 import effect
 import export
+import failures
 import four_bit
 import gpu
 import growth
 import harness
 import memory_plan
+import methods
 import on_policy
 import pytest
 import reliability
 import tasks
 import training_speed
 import trainings
+import ultrafeedback
 from conftest import pair
 from datasets import Dataset
 
@@ -32,9 +37,14 @@ from dpo_tutorial import config, run_folder
 from dpo_tutorial.comparing import generation
 from dpo_tutorial.knobs import PROFILES
 from dpo_tutorial.loading import models
+from dpo_tutorial.pairs import encoding, sources
+from dpo_tutorial.show import figures
 from dpo_tutorial.training import train
 
-BENCHMARKS = (colab, effect, export, four_bit, gpu, growth, memory_plan, on_policy, reliability, training_speed)
+BENCHMARKS = (
+    colab, effect, export, failures, four_bit, gpu, growth, memory_plan, methods, on_policy, reliability,
+    training_speed, ultrafeedback,
+)  # fmt: skip
 
 
 def lines_of(name):
@@ -93,13 +103,49 @@ def test_a_benchmark_runs_its_stages_and_writes_its_tables_between_the_words(tmp
     assert page.read_text() == "Before.\n\n<!-- t -->\n| n |\n| --- |\n| 7 |\n<!-- end of t -->\n\nAfter.\n"
 
 
+def test_a_stopped_stage_goes_on_with_what_is_missing(tmp_path, monkeypatch):
+    asked = []
+
+    def child(script, task, env):
+        asked.append(task["n"])
+        if task["n"] == 2:
+            raise SystemExit("failed")
+        time.sleep(0.1)
+        return task
+
+    monkeypatch.setattr(harness, "child", child)
+    record, tasks = begun(tmp_path, "stage"), {str(n): {"n": n} for n in range(9)}
+    with pytest.raises(SystemExit, match="failed"):
+        harness.in_turn("some.py", record, "stage", tasks, at_once=1)
+    assert asked[:3] == [0, 1, 2] and len(asked) < 9, "what had not begun is left"
+    tasks["2"] = {"n": 20}
+    harness.in_turn("some.py", record, "stage", tasks)
+    assert sorted(asked) == [*range(9), 20], "each is measured once"
+    assert harness.newest(record.lines(), "stage").keys() == tasks.keys()
+    assert len(harness.machines(record.lines() * 2, "stage").split("\n\n")) == 1
+
+
+def test_a_figure_is_written_beside_its_page_with_its_alt_text(tmp_path, monkeypatch):
+    monkeypatch.setattr(harness, "child", lambda *task: {"hardware": {}, "versions": {}})
+    (tmp_path / "docs").mkdir()
+    page, (figure, _) = tmp_path / "docs" / "some.md", figures.new_figure(alt="Nothing, twice.", columns=2)
+    page.write_text("<!-- f -->\n<!-- end of f -->\n")
+    harness.main(
+        "some.py", {"stage": lambda record, options: None}, lambda lines: {"f": harness.image(figure, "f.png")},
+        argv=["--out", str(tmp_path)], figures=lambda lines: {"f.png": figure}, page="docs/some.md",
+    )  # fmt: skip
+    assert "![Nothing, twice.](f.png)" in page.read_text()
+    assert (tmp_path / "docs" / "f.png").read_bytes().startswith(b"\x89PNG")
+
+
 # --- pages and records ----
 
 
 @pytest.mark.parametrize("benchmark", BENCHMARKS, ids=lambda module: module.__name__)
 def test_the_committed_tables_are_those_that_the_record_gives(benchmark):
-    page = (harness.HERE / f"{benchmark.__name__}.md").read_text(encoding="utf-8")
-    assert harness.with_tables(page, benchmark.tables(lines_of(benchmark.__name__))) == page
+    page = harness.HERE / getattr(benchmark, "PAGE", f"{benchmark.__name__}.md")
+    text = page.read_text(encoding="utf-8")
+    assert harness.with_tables(text, benchmark.tables(lines_of(benchmark.__name__))) == text
 
 
 def test_recorded_speed_is_two_and_a_half_times_stock_trl_in_less_memory():
@@ -390,3 +436,134 @@ def test_a_fault_is_recorded_as_a_user_meets_it(tmp_path, monkeypatch):
 def test_the_commands_of_the_harness_are_the_packages(tmp_path):
     for word in ("run", "train"):
         assert reliability.fault(tmp_path, word, {"BTA": "0.1"})["says"].startswith("Unknown parameter BTA.")
+
+
+@pytest.fixture
+def one_at_a_time(monkeypatch):
+    """Children that are called here, and not in processes of their own, do not share torch and TRL with another."""
+    monkeypatch.setattr(harness, "ThreadPoolExecutor", lambda n: ThreadPoolExecutor(1))
+
+
+def test_ultrafeedback_holds_each_row_out_once_and_records_no_text(knobs, tmp_path, monkeypatch, one_at_a_time):
+    monkeypatch.setenv("ULTRAFEEDBACK_SAMPLE", knobs.pop("data"))
+    monkeypatch.setattr(ultrafeedback, "FOLDS", 2)
+    done = []
+
+    def child(script, task, env):
+        done.append(task)
+        return ultrafeedback.measure(task | {"knobs": knobs | task["knobs"]}, tmp_path)
+
+    monkeypatch.setattr(harness, "child", child)
+    record, asked = begun(tmp_path, "folds"), argparse.Namespace(rates=[1.5e-4], seeds=[1], folds=[0, 1], max_tokens=96)
+    ultrafeedback.all_folds(record, asked)
+    ultrafeedback.all_folds(record, asked)
+    assert len(done) == 2, "a fold that is recorded is not trained again"
+    runs = ultrafeedback.runs_of(record.lines())
+    (parts,) = runs.values()
+    assert sum(part["n"] for part in parts) == 40 and "kl" in parts[0] and "kl" not in parts[1]
+    assert all(len(ultrafeedback.judged(judge, parts)) == 40 for judge in ultrafeedback.JUDGES)
+    assert any(ultrafeedback.margins(parts)) and parts[0]["first_loss"] == pytest.approx(0.6931, abs=1e-3)
+    assert "number" not in record.path.read_text() and str(tmp_path) not in record.path.read_text()
+    tables = ultrafeedback.tables(record.lines())
+    assert "| 40 |" in tables["trained"] and "word counts" in tables["judges"]
+    assert "1.5e-04" in tables["figure"] or "0.00015" in tables["figure"]
+    (figure,) = ultrafeedback.drawn(record.lines()).values()
+    assert figures.picture(figure).data
+    monkeypatch.delenv("ULTRAFEEDBACK_SAMPLE")
+    with pytest.raises(SystemExit, match="ULTRAFEEDBACK_SAMPLE"):
+        ultrafeedback.all_folds(record, asked)
+
+
+def test_a_method_is_trained_and_judged(knobs, tmp_path):
+    small = methods.SIZES | {"max_train": 16, "max_val": 4, "compare_prompts": 2} | knobs
+    found = {}
+    for method in ("base", "ipo", "LD-DPO"):
+        _, task = methods.task_of(method, 1e-2, 1)
+        found[method] = methods.measure(task | {"knobs": task["knobs"] | small}, tmp_path)
+        assert len(found[method]["kept"]) == found[method]["tokens"]["n"] == found[method]["kl"]["n"] == 2
+    assert (
+        found["base"]["accuracy"]["rate"] == 0.5 and found["base"]["kl"]["mean"] == found["base"]["nats"]["mean"] == 0
+    )
+    assert found["ipo"]["nats"]["mean"] != found["LD-DPO"]["nats"]["mean"] != 0
+
+
+def far(method, rate, seed, kl, kept, beta=0.1):
+    """A judged run that went so far and keeps so many rules."""
+    return {
+        "method": method, "rate": rate, "seed": seed, "beta": beta, "kl": {"mean": kl}, "kept": [kept, kept],
+        "accuracy": {"rate": 0.5 + kl}, "nats": {"mean": 200 * kl}, "per_token": {"mean": 5 * kl},
+        "tokens": {"mean": 50}, "distinct_2": {"mean": 0.7},
+    }  # fmt: skip
+
+
+def test_methods_share_what_beta_means_and_are_compared_at_one_distance(tmp_path, monkeypatch):
+    def child(script, task, env):
+        of = task["knobs"] | {"method": task["method"]}
+        went = 0 if of["method"] == "base" else of["learning_rate"] * (100 if of["method"] == "hinge" else 1000)
+        return far(of["method"], of["learning_rate"], of["seed"], went, 0.7 + went, of.get("beta", 0.1))
+
+    monkeypatch.setattr(harness, "child", child)
+    record = begun(tmp_path, *methods.STAGES)
+    with pytest.raises(SystemExit, match="sigmoid first"):
+        methods.others(record, None)
+    assert set(methods.tables(record.lines()).values()) == {harness.UNMEASURED}
+    for stage in methods.STAGES.values():
+        stage(record, None)
+    runs = methods.by_method(methods.runs_of(record.lines()))
+    assert runs["ipo"][methods.LOW][0]["beta"] == pytest.approx(1 / 1.7), "1 / (2 beta) are sigmoid's 0.85 nats"
+    assert runs["sigmoid_norm"][methods.LOW][0]["beta"] == pytest.approx(4), "0.85 nats are sigmoid's margin of 3.4"
+    tables = methods.tables(record.lines())
+    assert tables["runs"].count("\n") == 1 + 1 + 3 + 2 * (len(methods.METHODS) - 1)
+    assert "| ipo | 3 of 3 | 0.87 (0.87 to 0.87) | 0.67" in tables["equal"], "read off at 0.17 nats, between two rates"
+    assert "| hinge | 0 of 3 | not so far | not so far |" in tables["equal"]
+    assert "apo_zero" in tables["figure"] and figures.picture(*methods.drawn(record.lines()).values()).data
+    done = len(record.lines())
+    methods.sigmoid(record, None)
+    assert len(record.lines()) == done
+
+
+def test_faults_are_what_they_say(pairs, tokenizer, monkeypatch):
+    ten = Dataset.from_list(list(pairs) * 3).select(range(10))
+    swapped = failures.swap_three_in_ten(ten, tokenizer)
+    assert [row["chosen"] == old["rejected"] for row, old in zip(swapped, ten, strict=True)] == [True] * 3 + [False] * 7
+    assert swapped[0]["rejected"] == ten[0]["chosen"] and swapped[3] == ten[3]
+    longer = failures.chosen_is_longer(ten, tokenizer)
+    assert longer["prompt_id"] == [row["prompt_id"] for row in ten if row["chosen_tokens"] > row["rejected_tokens"]]
+    for row in failures.eos_twice(pairs, tokenizer):
+        for side in ("chosen", "rejected"):
+            assert encoding.encode(tokenizer, row["prompt"], row[side])[1].count(tokenizer.eos_token_id) == 2
+    other = copy.deepcopy(tokenizer)
+    before, after = encoding.encode(other, pairs[0]["prompt"], failures.wrong_template(pairs, other)[0]["chosen"])
+    assert before != encoding.encode(tokenizer, pairs[0]["prompt"], pairs[0]["chosen"])[0]
+    assert after.count(tokenizer.eos_token_id) == 1, "nothing else is wrong with it"
+    kinds = {row["prompt_id"]: "base sample" if n % 2 else "form" for n, row in enumerate(pairs)}
+    monkeypatch.setattr(sources, "rejected_kinds", lambda: kinds)
+    parts = [
+        made(pairs, tokenizer)["prompt_id"] for made in (failures.rejected_by_others, failures.rejected_by_the_base)
+    ]
+    assert parts == [pairs["prompt_id"][::2], pairs["prompt_id"][1::2]]
+
+
+def test_a_fault_and_its_remedy_are_measured_and_shown(knobs, tmp_path, monkeypatch, one_at_a_time):
+    def child(script, task, env):
+        small = {"max_val": 2, "learning_rate": 1e-4, "max_steps": 5}  # A has no gradient until B has left 0
+        return failures.measure(task | {"knobs": knobs | small}, tmp_path)
+
+    few = ("bf16", "bf16, in float32")
+    monkeypatch.setattr(failures, "RUNS", {name: failures.RUNS[name] for name in few})
+    monkeypatch.setattr(failures, "FAULTS", {"bf16": failures.RUNS["bf16"]})
+    monkeypatch.setattr(harness, "child", child)
+    record = begun(tmp_path, "failures")
+    failures.failures(record, None)
+    found = harness.newest(record.lines(), "failures")
+    assert found["bf16"]["untouched"] > 2 * found["bf16, in float32"]["untouched"], "steps too small for bfloat16"
+    tables = failures.tables(record.lines())
+    assert "![bf16. fault: loss 0.69" in tables["bf16"] and "| remedy | 0.693" in tables["bf16"]
+    assert list(failures.drawn(record.lines())) == ["failures/bf16.png"]
+
+
+def test_the_gallery_shows_how_each_fault_is_made():
+    tables = failures.tables([])
+    assert all(tables[f"{name}, made"].startswith("```") for name in failures.FAULTS)
+    assert "LEARNING_RATE 1.5e-05" in tables["bf16, made"] and "def bf16_adapter" in tables["bf16, made"]
+    assert "def" not in tables["swapped, cured"] and "LOSS_TYPE robust" in tables["swapped, cured"]

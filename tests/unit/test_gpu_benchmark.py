@@ -4,6 +4,7 @@ import argparse
 import json
 import sys
 
+import folds
 import gpu
 import gpu_first
 import gpu_speed
@@ -104,11 +105,11 @@ def test_stage_d_holds_every_row_out_once_and_scores_what_was_trained(options, r
 
 def test_a_prompt_is_held_out_in_exactly_one_fold():
     rows = [{"prompt": [{"role": "user", "content": str(n // 2)}], "n": n} for n in range(40)]
-    held = [gpu_ultrafeedback.split(rows, 7, fold)[0] for fold in range(gpu_ultrafeedback.FOLDS)]
+    held = [folds.split(rows, 7, fold, 5)[0] for fold in range(5)]
     assert sorted(row["n"] for part in held for row in part) == list(range(40))
     where = [{row["n"] // 2 for row in part} for part in held]
     assert sum(map(len, where)) == len(set().union(*where)) == 20
-    assert gpu_ultrafeedback.split(rows, 7, 0) != gpu_ultrafeedback.split(rows, 8, 0)
+    assert folds.split(rows, 7, 0, 5) != folds.split(rows, 8, 0, 5)
 
 
 def test_without_a_card_it_ends_before_it_writes(tmp_path):

@@ -1,0 +1,246 @@
+"""Which loss gains most for the same distance from the base?
+
+    python benchmarks/methods.py sigmoid others        # 54 runs, about 270 CPU-minutes, two at a time on one core each
+
+Every method at two rates (sigmoid, DPO itself, at three) and three seeds: 160 training pairs in 20 steps, judged on 64
+validation pairs and on the answers to 16 of their prompts. The seed decides which pairs and prompts, for all methods
+alike. A run takes about 5 CPU-minutes: 2.8 for the training, 0.7 for the scores, 1.6 for answers and KL. What is
+recorded is not run again, so a stage that was stopped goes on.
+"""
+
+from __future__ import annotations
+
+import statistics
+from pathlib import Path
+
+from harness import UNMEASURED, Record, image, in_turn, machines, main, newest, table
+
+FIGURE = "methods.png"
+SEEDS = (42, 1, 2)
+LOW, MIDDLE, HIGH = 1e-4, 1.7e-4, 3e-4
+SIZES = {"max_train": 160, "max_val": 64, "compare_prompts": 16, "max_new_tokens": 96}
+#: Method → knobs. The betas of the two that divide by tokens follow from what sigmoid reached (`betas`).
+METHODS: dict[str, dict] = {
+    "sigmoid": {},
+    "sigmoid + sft": {"sft_weight": 1.0},
+    "ipo": {"loss_type": "ipo"},
+    "sigmoid_norm": {"loss_type": "sigmoid_norm"},
+    "apo_zero": {"loss_type": "apo_zero"},
+    "hinge": {"loss_type": "hinge"},
+    "robust": {"loss_type": "robust", "label_smoothing": 0.1},
+    "LD-DPO": {"ld_alpha": 0.5},
+}
+
+
+# --- measurements ---------------------------------------------------------------------------------------------------
+
+
+def measure(task: dict, folder: Path) -> dict:
+    """One training with the task's `knobs`, judged on validation pairs: about 5 CPU-minutes, `untrained` 2."""
+    import trainings
+
+    from dpo_tutorial import config
+    from dpo_tutorial.loading import models
+    from dpo_tutorial.machine import hardware
+    from dpo_tutorial.pairs import prepare
+
+    cfg = config.resolve(profile="cpu", **task["knobs"])
+    tokenizer = models.load_tokenizer(cfg)
+    splits = prepare.prepare(cfg, tokenizer).splits
+    hardware.seed_everything(cfg.seed)
+    trainer = trainings.our_trainer(cfg, models.load_base(cfg), tokenizer, splits["train"], None, folder)
+    if not task.get("untrained"):
+        hardware.seed_everything(cfg.seed)
+        trainer.train()
+    about = {"method": task["method"], "rate": cfg.learning_rate, "seed": cfg.seed, "beta": cfg.beta}
+    return about | judged(cfg, trainer.model, tokenizer, splits["val"])
+
+
+def judged(cfg, model, tokenizer, pairs) -> dict:
+    """What a policy makes of held-out pairs, and what it writes to the first prompts of them.
+
+    Returns:
+        `accuracy`; `nats` by which the log-ratios of chosen and rejected answers lie apart, the margin over beta, and
+        `per_token` the same of log-ratios per token; `kl` per token; `kept`, the share of the style's rules that each
+        answer keeps; `tokens` and `distinct_2` of the answers; the first two as `samples`.
+    """
+    from dpo_tutorial.comparing import generation, stats
+    from dpo_tutorial.pairs import house_style
+    from dpo_tutorial.training import scoring
+
+    records = scoring.score_pairs(cfg, model, tokenizer, pairs, beta=1.0)  # rewards are log-ratios then
+    per_token = [r["reward_chosen"] / r["chosen_tokens"] - r["reward_rejected"] / r["rejected_tokens"] for r in records]
+    prompts = pairs["prompt"][: cfg.compare_prompts]
+    answers = generation.generate(cfg, model, tokenizer, prompts)
+    return {
+        "accuracy": stats.accuracy([r["margin"] for r in records]),
+        "nats": stats.mean([r["margin"] for r in records]),
+        "per_token": stats.mean(per_token),
+        "kl": generation.kl_from_base(cfg, model, tokenizer, prompts)["per_token"],
+        "kept": [statistics.mean(float(keeps(a)) for keeps in house_style.RULES.values()) for a in answers],
+        "tokens": stats.mean([a["tokens"] for a in answers]),
+        "distinct_2": stats.mean([stats.distinct(a["text"]) for a in answers]),
+        "samples": [a["text"] for a in answers[:2]],
+    }
+
+
+# --- stages ---------------------------------------------------------------------------------------------------------
+
+
+def task_of(method: str, rate: float, seed: int, **knobs) -> tuple[str, dict]:
+    """(name of the measurement, task)"""
+    knobs = SIZES | METHODS.get(method, {}) | {"learning_rate": rate, "seed": seed} | knobs
+    task = {"kind": "measure", "method": method, "knobs": knobs, "untrained": method == "base"}
+    return f"{method}, {rate:g}, seed {seed}", task
+
+
+def sigmoid(record: Record, options) -> None:
+    """The base and DPO itself, at three rates: 12 runs, 54 CPU-minutes."""
+    tasks = [task_of("base", MIDDLE, seed) for seed in SEEDS]
+    tasks += [task_of("sigmoid", rate, seed) for rate in (MIDDLE, LOW, HIGH) for seed in SEEDS]
+    in_turn(__file__, record, "sigmoid", dict(tasks))
+
+
+def others(record: Record, options) -> None:
+    """The other methods at two rates: 42 runs, 216 CPU-minutes."""
+    reached = by_method(runs_of(record.lines())).get("sigmoid", {}).get(MIDDLE, [])
+    if len(reached) < len(SEEDS):
+        raise SystemExit("Run the stage sigmoid first: two betas follow from what it reaches.")
+    own = {method: {"beta": beta} for method, beta in betas(reached).items()}
+    names = [name for name in METHODS if name != "sigmoid"]
+    every = [(rate, seed, name) for rate in (HIGH, LOW) for seed in SEEDS for name in names]
+    in_turn(__file__, record, "others", dict(task_of(m, rate, seed, **own.get(m, {})) for rate, seed, m in every))
+
+
+def betas(sigmoid: list[dict]) -> dict[str, float]:
+    """The beta that means what sigmoid's means, where TRL takes log-ratios per token.
+
+    Let sigmoid have brought the log-ratios per token d nats apart, with a margin of m, on average over pairs and runs.
+    ipo pulls their difference to 1 / (2 beta): at 0.1 that is 5 nats a token, which no run reaches, and its loss is as
+    good as linear. With beta = 1 / (2 d) it pulls to d. sigmoid_norm's margin is beta · d, so with beta = m / d its
+    loss flattens where sigmoid's does.
+    """
+    apart = statistics.mean(r["per_token"]["mean"] for r in sigmoid)
+    margin = statistics.mean(r["beta"] * r["nats"]["mean"] for r in sigmoid)
+    return {"ipo": 1 / (2 * apart), "sigmoid_norm": margin / apart}
+
+
+# --- tables ---------------------------------------------------------------------------------------------------------
+
+GAINS = {"rules kept": lambda r: statistics.mean(r["kept"]), "accuracy": lambda r: r["accuracy"]["rate"]}
+
+
+def kl(run: dict) -> float:
+    return run["kl"]["mean"]
+
+
+def runs_of(lines: list[dict]) -> list[dict]:
+    return [run for stage in STAGES for run in newest(lines, stage).values()]
+
+
+def by_method(runs: list[dict]) -> dict[str, dict[float, list[dict]]]:
+    """Method → rate → its runs, one a seed; without the base."""
+    found: dict[str, dict[float, list[dict]]] = {}
+    for run in sorted(runs, key=lambda r: r["rate"]):
+        found.setdefault(run["method"], {}).setdefault(run["rate"], []).append(run)
+    return {method: found[method] for method in METHODS if method in found}
+
+
+def over_seeds(values: list[float], digits: int = 2) -> str:
+    """Mean (least to most); of a single value, that."""
+    mean, *ends = (f"{v:.{digits}f}" for v in (statistics.mean(values), min(values), max(values)))
+    return mean if len(values) == 1 else f"{mean} ({' to '.join(ends)})"
+
+
+def runs_table(runs: list[dict]) -> str:
+    columns = {
+        "seeds": lambda rs: len(rs),
+        "accuracy": lambda rs: over_seeds([GAINS["accuracy"](r) for r in rs]),
+        "nats apart": lambda rs: over_seeds([r["nats"]["mean"] for r in rs], 1),
+        "nats apart per token": lambda rs: over_seeds([r["per_token"]["mean"] for r in rs]),
+        "KL per token": lambda rs: over_seeds([kl(r) for r in rs], 3),
+        "rules kept": lambda rs: over_seeds([GAINS["rules kept"](r) for r in rs]),
+        "tokens": lambda rs: over_seeds([r["tokens"]["mean"] for r in rs], 0),
+        "distinct-2": lambda rs: over_seeds([r["distinct_2"]["mean"] for r in rs]),
+    }
+    bases = [r for r in runs if r["method"] == "base"]
+    rows = [["base", "", "", *(cell(bases) for cell in columns.values())]] if bases else []
+    for method, rates in by_method(runs).items():
+        for rate, some in rates.items():
+            rows.append([method, f"{some[0]['beta']:.2g}", f"{rate:g}", *(cell(some) for cell in columns.values())])
+    return table(["method", "beta", "rate", *columns], rows)
+
+
+def at_distance(base: dict, runs: list[dict], distance: float, gain) -> float | None:
+    """A gain where the line from the base through one seed's runs has that KL; None where none of them goes so far."""
+    import numpy as np
+
+    points = sorted([(0.0, gain(base)), *((kl(r), gain(r)) for r in runs)])
+    return float(np.interp(distance, *zip(*points, strict=True))) if points[-1][0] >= distance else None
+
+
+def equal_table(runs: list[dict]) -> str:
+    """Each gain at the KL that sigmoid has at the middle rate, seed by seed."""
+    bases = {r["seed"]: r for r in runs if r["method"] == "base"}
+    methods = by_method(runs)
+    distances = {r["seed"]: kl(r) for r in methods["sigmoid"].get(MIDDLE, []) if r["seed"] in bases}
+    rows = []
+    for method, rates in methods.items():
+        cells = []
+        for gain in GAINS.values():
+            found = [
+                at_distance(bases[s], [r for rs in rates.values() for r in rs if r["seed"] == s], distance, gain)
+                for s, distance in distances.items()
+            ]
+            reached = [value for value in found if value is not None]
+            cells.append(over_seeds(reached) if reached else "not so far")
+        rows.append([method, f"{len(reached)} of {len(distances)}", *cells])
+    return table(["method", "seeds that went so far", *GAINS], rows)
+
+
+def gained(runs: list[dict]):
+    """What each method gained over how far it went: means over the seeds, a line from the base through its rates."""
+    from dpo_tutorial.show import figures
+
+    base = [r for r in runs if r["method"] == "base"]
+    colors = (figures.BLUE, figures.ORANGE, figures.GREEN, "#D55E00", "#CC79A7", "#56B4E9", figures.GREY, "black")
+    lines, said = {}, []
+    for method, rates in by_method(runs).items():
+        means = [{"KL": statistics.mean(map(kl, some))} | {g: statistics.mean(map(of, some)) for g, of in GAINS.items()}
+                 for some in rates.values()]  # fmt: skip
+        lines[method] = means
+        last = max(means, key=lambda m: m["KL"])
+        said.append(f"{method} {', '.join(f'{gain} {last[gain]:.2f}' for gain in GAINS)} at {last['KL']:.3f} nats")
+    alt = f"What each method gained over its KL from the base, at its farthest: {'; '.join(said)}"
+    figure, axes = figures.new_figure(width=5, height=7, rows=2, alt=alt, sharex=True)
+    for axis, (gain, of) in zip(axes, GAINS.items(), strict=True):
+        start = {"KL": 0.0, gain: statistics.mean(map(of, base)) if base else 0.5}
+        for (method, means), color, marker in zip(lines.items(), colors, "osD^vP*X", strict=False):
+            points = sorted([start, *means], key=lambda m: m["KL"])
+            xs, ys = [p["KL"] for p in points], [p[gain] for p in points]
+            axis.plot(xs, ys, marker=marker, color=color, label=method, markevery=range(1, len(points)))
+        axis.set(ylabel=gain)
+    axes[0].set_title("Gained, over distance: means of three seeds")
+    axes[1].set_xlabel("KL from the base, nats per token")
+    axes[1].legend(fontsize=9, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.2), frameon=False)
+    return figure
+
+
+def drawn(lines: list[dict]) -> dict:
+    runs = runs_of(lines)
+    return {FIGURE: gained(runs)} if by_method(runs) else {}
+
+
+def tables(lines: list[dict]) -> dict[str, str]:
+    made, runs = dict.fromkeys(("runs", "equal", "figure", "runs on"), UNMEASURED), runs_of(lines)
+    if by_method(runs):
+        on = dict.fromkeys(machines(lines, stage) for stage in STAGES if newest(lines, stage))
+        made |= {"runs": runs_table(runs), "equal": equal_table(runs), "runs on": "\n\n".join(on)}
+        made["figure"] = image(gained(runs), FIGURE)
+    return made
+
+
+STAGES = {"sigmoid": sigmoid, "others": others}
+
+if __name__ == "__main__":
+    main(__file__, STAGES, tables, {"measure": measure}, figures=drawn)
