@@ -18,7 +18,7 @@ from harness import Record, child, interval, latest, machine, main, table
 RATES = (5e-5, 1.5e-4, 3e-4)
 #: What is compared: plain DPO, DPO with the NLL of the chosen answers beside it, SFT on them alone, and SFT first.
 RECIPES = {
-    f"{name}, {rate:g}": {"learning_rate": rate, **knobs}
+    f"{name}, {rate:g}": {"learning_rate": rate, "sft_weight": 0.0} | knobs
     for name, knobs in (
         ("DPO", {}),
         ("DPO + SFT", {"sft_weight": 1.0}),
@@ -27,7 +27,7 @@ RECIPES = {
     )
     for rate in RATES
 }
-BEFORE = {"learning_rate": 1.5e-4, "loss_type": "sft"}  # the SFT of "SFT, then DPO"
+BEFORE = {"learning_rate": 1.5e-4, "loss_type": "sft", "sft_weight": 0.0}  # the SFT of "SFT, then DPO"
 WHOLE = {"compare_prompts": 1000, "max_new_tokens": 256, "instructions": 126}  # every prompt, and a limit that cuts few
 
 

@@ -18,7 +18,9 @@ from harness import UNMEASURED, Record, image, in_turn, interval, machines, main
 
 PAGE = "../docs/failures.md"
 STEPS = 24
-SIZES = {"max_train": 1000, "max_val": 32, "compare_prompts": 8, "max_new_tokens": 96, "max_steps": STEPS}
+SIZES = {
+    "max_train": 1000, "max_val": 32, "compare_prompts": 8, "max_new_tokens": 96, "max_steps": STEPS, "sft_weight": 0.0,
+}  # fmt: skip
 
 
 # --- how each is made -----------------------------------------------------------------------------------------------

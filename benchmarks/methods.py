@@ -18,7 +18,7 @@ from harness import UNMEASURED, Record, image, in_turn, machines, main, newest, 
 FIGURE = "methods.png"
 SEEDS = (42, 1, 2)
 LOW, MIDDLE, HIGH = 1e-4, 1.7e-4, 3e-4
-SIZES = {"max_train": 160, "max_val": 64, "compare_prompts": 16, "max_new_tokens": 96}
+SIZES = {"max_train": 160, "max_val": 64, "compare_prompts": 16, "max_new_tokens": 96, "sft_weight": 0.0}
 #: Method → knobs. The betas of the two that divide by tokens follow from what sigmoid reached (`betas`).
 METHODS: dict[str, dict] = {
     "sigmoid": {},

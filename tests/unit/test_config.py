@@ -113,7 +113,7 @@ def test_hub_profiles_pin_model_and_data_to_a_commit():
 def test_every_profile_builds_the_real_library_configs(profile, dtype, tmp_path):
     resolved = config.resolve(profile=profile, dtype=dtype)
     arguments = train.dpo_config(resolved, tmp_path)
-    assert arguments.beta == resolved.beta and arguments.loss_type == ["sigmoid"]
+    assert arguments.beta == resolved.beta and arguments.loss_type[0] == "sigmoid"
     assert (arguments.bf16, arguments.fp16) == (dtype == "bf16", dtype == "fp16")
     assert lora.lora_config(resolved).target_modules == "all-linear"
     assert models.quantization_config(resolved).bnb_4bit_quant_type == "nf4"

@@ -173,11 +173,21 @@ def test_a_mixture_of_experts_trains_without_its_routers_loss(kind, prefix_shari
     assert not trainer.model.config.output_router_logits and "aux_loss" not in trainer.state.log_history[0]
 
 
-def test_a_wrong_reference_fails_the_first_loss_check(cfg, tokenizer, pairs, tmp_path):
-    trainer = trainer_for(cfg, tokenizer, pairs, tmp_path)
-    trainer.state.log_history = [{"loss": 0.5, "step": 1}]
-    with pytest.raises(TrainingError, match="not ln 2"):
+@pytest.mark.parametrize(
+    ("changes", "logged", "words"),
+    [
+        ({}, {"loss": 0.5}, "0.5000, not ln 2"),
+        ({"sft_weight": 1.0}, {"loss": 4.2, "rewards/margins": 0.3}, "margin at step 0 is 0.3000, not 0"),
+        ({"loss_type": "ipo"}, {"loss": 25.0, "rewards/margins": math.nan}, "margin at step 0 is nan, not 0"),
+    ],
+)
+def test_a_wrong_reference_fails_the_first_loss_check(cfg, tokenizer, pairs, tmp_path, changes, logged, words):
+    trainer = trainer_for(dataclasses.replace(cfg, **changes), tokenizer, pairs, tmp_path)
+    trainer.state.log_history = [logged | {"step": 1}]
+    with pytest.raises(TrainingError, match=words):
         train.check_first_loss(trainer)
+    trainer.state.log_history = [{"loss": math.log(2), "rewards/margins": 0.0, "step": 1}]
+    assert train.check_first_loss(trainer) == math.log(2)
 
 
 @pytest.mark.parametrize(("dtype", "passes"), [("bf16", True), ("fp32", False)])

@@ -32,7 +32,7 @@ def training_curves(history: dict[str, list[dict]]) -> Figure:
             )
 
     draw(axes[0], "loss", figures.BLUE, "loss")
-    axes[0].axhline(math.log(2), color=figures.GREY, linestyle=":", label="ln 2: no preference")
+    axes[0].axhline(train[0]["loss"], color=figures.GREY, linestyle=":", label="before the first update")
     draw(axes[1], "rewards/accuracies", figures.BLUE, "accuracy")
     axes[1].axhline(0.5, color=figures.GREY, linestyle=":")
     draw(axes[2], "rewards/chosen", figures.GREEN, "chosen")

@@ -149,7 +149,7 @@ def check_first_loss(trainer: DPOTrainer) -> float:
     Raises:
         TrainingError: see `watch.check_first`.
     """
-    return watch.check_first(save.history(trainer)["train"][0]["loss"], trainer.args)
+    return watch.check_first(save.history(trainer)["train"][0], trainer.args)
 
 
 def train_headless(parameters: dict[str, str]) -> None:

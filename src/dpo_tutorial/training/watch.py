@@ -25,25 +25,33 @@ class LossWatch(TrainerCallback):
                     "Lower LEARNING_RATE, or set DTYPE=fp32; at step 1 the checkpoint may be broken: take another one.",
                 )
         if state.global_step == 1 and "loss" in losses:
-            check_first(losses["loss"], args)
+            check_first(logs, args)
 
 
-def check_first(loss: float, args: DPOConfig) -> float:
-    """The loss before the first update; with the sigmoid loss it must be ln 2: policy and reference are one model then.
+def check_first(logs: dict, args: DPOConfig) -> float:
+    """The loss before the first update. Policy and reference are one model then: the margin is 0, DPO's loss ln 2.
 
     A reference computed before training saw other batches, which in 16 bits round differently: an answer's log π by up
     to a nat or so, which beta scales. Else both saw the same batch, and a loss shows nothing between them.
 
+    Args:
+        logs: of the first step, as TRL writes them: `loss`, and the mean margin `rewards/margins`.
+
     Raises:
-        TrainingError: it is not; then the reference is wrong, and the training means nothing.
+        TrainingError: they are not; then the reference is wrong, and the training means nothing.
     """
     rounded = args.precompute_ref_log_probs and (args.bf16 or args.fp16)
-    if args.loss_type == ["sigmoid"] and not abs(loss - math.log(2)) < (max(1e-3, args.beta) if rounded else 1e-3):
-        raise TrainingError(
-            f"The loss at step 0 is {loss:.4f}, not ln 2 = {math.log(2):.4f}: policy and reference differ too early.",
-            "Train the base of models.load_base with a fresh adapter, and let its own base be the reference.",
-        )
-    return loss
+    limit = max(1e-3, args.beta) if rounded else 1e-3
+    if args.loss_type == ["sigmoid"] and not abs(logs["loss"] - math.log(2)) < limit:
+        found = f"loss at step 0 is {logs['loss']:.4f}, not ln 2 = {math.log(2):.4f}"
+    elif not abs(logs.get("rewards/margins", 0.0)) < 2 * limit:
+        found = f"mean margin at step 0 is {logs['rewards/margins']:.4f}, not 0"
+    else:
+        return float(logs["loss"])
+    raise TrainingError(
+        f"The {found}: policy and reference differ too early.",
+        "Train the base of models.load_base with a fresh adapter, and let its own base be the reference.",
+    )
 
 
 def remark(trainer: DPOTrainer) -> str:
