@@ -65,9 +65,8 @@ def without(*parts: str) -> Iterator[None]:
 def config_of(tiny: bool = False, **knobs) -> knobs.Config:
     """The `cpu` profile's config; gradient checkpointing only where a measurement asks for it, float32 if `tiny`."""
     always = {"dtype": "fp32"} if tiny else {}
-    return dataclasses.replace(
-        config.resolve(profile="cpu"), **{"gradient_checkpointing": False, "sft_weight": 0.0} | knobs | always
-    )
+    plain = {"gradient_checkpointing": False, "sft_weight": 0.0}  # DPO alone
+    return dataclasses.replace(config.resolve(profile="cpu"), **plain | knobs | always)
 
 
 def full_length(tokenizer, tokens: int, pairs: int, asked: str = "") -> Dataset:
