@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import re
 from pathlib import Path
@@ -128,9 +127,12 @@ def written(record: dict, to: str, comparison: dict | None, gated: dict | None) 
         comparison: `comparison.json`; None: not judged.
         gated: `GATE.json` of a merged model; None: an adapter.
     """
-    known = [f.name for f in dataclasses.fields(Config) if f.name in record["config"]]
-    given = {name: record["config"][name] for name in known}
-    config = Config(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})
+    given: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in record["config"].items()
+        if name in Config.__dataclass_fields__
+    }
+    config = Config(**given)
     base, own = record["base"], config.model == knobs.EMBEDDED
     page, licence = _EMBEDDED if own else (base["name"] if "/" in base["name"] else None, None)
     about = ModelCardData(
