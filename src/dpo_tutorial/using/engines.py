@@ -59,8 +59,8 @@ class Transformers(Exported):
 
     def __init__(self, path: Path, config: Config) -> None:
         gguf = path.suffix == ".gguf"
-        folder, where = (path.parent, {"gguf_file": path.name}) if gguf else (path, {})
-        where |= {"trust_remote_code": False}
+        folder: Path = path.parent if gguf else path
+        where: dict = {"trust_remote_code": False} | ({"gguf_file": path.name} if gguf else {})
         self.tokenizer = AutoTokenizer.from_pretrained(folder, **where)
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=hardware.torch_dtype(config.dtype), **where)
         self.model = model.to(hardware.device()).eval()
