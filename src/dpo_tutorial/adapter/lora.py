@@ -255,10 +255,10 @@ def written_out(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
         if not adapted and (not isinstance(layer, bnb.nn.Linear4bit) or name.endswith(".base_layer")):
             continue
         inner = layer.get_base_layer() if adapted else layer
-        linear = torch.nn.Linear(inner.in_features, inner.out_features, bias=False)
+        linear = torch.nn.Linear(inner.in_features, inner.out_features, bias=False, device="meta")  # draws no numbers
         weight = dequantize_module_weight(inner).detach().float()
         if adapted and not layer.disable_adapters:
             weight = weight + sum(layer.get_delta_weight(active).float() for active in layer.active_adapters)
-        linear.weight.data, linear.bias = weight, inner.bias
+        linear.weight, linear.bias = torch.nn.Parameter(weight), inner.bias
         plain.set_submodule(name, linear)
     return torch.nn.Module.float(plain)  # transformers' own refuses a model that was quantized
