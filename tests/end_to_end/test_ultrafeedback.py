@@ -3,8 +3,10 @@
 import dataclasses
 import json
 import os
+import shutil
 from pathlib import Path
 
+import pyarrow.parquet as parquet
 import pytest
 from test_run import run_quietly
 from transformers import AutoConfig, AutoTokenizer, LlamaForCausalLM
@@ -58,6 +60,15 @@ def test_the_audit_finds_the_real_dirt_and_loses_no_row(cfg, sample, tokenizer):
 
 
 @pytest.fixture
+def few(sample, tmp_path) -> Path:
+    """The same folder with a third of the training rows: notebook 04 reads them all again and again."""
+    folder = Path(shutil.copytree(sample, tmp_path / "few", copy_function=shutil.copyfile))
+    (path,) = folder.glob("data/train_prefs-*.parquet")
+    parquet.write_table(parquet.read_table(path).slice(0, 300), path)
+    return folder
+
+
+@pytest.fixture
 def small(tmp_path) -> Path:
     """The embedded model's tokenizer, template and kind, with two narrow layers of random weights."""
     given, folder = embedded.ensure_embedded_model(), tmp_path / "small"
@@ -67,9 +78,9 @@ def small(tmp_path) -> Path:
     return folder
 
 
-def test_all_six_notebooks_run_on_real_rows(sample, small, tmp_path, monkeypatch):
+def test_all_six_notebooks_run_on_real_rows(few, small, tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # as in this process, which compares what both have computed
-    made = run_quietly({"PROFILE": "smoke", "MODEL": str(small), "DATA": str(sample), "ARTIFACTS": str(tmp_path)})
+    made = run_quietly({"PROFILE": "smoke", "MODEL": str(small), "DATA": str(few), "ARTIFACTS": str(tmp_path)})
     assert made.error is None, made.error
     summary, adapter = made.summary, tmp_path / "smoke" / "adapter"
     assert json.loads((tmp_path / "smoke" / "summary.json").read_text()) == summary
