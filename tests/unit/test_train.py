@@ -455,7 +455,7 @@ def test_a_stopped_training_from_an_adapter_ends_as_an_undisturbed_one(cfg, toke
 def test_a_training_does_not_go_on_once_another_adapter_lies_where_it_started_from(
     cfg, tokenizer, pairs, sft, tmp_path
 ):
-    run = stopped(onwards(cfg, sft, tmp_path / "dpo", max_steps=4, save_steps=2), tokenizer, pairs)
+    run = stopped_after_saving(onwards(cfg, sft, tmp_path / "dpo", max_steps=4, save_steps=2), tokenizer, pairs)
     other = supervised(cfg, tokenizer, pairs, tmp_path / "other", seed=1)
     shutil.copytree(other.adapter, sft.adapter, dirs_exist_ok=True)
     with pytest.raises(ArtifactError, match="unfinished training with other settings"):
