@@ -15,7 +15,7 @@ from pathlib import Path
 from effect import OF_RECIPES, columns, of_stage
 from harness import Record, child, main
 
-SETTINGS = {"max_train": 256, "max_test": 96, "max_steps": 16, "compare_prompts": 48}
+SETTINGS = {"max_train": 192, "max_test": 96, "max_steps": 12, "compare_prompts": 24}
 ROUNDS = ("base", "round one", "then the set's pairs", "then its own answers")
 
 

@@ -38,11 +38,7 @@ def read_json(path: Path) -> dict | list:
 
 
 def write_text(path: Path, text: str) -> Path:
-    """Write a file beside its final place and rename it: a reader sees the old text or the new, never half.
-
-    Raises:
-        ArtifactError: it cannot be written.
-    """
+    """Write a file beside its final place and rename it: a reader sees the old text or the new, never half."""
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

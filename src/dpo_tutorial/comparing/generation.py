@@ -56,8 +56,10 @@ def _answer_ids(
     ends = _ends(model, tokenizer)
     texts = [tokenizer.apply_chat_template(p, tokenize=False, add_generation_prompt=True) for p in prompts]
     order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
-    drawn = dict(do_sample=True, temperature=1.0, top_k=0, top_p=1.0) | how
+    drawn: dict = dict(do_sample=True, temperature=1.0, top_k=0, top_p=1.0) | how
     how = dict(do_sample=False) if seed is None else drawn
+    # On the left, so that every answer starts at the same column.
+    padded = dict(return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False)
     answers: list[list[int]] = [[]] * len(texts)
     model, precision = _fast(model, config)
     with torch.random.fork_rng(devices=range(torch.cuda.device_count()), enabled=seed is not None):
@@ -65,10 +67,7 @@ def _answer_ids(
             torch.manual_seed(seed)
         for start in tqdm(range(0, len(order), 24), desc="generating", leave=False):
             chosen = order[start : start + 24]
-            batch = tokenizer(
-                [texts[i] for i in chosen], return_tensors="pt", padding=True, add_special_tokens=False,
-                padding_side="left",  # every answer starts at the same column
-            )  # fmt: skip
+            batch = tokenizer([texts[i] for i in chosen], **padded)
             with precision:
                 out = model.generate(
                     **batch.to(model.device), **how, max_new_tokens=limit, use_cache=True,
