@@ -147,9 +147,12 @@ def test_06_loads_the_policy_that_the_package_loads(compared):
 
 
 def test_06_rewards_answers_and_merges(compared):
-    """The cells hold asserts of their own: by hand and by the package, one reward and one answer."""
+    """The cells of the reward hold asserts of their own: by hand and by the package."""
     assert compared["rewards"].abs().max() > 0.01, "an adapter that does nothing would pass"
-    made = execute("06", "policy.generate(", "generation.answers_of_both(cfg, policy, tokenizer, followed)", **compared)
+    made = execute("06", "policy.generate(", "for ids in (by_base, by_policy)", **compared)
+    given = (made[name] for name in ("cfg", "policy", "tokenizer"))
+    by_package = generation.answers_of_both(*given, [made["example"]["prompt"]])
+    assert [[a["text"] for a in answers] for answers in made["both"]] == [[a["text"] for a in b] for b in by_package]
     made["test"] = prepare.prepare(made["cfg"], made["tokenizer"]).splits["test"]
     made["run"] = run_folder.Run(made["cfg"])
     made = execute("06", "merged = policy.merge_and_unload(", "import gc", "gate.measure(trained, exported)", **made)
