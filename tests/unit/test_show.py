@@ -411,7 +411,7 @@ def test_training_curves_draw_training_as_lines_and_validation_as_dots():
         assert list(drawn[f"{label} (val)"].get_xdata()) == [0, 2]
         assert list(drawn[f"{label} (val)"].get_ydata()) == [row[f"eval_{key}"] for row in EVALS]
         assert drawn[f"{label} (val)"].get_marker() == "o"
-    assert drawn["ln 2: no preference"].get_ydata()[0] == pytest.approx(math.log(2))
+    assert drawn["before the first update"].get_ydata()[0] == STEPS[0]["loss"]
 
 
 def segments(axis):
