@@ -124,6 +124,9 @@ def resolve(recorded: Mapping[str, Any] | None = None, /, **parameters) -> knobs
     for name, (value, why) in given.items():
         values[name] = value
         reasons.append(f"{name} = {','.join(value) if isinstance(value, tuple) else value}: {why}")
+    if values.get("loss_type") == "sft" and values.get("sft_weight"):
+        values["sft_weight"] = 0.0
+        reasons.append("sft_weight = 0: the loss is SFT already")
     for name in ("model", "data"):
         spec, at, revision = values.get(name, knobs.EMBEDDED).rpartition("@")
         if at and not Path(values[name]).expanduser().exists():

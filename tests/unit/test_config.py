@@ -119,6 +119,13 @@ def test_every_profile_builds_the_real_library_configs(profile, dtype, tmp_path)
     assert models.quantization_config(resolved).bnb_4bit_quant_type == "nf4"
 
 
+@pytest.mark.parametrize("asked", [{}, {"sft_weight": 0.5}], ids=["of the profile", "asked for"])
+def test_sft_has_no_second_sft_term(asked, tmp_path, capsys):
+    resolved = config.resolve(profile="cpu", loss_type="sft", **asked)
+    assert train.dpo_config(resolved, tmp_path).loss_type == ["sft"]
+    assert "sft_weight = 0: the loss is SFT already" in capsys.readouterr().out
+
+
 def test_seeds_repeat_python_numpy_and_torch():
     import random
 
