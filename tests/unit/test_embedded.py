@@ -241,13 +241,14 @@ def test_the_preference_set_is_short_and_balanced_in_the_tokens_of_the_embedded_
 
     tokenizer = AutoTokenizer.from_pretrained(embedded.ensure_embedded_model())
     for split in sources.EMBEDDED_SPLITS:
-        rows = [json.loads(line) for line in sources.embedded_file(split).read_text(encoding="utf-8").splitlines()]
+        rows = sources.embedded_rows(split)
         sides = ("chosen", "rejected")
         lengths = [[len(tokenizer(row[side][-1]["content"])["input_ids"]) for side in sides] for row in rows]
         longer = sum((c > r) + (c == r) / 2 for c, r in lengths) / len(rows)
         chosen, rejected = (sum(side) / len(rows) for side in zip(*lengths, strict=True))
         assert 0.4 <= longer <= 0.6 and abs(chosen - rejected) / min(chosen, rejected) < 0.10, split
         assert sum(max(pair) < 80 for pair in lengths) / len(rows) > 0.8, split
+        assert sum(max(pair) < 97 for pair in lengths) / len(rows) > 0.99, split  # samples of the base end at 96
 
 
 def test_special_tokens_are_those_of_the_ggufs_own_metadata(tokenizer, tmp_path):
