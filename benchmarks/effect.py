@@ -10,10 +10,9 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from harness import Record, child, interval, latest, machine, main, table
+from harness import Record, child, in_turn, interval, machines, main, newest, table
 
 RATES = (5e-5, 1.5e-4, 3e-4)
 #: What is compared: plain DPO, DPO with the NLL of the chosen answers beside it, SFT on them alone, and SFT first.
@@ -135,14 +134,11 @@ def judge(task: dict, folder: Path) -> dict:
 
 def recipes(record: Record, options) -> None:
     """Every recipe in a process of its own, two at a time on one core each; the untrained base beside them."""
+    task = {"kind": "train", "split": "val", "answers": True}
     settings = {"compare_prompts": 48, "max_new_tokens": 128}
-
-    def one(name: str) -> None:
-        task = {"kind": "train", "knobs": RECIPES.get(name, {}) | settings, "split": "val", "answers": True}
-        record.write("recipes", name, **child(__file__, task | {"untrained": name == "base"}, {"OMP_NUM_THREADS": "1"}))
-
-    with ThreadPoolExecutor(2) as pool:
-        list(pool.map(one, options.only or sorted(("base", *RECIPES), key=lambda name: "then" not in name)))
+    names = options.only or sorted(("base", *RECIPES), key=lambda name: "then" not in name)
+    tasks = {n: task | {"knobs": RECIPES.get(n, {}) | settings, "untrained": n == "base"} for n in names}
+    in_turn(__file__, record, "recipes", tasks)
 
 
 def seeds(record: Record, options) -> None:
@@ -225,7 +221,9 @@ OF_SEEDS = REWARDS | {
 
 
 def moved(change: dict) -> str:
-    return " **moved**" if change["corrected"] < 0.05 else ""
+    from dpo_tutorial.comparing import stats
+
+    return " **moved**" if stats.moved(change) else ""
 
 
 def rules_table(runs: dict[str, dict]) -> str:
@@ -284,11 +282,8 @@ def instructions_table(runs: dict[str, dict]) -> str:
 
 
 def of_stage(lines: list[dict], stage: str) -> tuple[dict[str, dict], str]:
-    """The results by name, and the machine in words; nothing of a stage that never ran."""
-    if not any(line["stage"] == stage and line["name"] != "machine" for line in lines):
-        return {}, ""
-    about, found = latest(lines, stage)
-    return {name: runs[-1] for name, runs in found.items()}, machine(about)
+    """The newest result by name, and the machines in words."""
+    return newest(lines, stage), machines(lines, stage)
 
 
 def tables(lines: list[dict]) -> dict[str, str]:
