@@ -20,9 +20,7 @@ PAIRS = 60
 
 def drawn(seed: int) -> list[tuple[dict, bool]]:
     """60 pairs of all splits, and whether the chosen answer is shown first."""
-    rows = [
-        json.loads(x) for s in sources.EMBEDDED_SPLITS for x in sources.embedded_file(s).read_text("utf-8").splitlines()
-    ]
+    rows = [row for split in sources.EMBEDDED_SPLITS for row in sources.embedded_rows(split)]
     order = random.Random(seed)
     return [(row, order.random() < 0.5) for row in order.sample(rows, PAIRS)]
 

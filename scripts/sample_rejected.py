@@ -22,14 +22,10 @@ LIMIT, BATCH = 96, 24
 
 def asked() -> dict[str, list[dict]]:
     """prompt_id → conversation, of all rows whose rejected answer is the base's."""
-    rows = [
-        json.loads(line)
-        for split in sources.EMBEDDED_SPLITS
-        for line in sources.embedded_file(split).read_text("utf-8").splitlines()
-    ]
+    rows = [row for split in sources.EMBEDDED_SPLITS for row in sources.embedded_rows(split)]
     conversations = {row["prompt_id"]: row["rejected"][:-1] for row in rows}
-    noted = sources.embedded_file("provenance").read_text("utf-8").splitlines()
-    of_base = [row["prompt_id"] for row in map(json.loads, noted) if row["rejected_source"] == "base sample"]
+    noted = sources.embedded_rows("provenance")
+    of_base = [row["prompt_id"] for row in noted if row["rejected_source"] == "base sample"]
     return {prompt_id: conversations[prompt_id] for prompt_id in of_base}
 
 

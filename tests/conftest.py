@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import importlib.util
+import json
 import os
 from pathlib import Path
 
@@ -136,6 +137,21 @@ def tiny_config(model: Path, artifacts: Path) -> knobs.Config:
         gradient_checkpointing=False, batch_size=2, grad_accum=1, max_steps=2, max_tokens=128, learning_rate=1e-2,
         max_new_tokens=8, instructions=4,
     )  # fmt: skip
+
+
+def trained_run(model: Path, tokenizer, folder: Path, **changes):
+    """A run in `folder`: 24 rows of a file, cut into splits by prompt, and an adapter that was trained on them."""
+    from dpo_tutorial import run_folder
+    from dpo_tutorial.loading import models
+    from dpo_tutorial.pairs import store
+    from dpo_tutorial.training import train
+
+    path = folder / "rows.jsonl"
+    path.write_text("\n".join(json.dumps(pair(f"{t[0]} {i}", *t[1:])) for i in range(6) for t in TEXTS))
+    run = run_folder.Run(dataclasses.replace(tiny_config(model, folder), data=str(path), **changes))
+    splits = store.ensure_data(run, tokenizer).splits
+    train.train(run.config, run, models.load_base(run.config), tokenizer, splits["train"], splits["val"])
+    return run
 
 
 @pytest.fixture

@@ -67,19 +67,10 @@ RANGES = {
     "watch_prompts": (lambda v: v >= 0, "0 or more"),
     "seed": (lambda v: 0 <= v < 2**32, "a whole number from 0 to 4294967295"),
 } | dict.fromkeys(
-    (
-        "max_train",
-        "max_val",
-        "max_test",
-        "batch_size",
-        "grad_accum",
-        "compare_prompts",
-        "instructions",
-        "max_new_tokens",
-        "save_steps",
-    ),
+    ("max_train", "max_val", "max_test", "batch_size", "grad_accum", "compare_prompts", "instructions",
+     "max_new_tokens", "save_steps"),
     _COUNT,
-)
+)  # fmt: skip
 
 
 def _knob(default, group: str, what: str, unit: str = ""):
@@ -206,9 +197,8 @@ class Config:
 
 _CPU = dict(
     keep_16bit=("k_proj", "v_proj", r"model\.layers\.(0|29)\."),  # of the embedded model; benchmarks/four_bit.md
-    max_tokens=256, max_train=400, max_val=90, max_test=200, learning_rate=1.5e-4, sft_weight=1.0, batch_size=4,
-    grad_accum=2,
-    compare_prompts=24, instructions=42, max_new_tokens=96, watch_prompts=1,
+    max_tokens=256, max_train=400, max_val=90, max_test=200, learning_rate=1.5e-4, sft_weight=1.0,
+    batch_size=4, grad_accum=2, compare_prompts=24, instructions=42, max_new_tokens=96, watch_prompts=1,
 )  # fmt: skip
 _HUB = dict(data=ULTRAFEEDBACK[0], data_revision=ULTRAFEEDBACK[1])
 

@@ -10,11 +10,10 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from conftest import TEXTS, pair, tiny_config
+from conftest import TEXTS, pair, tiny_config, trained_run
 from datasets import Dataset
 from peft import get_peft_model
 
-from dpo_tutorial import run_folder
 from dpo_tutorial.adapter import lora
 from dpo_tutorial.cli import main as cli
 from dpo_tutorial.comparing import compare, generation, instructions, report, stats
@@ -281,15 +280,7 @@ def test_padding_adds_columns_that_are_masked_out():
 @pytest.fixture(scope="module")
 def trained(tiny_folder, tokenizer, tmp_path_factory):
     """An adapter as 05 saves it, trained for two steps on 24 rows of a file."""
-    rows = [pair(f"{t[0]} {i}", *t[1:]) for i in range(6) for t in TEXTS]
-    folder = tmp_path_factory.mktemp("trained")
-    path = folder / "rows.jsonl"
-    path.write_text("\n".join(json.dumps(row) for row in rows))
-    changed = dataclasses.replace(tiny_config(tiny_folder, folder), data=str(path), compare_prompts=2)
-    run = run_folder.Run(changed)
-    splits = store.ensure_data(run, tokenizer).splits
-    train.train(changed, run, models.load_base(changed), tokenizer, splits["train"], splits["val"])
-    return run
+    return trained_run(tiny_folder, tokenizer, tmp_path_factory.mktemp("trained"), compare_prompts=2)
 
 
 def test_the_command_writes_the_report_of_an_adapter_from_its_folder_alone(trained, tmp_path, capsys):

@@ -738,10 +738,7 @@ def test_the_account_has_a_row_per_reason_and_two_more_per_split(prepared):
 
 # --- the repository's own pairs -----------------------------------------------------------------------------------
 
-EMBEDDED = {
-    name: [json.loads(line) for line in sources.embedded_file(name).open(encoding="utf-8")]
-    for name in ("train_prefs", "val_prefs", "test_prefs")
-}
+EMBEDDED = {name: sources.embedded_rows(name) for name in ("train_prefs", "val_prefs", "test_prefs")}
 ALL = [row for rows in EMBEDDED.values() for row in rows]
 
 
@@ -769,11 +766,10 @@ def test_no_two_embedded_prompts_are_nearly_the_same():
 
 
 def test_every_chosen_answer_of_the_embedded_set_keeps_the_rules_a_program_can_check():
-    for split in EMBEDDED:
-        for line in sources.embedded_file(split).read_text(encoding="utf-8").splitlines():
-            text = json.loads(line)["chosen"][-1]["content"]
-            answer = {"text": text, "tokens": 1, "finished": True}
-            assert [name for name, check in house_style.RULES.items() if not check(answer)] == [], text
+    for row in ALL:
+        text = row["chosen"][-1]["content"]
+        answer = {"text": text, "tokens": 1, "finished": True}
+        assert [name for name, check in house_style.RULES.items() if not check(answer)] == [], text
 
 
 def test_each_dirty_row_gets_the_reason_it_was_made_for():

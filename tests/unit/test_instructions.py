@@ -89,8 +89,8 @@ def test_a_prompt_comes_once_and_in_no_split():
     prompts = [" ".join(r["prompt"].lower().split()) for r in REQUESTS]
     assert len(set(prompts)) == len(prompts)
     for split in sources.EMBEDDED_SPLITS:
-        for line in sources.embedded_file(split).read_text(encoding="utf-8").splitlines():
-            asked = [m["content"] for m in json.loads(line)["chosen"] if m["role"] == "user"]
+        for row in sources.embedded_rows(split):
+            asked = [m["content"] for m in row["chosen"] if m["role"] == "user"]
             assert not {" ".join(text.lower().split()) for text in asked} & set(prompts)
 
 

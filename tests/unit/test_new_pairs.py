@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from conftest import TEXTS, pair, tiny_config
+from conftest import TEXTS, trained_run
 
 from dpo_tutorial import run_folder
 from dpo_tutorial.adapter import lora
@@ -26,14 +26,7 @@ JUDGE = "import json, sys\nfor line in sys.stdin: print([len(a) for a in json.lo
 @pytest.fixture(scope="module")
 def first(tiny_folder, tokenizer, tmp_path_factory):
     """The run of the first round; its pairs are cut into splits by prompt."""
-    folder = tmp_path_factory.mktemp("first")
-    path = folder / "rows.jsonl"
-    path.write_text("\n".join(json.dumps(pair(f"{t[0]} {i}", *t[1:])) for i in range(6) for t in TEXTS))
-    cfg = dataclasses.replace(tiny_config(tiny_folder, folder), data=str(path), instructions=2, compare_prompts=2)
-    run = run_folder.Run(cfg)
-    splits = store.ensure_data(run, tokenizer).splits
-    train.train(cfg, run, models.load_base(cfg), tokenizer, splits["train"], splits["val"])
-    return run
+    return trained_run(tiny_folder, tokenizer, tmp_path_factory.mktemp("first"), instructions=2, compare_prompts=2)
 
 
 @pytest.fixture(scope="module")

@@ -45,8 +45,7 @@ def test_a_pair_is_brought_to_itself():
 
 def test_the_repositorys_own_rows_are_brought_to_themselves():
     for name in sources.EMBEDDED_SPLITS:
-        for line in sources.embedded_file(name).read_text(encoding="utf-8").splitlines():
-            row = json.loads(line)
+        for row in sources.embedded_rows(name):
             made, _ = shapes.to_pair(row)
             assert row_checks.extract(made) == row_checks.extract(row)
             assert made["score_chosen"] == row["score_chosen"] and made["prompt_id"] == row["prompt_id"]

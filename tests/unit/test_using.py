@@ -1,6 +1,5 @@
 """Merge, export, the gate, and chat, on a tiny model; three exports are spoiled on purpose."""
 
-import dataclasses
 import json
 import os
 import shutil
@@ -10,15 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TEXTS, pair, tiny_config
+from conftest import trained_run
 
-from dpo_tutorial import run_folder
 from dpo_tutorial.adapter import lora
 from dpo_tutorial.cli import main as cli
 from dpo_tutorial.errors import ArtifactError, ConfigError, ModelUnsuitableError
 from dpo_tutorial.loading import models
 from dpo_tutorial.pairs import store
-from dpo_tutorial.training import scoring, train
+from dpo_tutorial.training import scoring
 from dpo_tutorial.using import chat, convert, engines, export, gate, merge
 
 ROOT = Path(__file__).parents[2]
@@ -27,14 +25,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture(scope="module")
 def trained(tiny_folder, tokenizer, tmp_path_factory):
     """An adapter as 05 saves it, of two steps at a rate that moves it well away from its base."""
-    folder = tmp_path_factory.mktemp("trained")
-    path = folder / "rows.jsonl"
-    path.write_text("\n".join(json.dumps(pair(f"{t[0]} {i}", *t[1:])) for i in range(6) for t in TEXTS))
-    cfg = dataclasses.replace(tiny_config(tiny_folder, folder), data=str(path), max_steps=6, learning_rate=5e-2)
-    run = run_folder.Run(cfg)
-    splits = store.ensure_data(run, tokenizer).splits
-    train.train(cfg, run, models.load_base(cfg), tokenizer, splits["train"], splits["val"])
-    return run
+    return trained_run(tiny_folder, tokenizer, tmp_path_factory.mktemp("trained"), max_steps=6, learning_rate=5e-2)
 
 
 @pytest.fixture(scope="module")

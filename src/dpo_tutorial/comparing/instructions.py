@@ -120,7 +120,7 @@ def load() -> list[dict]:
 
     `against_style`: nobody can follow it and keep all of `house_style.OF_TEXT`, so training may have harmed it.
     """
-    return [json.loads(row) for row in sources.embedded_file("instructions").read_text(encoding="utf-8").splitlines()]
+    return sources.embedded_rows("instructions")
 
 
 def followed(requests: Sequence[dict], answers: Sequence[dict]) -> list[bool]:

@@ -114,8 +114,7 @@ def rejected_kinds() -> dict[str, str]:
     "base sample" was drawn from the base; "form" was written to break the style; the others keep the form and fail in
     substance (`resources/README.md` says how).
     """
-    rows = map(json.loads, embedded_file("provenance").read_text(encoding="utf-8").splitlines())
-    return {row["prompt_id"]: row["rejected_kind"] for row in rows}
+    return {row["prompt_id"]: row["rejected_kind"] for row in embedded_rows("provenance")}
 
 
 def read(config: Config, judge: bool = False) -> Iterator[tuple[object, dict, str]]:
@@ -226,12 +225,17 @@ def embedded_file(split: str) -> Path:
     return Path(str(resources.files("dpo_tutorial.pairs") / "resources" / f"{split}.jsonl"))
 
 
+def embedded_rows(name: str) -> list[dict]:
+    """The lines of a split of the set, or of what lies beside it: `provenance`, `instructions`, `dirty_rows`."""
+    return [json.loads(line) for line in embedded_file(name).read_text(encoding="utf-8").splitlines()]
+
+
 def dirty_rows() -> list[dict]:
     """Rows made bad on purpose, for the audit lesson of notebook 04; no split reads them.
 
     Each has `expected`: the reason of `REASONS` that `row_problem` must find, None for the one sound row.
     """
-    return [json.loads(line) for line in embedded_file("dirty_rows").read_text(encoding="utf-8").splitlines()]
+    return embedded_rows("dirty_rows")
 
 
 def ultrafeedback_counts() -> dict:

@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path
 
 from ..adapter import lora
+from ..comparing.report import markdown_table
 from ..errors import ArtifactError, ConfigError
 from ..knobs import Config
 from ..loading import embedded, models
@@ -72,9 +73,9 @@ def write(
 def _card(found: dict, about: dict) -> str:
     name = "# NOT the trained model" if found["why"] else "# The trained model"
     made = ", ".join(f"{key} {value}" for key, value in about.items() if value)
-    table = [f"| {r['measure']} | {r['adapter']} | {r['exported']} | {r['limit']} |" for r in gate.rows(found)]
-    return "\n".join([name, "", *found["why"], f"Exported by dpo-tutorial: {made}.", "",
-                      "| measure | adapter | exported | limit |", "|:-|:-|:-|:-|", *table, ""])  # fmt: skip
+    rows = gate.rows(found)
+    table = markdown_table(list(rows[0]), [list(row.values()) for row in rows])
+    return "\n".join([name, "", *found["why"], f"Exported by dpo-tutorial: {made}.", "", table, ""])
 
 
 def main(adapter: str, to: str, out: str, parameters: dict[str, str], **how) -> int:
