@@ -12,7 +12,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from harness import Record, child, in_turn, interval, machines, main, newest, table
+from effect_page import drawn, tables
+from harness import Record, child, in_turn, main
 
 RATES = (5e-5, 1.5e-4, 3e-4)
 #: What is compared: plain DPO, DPO with the NLL of the chosen answers beside it, SFT on them alone, and SFT first.
@@ -186,122 +187,7 @@ def choose(results: dict) -> str | None:
     return min((n for n in sound if equal(sound[n])), key=lambda name: sound[name]["kl"]["per_token"]["mean"])
 
 
-# --- tables ---------------------------------------------------------------------------------------------------------
-
-
-def plus_minus(mean: dict, digits: int = 2) -> str:
-    return f"{mean['mean']:.{digits}f} ± {1.96 * mean['standard_error']:.{digits}f}"
-
-
-def columns(results: dict[str, dict], write: dict) -> str:
-    """One row per result; `write` says how the cell of each column is written."""
-    return table(["", *write], [[name, *(cell(result) for cell in write.values())] for name, result in results.items()])
-
-
-REWARDS = {
-    "accuracy": lambda r: interval(r["accuracy"]),
-    "chosen reward": lambda r: plus_minus(r["reward_chosen"]),
-    "rejected reward": lambda r: plus_minus(r["reward_rejected"]),
-}
-OF_RECIPES = REWARDS | {
-    "KL per token": lambda r: plus_minus(r["kl"]["per_token"]),
-    "rules kept": lambda r: f"{sum(r['kept']) / len(r['kept']):.3f}",
-    "ends complete": lambda r: f"{r['rules']['ends complete']['rate']:.0%}",
-    "tokens": lambda r: plus_minus(r["tokens"], 0),
-    "distinct-2": lambda r: plus_minus(r["distinct_2"]),
-    "instructions": lambda r: f"{sum(r['followed'])} of {len(r['followed'])}",
-}
-OF_SEEDS = REWARDS | {
-    "KL per answer": lambda r: plus_minus(r["kl"]["inside"]["per_answer"], 1),
-    "KL per token": lambda r: plus_minus(r["kl"]["inside"]["per_token"]),
-    "tokens": lambda r: f"{r['form']['before']['tokens']['mean']:.0f} → {r['form']['after']['tokens']['mean']:.0f}",
-    "minutes of training": lambda r: f"{r['seconds'] / 60:.1f}",
-    "peak GiB": lambda r: f"{r['peak_memory_gib']:.1f}",
-}
-
-
-def moved(change: dict) -> str:
-    from dpo_tutorial.comparing import stats
-
-    return " **moved**" if stats.moved(change) else ""
-
-
-def rules_table(runs: dict[str, dict]) -> str:
-    first = next(iter(runs.values()))["rules"]
-    rows = []
-    for rule, target in first["target"].items():
-        cells = [
-            f"{r['rules']['before'][rule]['rate']:.0%} → {r['rules']['after'][rule]['rate']:.0%}"
-            f" ({r['rules']['change'][rule]['corrected']:.2g}){moved(r['rules']['change'][rule])}"
-            for r in runs.values()
-        ]
-        rows.append([rule, *cells, f"{target['rate']:.0%}"])
-    return table(["", *runs, "chosen answers"], rows)
-
-
-def signed(change: dict) -> str:
-    return f"{change['difference']:+.2f} ({change['low']:+.2f} to {change['high']:+.2f})"
-
-
-def against_table(runs: dict[str, dict]) -> str:
-    """Each judge's accuracy, and the policy's above it on each seed."""
-    names = list(dict.fromkeys(name for r in runs.values() for name in r["against"]))
-    rows = []
-    for name in names:
-        found = [r["against"].get(name) for r in runs.values()]
-        cells = [signed(f["difference"]) if f else "" for f in found]
-        rows.append([name, interval(next(f for f in found if f)["share"]), *cells])
-    return table(["judge", "accuracy", *(f"policy, {seed}" for seed in runs)], rows)
-
-
-def kinds_table(runs: dict[str, dict]) -> str:
-    first = next(iter(runs.values()))["by_kind"]
-
-    def policy(run: dict, kind: str) -> str:
-        return f"{run['by_kind'][kind]['policy']['rate']:.2f}"
-
-    rows = [
-        [kind, row["n"], f"{row['word counts']['rate']:.2f}", *(policy(r, kind) for r in runs.values())]
-        for kind, row in first.items()
-    ]
-    return table(["rejected answer", "pairs", "word counts", *(f"policy, {seed}" for seed in runs)], rows)
-
-
-def instructions_table(runs: dict[str, dict]) -> str:
-    rows = []
-    for seed, r in runs.items():
-        for part in ("all", "within_style", "against_style"):
-            found = r["instructions"] if part == "all" else r["instructions"][part]
-            seen = found["smallest"]["power_80"]
-            rows.append([
-                seed, part.replace("_", " "), found["before"]["n"], interval(found["before"]), interval(found["after"]),
-                found["gained"], found["lost"], f"{found['p']:.2g}", "" if seen is None else f"{seen:.2f}",
-            ])  # fmt: skip
-    head = ["", "requests", "n", "base", "policy", "gained", "lost", "p", "would find, 4 times in 5"]
-    return table(head, rows)
-
-
-def of_stage(lines: list[dict], stage: str) -> tuple[dict[str, dict], str]:
-    """The newest result by name, and the machines in words."""
-    return newest(lines, stage), machines(lines, stage)
-
-
-def tables(lines: list[dict]) -> dict[str, str]:
-    tried, tried_on = of_stage(lines, "recipes")
-    runs, ran_on = of_stage(lines, "seeds")
-    opposite, opposite_on = of_stage(lines, "swapped")
-    made = {}
-    if tried:
-        tried = {name: tried[name] for name in ("base", *RECIPES) if name in tried}
-        made |= {"recipes": columns(tried, OF_RECIPES), "recipes on": tried_on}
-    if runs:
-        made |= {
-            "seeds": columns(runs, OF_SEEDS), "against": against_table(runs), "kinds": kinds_table(runs),
-            "rules": rules_table(runs), "instructions": instructions_table(runs), "seeds on": ran_on,
-        }  # fmt: skip
-    if opposite:
-        made |= {"swapped": columns(opposite, REWARDS), "swapped on": opposite_on}
-    return made
+# --- the command line -------------------------------------------------------------------------------------------------
 
 
 def options(parser) -> None:
@@ -318,4 +204,4 @@ def given(value, name: str):
 STAGES = {"recipes": recipes, "seeds": seeds, "swapped": swapped}
 
 if __name__ == "__main__":
-    main(__file__, STAGES, tables, kinds={"train": train, "judge": judge}, options=options)
+    main(__file__, STAGES, tables, {"train": train, "judge": judge}, options=options, figures=drawn)

@@ -12,8 +12,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from effect import OF_RECIPES, columns, of_stage
-from harness import Record, child, main
+from effect_page import OF_RECIPES, columns
+from harness import Record, child, machines, main, newest
 
 SETTINGS = {"max_train": 192, "max_test": 96, "max_steps": 12, "compare_prompts": 24}
 ROUNDS = ("base", "round one", "then the set's pairs", "then its own answers")
@@ -76,7 +76,7 @@ def second_round(record: Record, options) -> None:
 
 
 def tables(lines: list[dict]) -> dict[str, str]:
-    found, on = of_stage(lines, "rounds")
+    found, on = newest(lines, "rounds"), machines(lines, "rounds")
     named = {name: result for start in ROUNDS for name, result in found.items() if name.startswith(f"{start}, seed")}
     return {"rounds": columns(named, {"pairs": lambda r: r["pairs"]} | OF_RECIPES), "rounds on": on} if found else {}
 

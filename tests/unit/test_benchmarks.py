@@ -15,6 +15,7 @@ from pathlib import Path
 
 import colab
 import effect
+import effect_page
 import export
 import failures
 import four_bit
@@ -340,7 +341,7 @@ def test_an_effect_is_measured_and_written(knobs, tmp_path):
     swapped = effect.train(task | {"swapped": True, "answers": False}, tmp_path)
     base = effect.train(task | {"untrained": True}, tmp_path)
     assert trained["margin"]["mean"] > base["margin"]["mean"] == 0 > swapped["margin"]["mean"]
-    assert all(write(trained) for write in effect.OF_RECIPES.values())
+    assert all(write(trained) for write in effect_page.OF_RECIPES.values())
     record = begun(tmp_path, "recipes")
     for name in ("base", *effect.RECIPES):
         record.write("recipes", name, **(base if name == "base" else trained))
@@ -381,7 +382,9 @@ def test_a_saved_adapter_is_judged_on_everything_and_written(knobs, cfg, tokeniz
     monkeypatch.setattr(effect, "WHOLE", effect.WHOLE | knobs)
     effect.seeds(record, argparse.Namespace(runs=[str(tmp_path)]))
     tables = effect.tables(record.lines())
-    assert {"seeds", "against", "rules", "instructions"} <= tables.keys() and f"seed {cfg.seed}" in tables["rules"]
+    assert f"seed {cfg.seed}" in tables["changes"] and {"seeds", "against", "instructions"} <= tables.keys()
+    (figure,) = effect.drawn(record.lines()).values()
+    assert "ends complete" in figures.alt_text(figure) and "word counts on" in figures.alt_text(figure)
     with pytest.raises(SystemExit, match="--runs"):
         effect.seeds(record, argparse.Namespace(runs=[]))
 

@@ -1,0 +1,178 @@
+"""What effect.md shows of effect.jsonl: its tables, and one figure of all seeds beside every simple judge."""
+
+from __future__ import annotations
+
+from harness import image, interval, machines, newest, table
+
+FIGURE = "../docs/effect.png"  # from effect.md; README shows it too
+
+
+def plus_minus(mean: dict, digits: int = 2) -> str:
+    return f"{mean['mean']:.{digits}f} ± {1.96 * mean['standard_error']:.{digits}f}"
+
+
+def columns(results: dict[str, dict], write: dict) -> str:
+    """One row per result; `write` says how the cell of each column is written."""
+    return table(["", *write], [[name, *(cell(result) for cell in write.values())] for name, result in results.items()])
+
+
+REWARDS = {
+    "accuracy": lambda r: interval(r["accuracy"]),
+    "chosen reward": lambda r: plus_minus(r["reward_chosen"]),
+    "rejected reward": lambda r: plus_minus(r["reward_rejected"]),
+}
+OF_RECIPES = REWARDS | {
+    "KL per token": lambda r: plus_minus(r["kl"]["per_token"]),
+    "rules kept": lambda r: f"{sum(r['kept']) / len(r['kept']):.3f}",
+    "ends complete": lambda r: f"{r['rules']['ends complete']['rate']:.0%}",
+    "tokens": lambda r: plus_minus(r["tokens"], 0),
+    "distinct-2": lambda r: plus_minus(r["distinct_2"]),
+    "instructions": lambda r: f"{sum(r['followed'])} of {len(r['followed'])}",
+}
+OF_SEEDS = REWARDS | {
+    "KL per answer": lambda r: plus_minus(r["kl"]["inside"]["per_answer"], 1),
+    "KL per token": lambda r: plus_minus(r["kl"]["inside"]["per_token"]),
+    "tokens": lambda r: f"{r['form']['before']['tokens']['mean']:.0f} → {r['form']['after']['tokens']['mean']:.0f}",
+    "minutes of training": lambda r: f"{r['seconds'] / 60:.1f}",
+    "peak GiB": lambda r: f"{r['peak_memory_gib']:.1f}",
+}
+
+
+def moved(change: dict) -> str:
+    from dpo_tutorial.comparing import stats
+
+    return " **moved**" if stats.moved(change) else ""
+
+
+def written(value: dict, digits: int = 2) -> str:
+    """A share in per cent, or a mean."""
+    return f"{value['rate']:.0%}" if "rate" in value else f"{value['mean']:.{digits}f}"
+
+
+def changes_table(runs: dict[str, dict]) -> str:
+    """Every rule and every mean of form, before and after by seed, its corrected p in brackets."""
+    rows = []
+    for part, digits in (("rules", 2), ("form", 1)):
+        for name, target in next(iter(runs.values()))[part]["target"].items():
+            cells = [
+                f"{written(r[part]['before'][name], digits)} → {written(r[part]['after'][name], digits)}"
+                f" ({r[part]['change'][name]['corrected']:.2g}){moved(r[part]['change'][name])}"
+                for r in runs.values()
+            ]
+            rows.append([name, *cells, written(target, digits)])
+    return table(["", *runs, "chosen answers"], rows)
+
+
+def signed(change: dict) -> str:
+    return f"{change['difference']:+.2f} ({change['low']:+.2f} to {change['high']:+.2f})"
+
+
+def against_table(runs: dict[str, dict]) -> str:
+    """Each judge's accuracy, and the policy's above it on each seed."""
+    names = list(dict.fromkeys(name for r in runs.values() for name in r["against"]))
+    rows = []
+    for name in names:
+        found = [r["against"].get(name) for r in runs.values()]
+        cells = [signed(f["difference"]) if f else "" for f in found]
+        rows.append([name, interval(next(f for f in found if f)["share"]), *cells])
+    return table(["judge", "accuracy", *(f"policy, {seed}" for seed in runs)], rows)
+
+
+def kinds_table(runs: dict[str, dict]) -> str:
+    first = next(iter(runs.values()))["by_kind"]
+
+    def policy(run: dict, kind: str) -> str:
+        return f"{run['by_kind'][kind]['policy']['rate']:.2f}"
+
+    rows = [
+        [kind, row["n"], f"{row['word counts']['rate']:.2f}", *(policy(r, kind) for r in runs.values())]
+        for kind, row in first.items()
+    ]
+    return table(["rejected answer", "pairs", "word counts", *(f"policy, {seed}" for seed in runs)], rows)
+
+
+def instructions_table(runs: dict[str, dict]) -> str:
+    rows = []
+    for seed, r in runs.items():
+        for part in ("all", "within_style", "against_style"):
+            found = r["instructions"] if part == "all" else r["instructions"][part]
+            seen = found["smallest"]["power_80"]
+            rows.append([
+                seed, part.replace("_", " "), found["before"]["n"], interval(found["before"]), interval(found["after"]),
+                found["gained"], found["lost"], f"{found['p']:.2g}", "" if seen is None else f"{seen:.2f}",
+            ])  # fmt: skip
+    head = ["", "requests", "n", "base", "policy", "gained", "lost", "p", "would find, 4 times in 5"]
+    return table(head, rows)
+
+
+def figure(runs: dict[str, dict]):
+    """All seeds at a glance: the rules that answers keep, and the pairs judged rightly beside every simple judge."""
+    from dpo_tutorial.show import figures
+
+    first, seeds = next(iter(runs.values())), list(runs.values())
+    rules, judges = list(first["rules"]["target"]), list(first["against"])
+    said = [
+        f"{rule} {written(first['rules']['before'][rule])} to "
+        f"{' and '.join(written(run['rules']['after'][rule]) for run in seeds)}"
+        for rule in rules
+    ]
+    said += [f"policy right on {' and '.join(written(run['accuracy']) for run in seeds)} of pairs"]
+    said += [f"{judge} on {written(first['against'][judge]['share'])}" for judge in judges]
+    drawn, (writes, right) = figures.new_figure(
+        width=6, height=6.4, rows=2, alt=f"What {len(runs)} seeds gained. {'; '.join(said)}", height_ratios=[8, 6]
+    )
+
+    def dots(axis, rows, color, label, shift=0.0, **how):
+        names = {"label": label}
+        for row, value in rows:
+            error = [[value["rate"] - value["low"]], [value["high"] - value["rate"]]]
+            axis.errorbar(value["rate"], row + shift, xerr=error, fmt="o", color=color, **names, **how)
+            names = {}
+
+    shifts = [0.22 * (i - (len(seeds) - 1) / 2) for i in range(len(seeds))]
+    dots(writes, enumerate(first["rules"]["before"].values()), figures.GREY, "base", -0.32)
+    for run, shift in zip(seeds, shifts, strict=True):
+        label = "trained, a dot for each seed" if run is first else None
+        dots(writes, enumerate(run["rules"]["after"].values()), figures.BLUE, label, shift + 0.05, markersize=4)
+        dots(right, [(0, run["accuracy"])], figures.BLUE, None, shift, markersize=4)
+    target = [value["rate"] for value in first["rules"]["target"].values()]
+    writes.plot(
+        target, range(len(rules)), "|", color=figures.ORANGE, markersize=18, label="the chosen answers themselves"
+    )
+    shares = [first["against"][judge]["share"] for judge in judges]
+    dots(right, enumerate(shares, 1), figures.GREY, None)
+    right.axvline(0.5, color=figures.GREY, linestyle=":")
+    n = first["rules"]["before"][rules[0]]["n"]
+    for axis, names, title in (
+        (writes, rules, f"Share of {n} answers that keep a rule"),
+        (right, ["trained", *judges], f"Share of {first['accuracy']['n']} pairs judged rightly"),
+    ):
+        axis.set_yticks(range(len(names)), names)
+        axis.invert_yaxis()
+        axis.set(xlim=(-0.02, 1.02), title=title)
+    right.set_xlabel("share, 95% interval; dotted: chance")
+    drawn.legend(fontsize=9, ncols=3, frameon=False, loc="outside lower center")
+    return drawn
+
+
+def drawn(lines: list[dict]) -> dict:
+    runs = newest(lines, "seeds")
+    return {FIGURE: figure(runs)} if runs else {}
+
+
+def tables(lines: list[dict]) -> dict[str, str]:
+    tried, runs, opposite = (newest(lines, stage) for stage in ("recipes", "seeds", "swapped"))
+    made = {}
+    if tried:
+        in_order = sorted(tried, key=lambda name: (name != "base", name))
+        made |= {"recipes": columns({name: tried[name] for name in in_order}, OF_RECIPES)}
+        made |= {"recipes on": machines(lines, "recipes")}
+    if runs:
+        made |= {
+            "seeds": columns(runs, OF_SEEDS), "figure": image(figure(runs), FIGURE), "against": against_table(runs),
+            "kinds": kinds_table(runs), "changes": changes_table(runs), "instructions": instructions_table(runs),
+            "seeds on": machines(lines, "seeds"),
+        }  # fmt: skip
+    if opposite:
+        made |= {"swapped": columns(opposite, REWARDS), "swapped on": machines(lines, "swapped")}
+    return made
