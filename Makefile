@@ -25,7 +25,7 @@ UNKNOWN := $(filter-out $(KNOBS),$(TYPED))
 FOLDER := $(if $(and $(filter command,$(origin ARTIFACTS)),$(value ARTIFACTS)),$(call quoted,ARTIFACTS),artifacts)
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart run test lessons results colab lowest notebooks check lint pins badges shape bench gpu guide clean
+.PHONY: help quickstart run test lessons results colab lowest notebooks check lint pins badges shape bench gpu guide slides clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
@@ -118,6 +118,9 @@ guide: $(VENV)-guide/.installed  ## the notebooks as a site in build/guide/html,
 	cp -r README.md docs/index.md docs notebooks benchmarks $(GUIDE)/source
 	$(VENV)-guide/bin/python -m sphinx --quiet --fail-on-warning --keep-going -c docs -d $(GUIDE)/doctrees $(GUIDE)/source $(GUIDE)/html
 	$(VENV)-guide/bin/python -m pytest --noconftest -m guide tests/guide/test_guide.py
+
+slides: $(STAMP)  ## the stored notebooks as slides for a course, in build/slides (docs/teaching.md)
+	$(PY) scripts/slides.py
 
 clean:  ## remove results, the guide and the environments (not the model cache)
 	rm -rf artifacts build $(VENV) $(VENV)-guide $(VENV)-lowest
