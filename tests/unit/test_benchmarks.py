@@ -377,7 +377,7 @@ def test_a_saved_adapter_is_judged_on_everything_and_written(knobs, cfg, tokeniz
     run = run_folder.Run(config.resolve(profile="cpu", artifacts=str(tmp_path)))
     train.train(cfg, run, models.load_base(cfg), tokenizer, Dataset.from_list(list(pairs)), pairs)
     monkeypatch.setattr(effect, "WHOLE", {"compare_prompts": 4, "max_new_tokens": 8, "instructions": 6})
-    monkeypatch.setattr(effect, "child", lambda script, task, env=None: effect.judge(task, tmp_path))
+    monkeypatch.setattr(harness, "child", lambda script, task, env=None: effect.judge(task, tmp_path))
     record = begun(tmp_path, "seeds")
     monkeypatch.setattr(effect, "WHOLE", effect.WHOLE | knobs)
     effect.seeds(record, argparse.Namespace(runs=[str(tmp_path)]))
