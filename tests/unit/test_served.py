@@ -100,8 +100,8 @@ def test_an_address_without_a_server_is_told_too(url, cause, monkeypatch, capsys
     assert cause in capsys.readouterr().err
 
 
-def test_a_chat_is_either_with_an_adapter_or_with_a_server(capsys):
-    for words in ([], ["--adapter", "a", "--url", "b"]):
+def test_a_chat_is_with_one_of_an_adapter_a_merged_model_and_a_server(capsys):
+    for words in ([], ["--adapter", "a", "--url", "b"], ["--adapter", "a", "--merged", "b"]):
         with pytest.raises(SystemExit):
             cli.main(["chat", *words])
     assert "not allowed with argument" in capsys.readouterr().err

@@ -333,7 +333,7 @@ def test_the_lines_of_the_model_card_load_the_adapter_without_this_package(train
 def test_both_stream_the_greedy_answers_that_generate_gives(trained, policy, tokenizer):
     from dpo_tutorial.comparing import generation
 
-    talk = chat.Chat(trained.config, policy, tokenizer, 0.1)
+    talk = chat.Chat(trained.config, policy, tokenizer)
     seen, done = zip(*talk.ask("Why is the sky blue?"), strict=True)
     prompt = [{"role": "user", "content": "Why is the sky blue?"}]
     before, after = generation.answers_of_both(trained.config, policy, tokenizer, [prompt])
@@ -342,6 +342,17 @@ def test_both_stream_the_greedy_answers_that_generate_gives(trained, policy, tok
     heat = talk.heat()
     assert "".join(text for text, _ in heat["policy"]).startswith(seen[-1]["policy"])
     assert sum(r for _, r in heat["policy"]) > sum(r for _, r in heat["base"]), "each likes its own answer better"
+
+
+def test_a_merged_folder_answers_as_the_policy_does(trained, policy, tokenizer, merged_folder):
+    tokens = {"MAX_NEW_TOKENS": str(trained.config.max_new_tokens)}
+    alone = chat.opened("", str(merged_folder), tokens)
+    both = chat.Chat(trained.config, policy, tokenizer)
+    *_, (said, done) = alone.ask("Why is the sky blue?")
+    *_, (beside, _) = both.ask("Why is the sky blue?")
+    assert said == {"merged": beside["policy"]} and done and alone.heat() == {}
+    with pytest.raises(ArtifactError, match="no merged model"):
+        chat.opened("", str(trained.adapter), tokens)
 
 
 @pytest.mark.parametrize("text", ["\x1b[31mred", "\x9b2J", "a\rb", "\x07", "\u202eright", "\x1b]0;title\x07"])

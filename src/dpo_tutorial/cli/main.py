@@ -58,7 +58,7 @@ def publish(options: argparse.Namespace, given: dict[str, str]) -> None:
 def chat(options: argparse.Namespace, given: dict[str, str]) -> None:
     from ..using import chat, served
 
-    served.main(options.url, options.model, given) if options.url else chat.main(options.adapter, given)
+    served.main(options.url, options.model, given) if options.url else chat.main(options.adapter, options.merged, given)
 
 
 def demo(options: argparse.Namespace, given: dict[str, str]) -> None:
@@ -102,9 +102,10 @@ def parser() -> argparse.ArgumentParser:
     publishing.add_argument("--what", default="adapter", choices=["adapter", "merged"], help="default: adapter")
     publishing.add_argument("--report", default="", metavar="DIR", help="folder that compare wrote; default: the run's")
     publishing.add_argument("--dry-run", action="store_true", help="upload nothing: list the files, print the card")
-    chatting = word(chat, "talk to base and policy side by side, or to a served model")
+    chatting = word(chat, "talk to base and policy side by side, to a merged model, or to a served one")
     with_what = chatting.add_mutually_exclusive_group(required=True)
     with_what.add_argument("--adapter", metavar="DIR", help="folder that training saved")
+    with_what.add_argument("--merged", metavar="DIR", help="folder that export --to merged wrote")
     with_what.add_argument("--url", help="a server with the OpenAI API, such as http://127.0.0.1:8000")
     chatting.add_argument("--model", default="", metavar="NAME", help="with --url: the server's name of the model")
     showing = word(demo, "a page on this machine: two blind answers, a vote, and the token rewards", True)

@@ -1,22 +1,25 @@
-"""`dpo-tutorial chat --adapter DIR`: base and policy answer side by side, each in its own conversation."""
+"""`dpo-tutorial chat`: base and policy answer side by side, each in its own conversation; or a merged model alone."""
 
 from __future__ import annotations
 
 import sys
 import textwrap
 from collections.abc import Iterator
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext, redirect_stdout, suppress
+from pathlib import Path
 
 import torch
 from peft import PeftModel
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..adapter import lora
+from ..config import resolve
+from ..errors import ArtifactError
 from ..knobs import Config
 from ..loading import models
 from ..pairs import encoding
 from ..training import dpo, scoring
-from . import merge
+from . import engines, merge
 
 WIDTH = 79  # of all columns with what is between them
 
@@ -27,7 +30,9 @@ def plain(text: str) -> str:
     return "".join(c if c == "\n" or c.isprintable() else " " if c.isspace() else "\ufffd" for c in text)
 
 
-def stream(config: Config, policy: PeftModel, ids: list[int], eos: int, base: bool = False) -> Iterator[int]:
+def stream(
+    config: Config, policy: PreTrainedModel | PeftModel, ids: list[int], eos: int, base: bool = False
+) -> Iterator[int]:
     """Greedy tokens one by one, up to and including the EOS, at most `config.max_new_tokens`.
 
     With `base` the adapter is off, but only while a token is made, so that both can take turns.
@@ -43,11 +48,13 @@ def stream(config: Config, policy: PeftModel, ids: list[int], eos: int, base: bo
 
 
 class Chat:
-    """Two conversations with the same questions, and the token ids of the last answers."""
+    """A conversation for each of `names`, with the same questions, and the token ids of the last answers."""
 
-    def __init__(self, config: Config, policy: PeftModel, tokenizer: PreTrainedTokenizerBase, beta: float) -> None:
-        self.config, self.policy, self.tokenizer, self.beta = config, policy, tokenizer, beta
-        self.turns: dict[str, list[dict]] = {"base": [], "policy": []}
+    def __init__(
+        self, config: Config, policy: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, *names: str
+    ) -> None:
+        self.config, self.policy, self.tokenizer = config, policy, tokenizer
+        self.turns: dict[str, list[dict]] = {name: [] for name in names or ("base", "policy")}
         self.last: dict[str, tuple[list[int], list[int]]] = {}
 
     def ask(self, question: str) -> Iterator[tuple[dict[str, str], bool]]:
@@ -76,17 +83,19 @@ class Chat:
             turns.append({"role": "assistant", "content": texts[who]})
 
     def heat(self) -> dict[str, list[tuple[str, float]]]:
-        """The last answers as (text, reward) pairs: beta times the log-ratio of policy to base; empty before the first.
+        """The last answers as (text, reward) pairs: beta times the log-ratio of policy to base.
+
+        Empty before the first answer, and where the base is not beside the policy.
 
         A positive reward: the policy would rather write this than the base would.
         """
         answers = list(self.last.values())
-        if not answers:
+        if not answers or "base" not in self.turns:
             return {}
         ours, theirs = scoring.answer_log_probs(self.config, self.policy, self.tokenizer, answers)
         found = {}
         for who, (_, ids), a, b in zip(self.last, answers, ours, theirs, strict=True):
-            rewards = iter(dpo.implicit_reward(a, b, self.beta).tolist())
+            rewards = iter(dpo.implicit_reward(a, b, self.config.beta).tolist())
             pieces = encoding.pieces(self.tokenizer, ids)
             found[who] = [(text, sum(next(rewards) for _ in range(n))) for text, n in pieces]
         return found
@@ -125,12 +134,28 @@ def questions() -> Iterator[str]:
                 yield question
 
 
-def main(adapter: str, parameters: dict[str, str]) -> None:
-    """Answer what is typed, by base and policy."""
-    config = merge.config_of(adapter, parameters)
-    tokenizer = models.load_tokenizer(config)
-    chat = Chat(config, lora.load_policy(config, adapter), tokenizer, config.beta)
-    print("Greedy answers. /heat: token rewards of the last answers. /quit: end.")
+def opened(adapter: str, merged: str, parameters: dict[str, str]) -> Chat:
+    """An adapter on its base, or, where there is none, a merged folder, which plain transformers loads.
+
+    Raises:
+        ArtifactError: as `merge.config_of`; `merged` is no folder that `export --to merged` wrote.
+    """
+    if adapter:
+        config = merge.config_of(adapter, parameters)
+        return Chat(config, lora.load_policy(config, adapter), models.load_tokenizer(config))
+    if not (Path(merged) / "config.json").is_file():
+        fix = "Make one: dpo-tutorial export --adapter DIR --to merged."
+        raise ArtifactError(f"{merged} is no merged model: there is no config.json in it.", fix)
+    with redirect_stdout(None):  # model and data of the profile have no part in this
+        config = resolve(**{"DTYPE": "fp16" if torch.cuda.is_available() else "fp32"} | parameters)
+    model = engines.Transformers(Path(merged), config)
+    return Chat(config, model.model, model.tokenizer, Path(merged).name)
+
+
+def main(adapter: str, merged: str, parameters: dict[str, str]) -> None:
+    """Answer what is typed."""
+    chat = opened(adapter, merged, parameters)
+    print("Greedy answers. /heat: token rewards of the last answers, with --adapter. /quit: end.")
     for question in questions():
         if question == "/heat":
             for who, tokens in chat.heat().items():

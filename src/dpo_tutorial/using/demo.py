@@ -26,7 +26,7 @@ def page(config: Config, policy: PeftModel, tokenizer: PreTrainedTokenizerBase) 
     draw = random.Random(config.seed)
 
     def ask(question: str):
-        talk, names = chat.Chat(config, policy, tokenizer, config.beta), draw.sample(("base", "policy"), 2)
+        talk, names = chat.Chat(config, policy, tokenizer), draw.sample(("base", "policy"), 2)
         for texts, done in talk.ask(question):
             yield *(texts[name] for name in names), "", (talk, names), *[gr.Button(interactive=done)] * 3
 
