@@ -25,7 +25,7 @@ UNKNOWN := $(filter-out $(KNOBS),$(TYPED))
 FOLDER := $(if $(and $(filter command,$(origin ARTIFACTS)),$(value ARTIFACTS)),$(call quoted,ARTIFACTS),artifacts)
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart run test lessons results colab lowest notebooks check lint pins badges shape bench gpu guide slides clean
+.PHONY: help quickstart run test lessons results colab lowest extras notebooks check lint pins badges shape bench gpu guide slides clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
@@ -83,6 +83,12 @@ lowest:  ## unit tests with the lowest versions that pyproject.toml admits, in a
 	$(VENV)-lowest/bin/python -m pip install --quiet --disable-pip-version-check -r $(VENV)-lowest/requirements.txt --editable .[dev]
 	OMP_NUM_THREADS=1 $(VENV)-lowest/bin/python -m pytest $(UNIT)
 
+extras:  ## unit tests of what the extras bring, in an environment of its own: GGUF, a server, the page, trackers
+	$(PYTHON) -m venv --clear $(VENV)-extras
+	$(VENV)-extras/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(VENV)-extras/bin/python -m pip install --quiet --disable-pip-version-check --editable .[demo,export,serve,tensorboard,trackio] playwright
+	OMP_NUM_THREADS=1 $(VENV)-extras/bin/python -m pytest -rs tests/unit/test_using.py tests/unit/test_served.py tests/unit/test_demo.py tests/unit/test_tracking.py
+
 notebooks: $(STAMP)  ## run the cpu profile and the quickstart, and write their outputs into notebooks/
 	$(PY) scripts/refresh_notebooks.py
 
@@ -123,4 +129,4 @@ slides: $(STAMP)  ## the stored notebooks as slides for a course, in build/slide
 	$(PY) scripts/slides.py
 
 clean:  ## remove results, the guide and the environments (not the model cache)
-	rm -rf artifacts build $(VENV) $(VENV)-guide $(VENV)-lowest
+	rm -rf artifacts build $(VENV) $(VENV)-extras $(VENV)-guide $(VENV)-lowest
