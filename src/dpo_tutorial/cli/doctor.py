@@ -237,15 +237,14 @@ def template(config: Config) -> str:
     if not model_here(config):
         raise Odd("not checked: the model is not here yet", "Run the doctor again once notebook 02 has fetched it.")
     from ..loading import models, templates
-    from ..pairs import encoding, row_checks
+    from ..pairs import encoding, row_checks, sources
 
     tokenizer = models.load_tokenizer(config)
-    texts = {"user": "A colour?", "assistant": "Blue."}
-    *prompt, answer = [{"role": role, "content": text} for role, text in texts.items()] * 2
-    _, ids = encoding.encode(tokenizer, prompt, [answer])  # raises where the prompt is no prefix
-    if problem := encoding.template_problem(tokenizer, prompt, [answer], ids):
-        fix = "Take an instruct model, or set eos_token to the token with which its template ends a turn."
-        raise Broken(f"{problem}: {row_checks.REASONS[problem]}", fix)
+    *prompt, answer = [{"role": "user", "content": "A colour?"}, {"role": "assistant", "content": "Blue."}] * 2
+    example = {"prompt": prompt, "chosen": [answer], "rejected": [answer]}
+    problem, _ = encoding.token_problem(tokenizer, example, config.max_tokens)
+    if problem:
+        raise Broken(f"{problem}: {row_checks.REASONS[problem]}", sources.fix_of(problem))
     options = templates.template_options(tokenizer)
     settled = "".join(f", {name}={value}" for name, value in options.items() if name != "turn_end")
     return f"one {tokenizer.eos_token} per answer, nothing of the prompt in its mask{settled}"
