@@ -67,21 +67,9 @@ def rates(
     names = list(before)
     said = "; ".join(f"{n} {before[n]['rate']:.2f} to {after[n]['rate']:.2f}" for n in names)
     figure, (axis,) = figures.new_figure(height=1.0 + 0.45 * len(names), alt=f"{title}: {said}")
-    for shift, color, label, values in (
-        (-0.13, figures.GREY, "base", before),
-        (0.13, figures.BLUE, "after DPO", after),
-    ):
-        middle = np.array([values[n]["rate"] for n in names])
-        error = np.array([[values[n]["rate"] - values[n]["low"], values[n]["high"] - values[n]["rate"]] for n in names])
-        axis.errorbar(
-            middle,
-            np.arange(len(names)) + shift,
-            xerr=np.maximum(error.T, 0),
-            fmt="o",
-            color=color,
-            label=label,
-            capsize=3,
-        )
+    for shift, color, label, found in ((-0.13, figures.GREY, "base", before), (0.13, figures.BLUE, "after DPO", after)):
+        places = np.arange(len(names)) + shift
+        _points(axis, places, [found[name] for name in names], color, label, across=True)
     axis.set_yticks(range(len(names)), names)
     axis.invert_yaxis()
     axis.set(xlim=(-0.02, 1.02), xlabel="share, 95% interval", title=title)
@@ -154,10 +142,13 @@ def calibration(found: dict) -> Figure:
     return figure
 
 
-def _points(axis, x, rates: Sequence[dict], color: str, label: str) -> None:
-    middle = np.array([r["rate"] for r in rates])
-    error = np.array([[r["rate"] - r["low"], r["high"] - r["rate"]] for r in rates]).T
-    axis.errorbar(list(x), middle, yerr=np.maximum(error, 0), fmt="o", color=color, capsize=3, label=label)
+def _points(axis, places, found: Sequence[dict], color: str, label: str, across: bool = False) -> None:
+    """Rates or means with their 95% intervals at these places, `across`: with the values along the x axis."""
+    middle = np.array([f["rate"] if "rate" in f else f["mean"] for f in found])
+    error = np.array([[m - f["low"], f["high"] - m] for m, f in zip(middle, found, strict=True)]).T
+    error = np.nan_to_num(np.maximum(error, 0))
+    where = dict(x=middle, y=places, xerr=error) if across else dict(x=places, y=middle, yerr=error)
+    axis.errorbar(**where, fmt="o", color=color, capsize=3, label=label)
 
 
 def by_position(found: dict[str, list[dict]]) -> Figure:
@@ -169,10 +160,8 @@ def by_position(found: dict[str, list[dict]]) -> Figure:
         + "; ".join(f"{side}: {first[side]:+.2f} in the first tenth, {totals[side]:+.2f} in all" for side in found)
     )
     for side, color, shift in (("chosen", figures.GREEN, -0.12), ("rejected", figures.ORANGE, 0.12)):
-        middle = np.array([part["mean"] for part in found[side]])
-        error = [[part["mean"] - part["low"], part["high"] - part["mean"]] for part in found[side]]
-        places = np.arange(1, len(middle) + 1) + shift
-        axis.errorbar(places, middle, yerr=np.nan_to_num(error).T, fmt="o", color=color, capsize=3, label=side)
+        places = np.arange(1, len(found[side]) + 1) + shift
+        _points(axis, places, found[side], color, side)
     axis.axhline(0, color=figures.GREY, linewidth=1)
     axis.set(xlabel="tenth of the answer", ylabel="reward", title="Where in an answer the reward lies")
     axis.set_xticks(range(1, len(found["chosen"]) + 1))
