@@ -25,10 +25,10 @@ from transformers import (
 )
 
 from .. import knobs
-from ..errors import ModelCorruptError, ModelFetchError, ModelUnsuitableError, disk_error, first_line
+from ..errors import ModelCorruptError, ModelFetchError, ModelUnsuitableError, first_line
 from ..knobs import Config
 from ..machine import hardware, memory
-from . import checks, digests, embedded, templates
+from . import checks, digests, embedded, hub, templates
 
 _EMBEDDED_NAME = f"{embedded.NAME} ({embedded.REQUIREMENT})"
 
@@ -85,11 +85,6 @@ def _fetch_errors(config: Config) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if refused := disk_error(error):
-            raise ModelFetchError(
-                f"MODEL={config.model} could not be stored ({refused}).",
-                "Free space, or set HF_HOME to another folder.",
-            ) from error
         if re.search(r"file named model\.safetensors", str(error)):  # transformers would advise to read the pickle
             raise ModelUnsuitableError(
                 f"MODEL={config.model} has no weights in safetensors format.",
@@ -100,10 +95,10 @@ def _fetch_errors(config: Config) -> Iterator[None]:
                 f"MODEL={config.model} could not be loaded: {first_line(error)}",
                 "Take a whole checkpoint in transformers' format.",
             ) from error
+        cause, fix = hub.why(error)
         raise ModelFetchError(
-            f"MODEL={config.model} could not be loaded: {first_line(error)}",
-            "Check the name, the network and, for a gated model, `hf auth login`. "
-            "Without a hub, PROFILE=cpu uses the embedded model.",
+            f"MODEL={config.model} could not be loaded: {cause}.",
+            f"{fix} Without a hub, PROFILE=cpu uses the embedded model.",
         ) from error
     except torch.OutOfMemoryError as error:
         raise ModelUnsuitableError(
