@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from ..errors import ConfigError, ModelCorruptError, ModelFetchError, ModelUnsuitableError
+from ..errors import ConfigError, ModelCorruptError, ModelFetchError, ModelUnsuitableError, first_line
 from ..knobs import Config
+from . import hub
 
 _WHOLE = "Take a whole checkpoint: fetch it again with `hf download`, or in a git clone run `git lfs pull`."
 _PLAIN = "Take the 16-bit checkpoint it was made from, in .safetensors: it becomes NF4 when it is loaded."
@@ -112,3 +117,36 @@ def check_tokens(config: Config, tokenizer: PreTrainedTokenizerBase, found: Pret
             "beyond.",
             "Take the tokenizer that the model was trained with, or a model whose embedding was enlarged for it.",
         )
+
+
+@contextmanager
+def load_errors(config: Config) -> Iterator[None]:
+    """Turn the loader's many exceptions into one sentence with a fix."""
+    try:
+        yield
+    except OSError as error:
+        if re.search(r"file named model\.safetensors", str(error)):  # transformers would advise to read the pickle
+            raise ModelUnsuitableError(
+                f"MODEL={config.model} has no weights in safetensors format.",
+                "Take a checkpoint with .safetensors files; a .bin file is a pickle, which can run code.",
+            ) from error
+        if Path(config.model).expanduser().exists():
+            raise ModelFetchError(
+                f"MODEL={config.model} could not be loaded: {first_line(error)}",
+                "Take a whole checkpoint in transformers' format.",
+            ) from error
+        cause, fix = hub.why(error)
+        raise ModelFetchError(
+            f"MODEL={config.model} could not be loaded: {cause}.",
+            f"{fix} Without a hub, PROFILE=cpu uses the embedded model.",
+        ) from error
+    except torch.OutOfMemoryError as error:
+        raise ModelUnsuitableError(
+            f"MODEL={config.model} does not fit into the memory of this GPU.", "Take a smaller MODEL or PROFILE."
+        ) from error
+    except (ValueError, KeyError, RuntimeError, AttributeError, ImportError, SafetensorError) as error:
+        raise ModelUnsuitableError(
+            f"MODEL={config.model} could not be loaded: {first_line(error)}",
+            "Take a whole checkpoint of a causal language model, with its tokenizer, that the installed transformers "
+            "knows by itself: code that comes with a checkpoint is never run.",
+        ) from error
