@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -15,6 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from huggingface_hub import HfApi
 from packaging.requirements import Requirement
 
 from .. import config, knobs
@@ -26,7 +26,6 @@ from ..machine import hardware, memory, paths, session
 #: Memory at the peak in GiB, disk for what is fetched in GB: the README's table of profiles.
 NEEDS = {"smoke": (5.5, 0.5), "cpu": (5.5, 0.5), "t4": (9.3, 3), "gpu24": (20.5, 18), "gpu80": (65.2, 18)}
 ON_CPU = ("smoke", "cpu")
-SECONDS = 20  # longest wait for an answer of the hub
 
 
 class Odd(TutorialError):
@@ -110,10 +109,8 @@ def free_memory(config: Config) -> str:
     where = "GPU" if device == "cuda" else "main"
     found = f"{free:.1f} GiB of {where} memory free, {config.profile} needs up to {need:.1f} with its own MODEL"
     fix = "Close other programs and notebooks, lower MAX_TOKENS, or take a smaller profile or MODEL."
-    if free < 0.65 * need:  # a usual run takes less than the worst, whose need it is
-        raise Broken(found, fix)
-    if free < need:
-        raise Odd(found, fix)
+    if free < need:  # of the worst run; a usual one takes less
+        raise (Broken if free < 0.65 * need else Odd)(found, fix)
     return found
 
 
@@ -122,7 +119,7 @@ def disk(config: Config) -> str:
     places = [("ARTIFACTS", config.run_dir, 1.0)]
     if not model_here(config):
         own = config.model == knobs.EMBEDDED
-        cache = ("DPO_TUTORIAL_CACHE", paths.cache_dir()) if own else ("HF_HOME", _hub_cache())
+        cache = ("DPO_TUTORIAL_CACHE", paths.cache_dir()) if own else ("HF_HOME", hub.cache_folder())
         places.append((*cache, NEEDS[config.profile][1]))
     for variable, folder, need in places:
         there = next(f for f in (folder, *folder.parents) if f.is_dir())
@@ -133,27 +130,18 @@ def disk(config: Config) -> str:
     return f"room for {' and '.join(str(folder) for _, folder, _ in places)}"
 
 
-def _hub_cache(kind: str = "", name: str = "") -> Path:
-    """The hub's cache, or in it the folder of this model or dataset."""
-    from huggingface_hub.constants import HF_HUB_CACHE
-
-    return Path(HF_HUB_CACHE, f"{kind}s--{name.replace('/', '--')}" if kind else "")
-
-
 def model_here(config: Config) -> bool:
     """Whether its weights are on this machine."""
     if config.model == knobs.EMBEDDED:
         return embedded.model_folder().exists()
-    kept = _hub_cache("model", config.model).glob("snapshots/*/*.safetensors")
+    kept = hub.cache_folder("model", config.model).glob("snapshots/*/*.safetensors")
     return Path(config.model).expanduser().exists() or any(kept)
 
 
 def model(config: Config) -> str:
     if config.model != knobs.EMBEDDED:
-        if Path(config.model).expanduser().exists():
-            found = f"{config.model} is here, no network needed"
-        else:
-            found = _from_hub("model", config.model, config.model_revision)
+        here, found = Path(config.model).expanduser().exists(), f"{config.model} is here, no network needed"
+        found = found if here else _from_hub("model", config.model, config.model_revision)
         if model_here(config):  # its config and headers, not its weights
             from ..adapter import lora
             from ..loading import models
@@ -190,13 +178,11 @@ def data(config: Config) -> str:
 
 def _from_hub(kind: str, name: str, revision: str | None) -> str:
     """What the hub says of this model or dataset at its revision."""
-    from huggingface_hub import HfApi
-
     try:
-        record = HfApi().repo_info(name, revision=revision, repo_type=kind, timeout=SECONDS)
+        record = HfApi().repo_info(name, revision=revision, repo_type=kind, timeout=20)
     except Exception as error:  # a dozen types: offline, no such id or revision, no access, no network
         cause, fix = hub.why(error)
-        if _hub_cache(kind, name).exists():
+        if hub.cache_folder(kind, name).exists():
             raise Odd(f"{name} is in the cache, but: {cause}", fix) from error
         own = f" Without a hub, take {'MODEL' if kind == 'model' else 'DATA'}=embedded."
         raise Broken(f"{name}: {cause}", fix + own) from error
@@ -210,14 +196,14 @@ def template(config: Config) -> str:
     if not model_here(config):
         raise Odd("not checked: the model is not here yet", "Run the doctor again once notebook 02 has fetched it.")
     from ..loading import models, templates
-    from ..pairs import encoding, row_checks, sources
+    from ..pairs import encoding, reasons
 
     tokenizer = models.load_tokenizer(config)
     *prompt, answer = [{"role": "user", "content": "A colour?"}, {"role": "assistant", "content": "Blue."}] * 2
     example = {"prompt": prompt, "chosen": [answer], "rejected": [answer]}
     problem, _ = encoding.token_problem(tokenizer, example, config.max_tokens)
     if problem:
-        raise Broken(f"{problem}: {row_checks.REASONS[problem]}", sources.fix_of(problem))
+        raise Broken(f"{problem}: {reasons.REASONS[problem]}", reasons.fix_of(problem))
     options = templates.template_options(tokenizer)
     settled = "".join(f", {name}={value}" for name, value in options.items() if name != "turn_end")
     return f"one {tokenizer.eos_token} per answer, nothing of the prompt in its mask{settled}"
@@ -237,16 +223,8 @@ def examine(config: Config | None, checks: Sequence[Callable[..., str]] = CHECKS
         except Exception as error:
             status, found = "fail", f"the check itself stopped: {first_line(error)}"
             fix = "Fix the lines above first, then run the doctor again; if it stays, report this line."
-        findings.append(Finding(check.__name__.replace("_", "-"), status, plain(found), plain(fix)))
+        findings.append(Finding(check.__name__.replace("_", "-"), status, paths.plain(found), paths.plain(fix)))
     return findings
-
-
-def plain(text: str) -> str:
-    """The text without secrets and the paths of project and home: what a doctor says is pasted into issues."""
-    for name, value in os.environ.items():
-        if len(value) >= 8 and re.search("TOKEN|KEY|SECRET|PASSWORD", name, re.IGNORECASE):  # a shorter one: a switch
-            text = text.replace(value, "…")
-    return paths.without_paths(re.sub(r"\bhf_\w{8,}", "…", re.sub(r"://[^/\s]*@", "://", text)))
 
 
 def text(findings: Sequence[Finding]) -> str:
@@ -256,8 +234,8 @@ def text(findings: Sequence[Finding]) -> str:
         lines.append(f"{f.status:<5} {f.name:<9} {f.found}")
         lines += [f"{'':<16}fix: {f.fix}"] if f.fix else []
     ok, warn, fail = (sum(f.status == s for f in findings) for s in ("ok", "warn", "fail"))
-    verdict = "not ready: fix what failed" if fail else "ready"
-    return "\n".join([*lines, f"{verdict} ({ok} ok, {warn} warn, {fail} fail)"])
+    lines.append(f"{'not ready: fix what failed' if fail else 'ready'} ({ok} ok, {warn} warn, {fail} fail)")
+    return "\n".join(lines)
 
 
 def main(parameters: dict[str, str]) -> int:
@@ -266,7 +244,7 @@ def main(parameters: dict[str, str]) -> int:
         findings = examine(config.resolve(**parameters))
     except (ImportError, OSError) as error:  # torch is missing or cannot be loaded: say what can be said
         fix = "Fix the packages, then run the doctor again for the other checks."
-        broken = Finding("profile", "fail", plain(f"not resolved: {first_line(error)}"), fix)
+        broken = Finding("profile", "fail", paths.plain(f"not resolved: {first_line(error)}"), fix)
         findings = [*examine(None, [packages]), broken]
     print(text(findings))
     return int(any(f.status == "fail" for f in findings))
