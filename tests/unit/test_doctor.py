@@ -22,7 +22,7 @@ from dpo_tutorial import config, knobs
 from dpo_tutorial.cli import doctor
 from dpo_tutorial.cli import main as cli
 from dpo_tutorial.knobs import Config
-from dpo_tutorial.loading import embedded
+from dpo_tutorial.loading import embedded, hub
 from dpo_tutorial.machine import hardware, memory, paths, session
 
 ROOT = Path(__file__).parents[2]
@@ -183,7 +183,7 @@ def test_the_hub_is_asked_for_what_is_not_on_disk(
         if status == "fail":
             assert f"{kind.replace('dataset', 'data').upper()}=embedded" in doctor.examine(config, [check])[0].fix
         if cached:
-            doctor._hub_cache(kind, name).mkdir(parents=True)
+            hub.cache_folder(kind, name).mkdir(parents=True)
         assert words in found(check, config, status)
     found(doctor.model, of_profile("t4", model=str(tiny_folder)), "ok")
 
@@ -235,7 +235,7 @@ def test_plain_text_has_neither_home_nor_secret(monkeypatch):
     monkeypatch.setattr(paths, "project_root", lambda: Path("/srv/alice/dpo"))
     monkeypatch.setenv("SOME_API_KEY", "sk-0123456789")
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
-    shown = doctor.plain(
+    shown = paths.plain(
         "/srv/alice/x, /srv/alice/dpo/artifacts, /srv/alice2/z, /mnt/srv/alice; sk-0123456789, hf_otherToken99, "
         "false; https://alice:word@index.example/simple"
     )
@@ -282,6 +282,14 @@ def test_the_command_imports_what_a_word_needs_only_once_its_knobs_are_known():
     assert done.stdout.strip() == "1 set()" and "Unknown parameter BTA" in done.stderr
 
 
+def test_a_command_asks_the_hub_without_telemetry():
+    code = "from dpo_tutorial.cli import main; main.main(['train', '-p', 'BTA', '1']); "
+    code += "from huggingface_hub import constants; print(constants.HF_HUB_DISABLE_TELEMETRY)"
+    there = {name: value for name, value in os.environ.items() if name != "HF_HUB_DISABLE_TELEMETRY"}
+    done = subprocess.run([sys.executable, "-c", code], env=there, capture_output=True, text=True)
+    assert done.stdout.strip() == "True"
+
+
 def test_the_command_is_declared_and_knows_its_words(capsys):
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert project["scripts"] == {"dpo-tutorial": "dpo_tutorial.cli.main:main"}
@@ -304,4 +312,4 @@ def test_a_machine_without_a_home_directory_can_be_examined(monkeypatch, tmp_pat
     monkeypatch.delenv("HOME")
     monkeypatch.setattr("pwd.getpwuid", nobody)
     monkeypatch.setenv("DPO_TUTORIAL_CACHE", str(tmp_path))
-    assert doctor.plain(f"{tmp_path}/model and ~/x") == "<cache>/model and ~/x"
+    assert paths.plain(f"{tmp_path}/model and ~/x") == "<cache>/model and ~/x"

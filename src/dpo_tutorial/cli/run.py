@@ -26,11 +26,10 @@ from ..loading import models
 from ..machine import hardware, memory, paths, session
 from ..pairs import sources
 
-#: What a kernel must not do in a headless run: fetch chatter, wait for a vote, start tokenizer threads after a fork,
+#: What a kernel must not do in a headless run: wait for a vote, start tokenizer threads after a fork,
 #: or keep small freed pieces apart, which leaves holes between large ones (`benchmarks/memory_plan.md`).
 _KERNEL_ENV = {
     "TOKENIZERS_PARALLELISM": "false",
-    "HF_HUB_DISABLE_TELEMETRY": "1",
     "DPO_TUTORIAL_HEADLESS": "1",
     "GLIBC_TUNABLES": "glibc.malloc.tcache_count=0",
 }
