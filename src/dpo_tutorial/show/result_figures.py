@@ -60,11 +60,9 @@ def margins(records: Sequence[dict]) -> Figure:
     return figure
 
 
-def rates(
-    before: dict[str, dict], after: dict[str, dict], title: str = "Share of answers that keep each rule"
-) -> Figure:
+def rates(before: dict[str, dict], after: dict[str, dict]) -> Figure:
     """Rates with 95% intervals, before (grey) and after (blue)."""
-    names = list(before)
+    names, title = list(before), "Share of answers that keep each rule"
     said = "; ".join(f"{n} {before[n]['rate']:.2f} to {after[n]['rate']:.2f}" for n in names)
     figure, (axis,) = figures.new_figure(height=1.0 + 0.45 * len(names), alt=f"{title}: {said}")
     for shift, color, label, found in ((-0.13, figures.GREY, "base", before), (0.13, figures.BLUE, "after DPO", after)):
@@ -77,13 +75,11 @@ def rates(
     return figure
 
 
-def loss_curve(beta: float, margins: Sequence[float] = ()) -> Figure:
-    """The DPO loss and its gradient weight σ(−margin) over the margin; dots for the margins of real pairs."""
-    x = torch.linspace(min([-6, *margins]), max([6, *margins]), 200, dtype=torch.float64)
-    dots = f" Dots: {len(margins)} pairs, margins {min(margins):.2f} to {max(margins):.2f}." if len(margins) else ""
+def loss_curve(beta: float) -> Figure:
+    """The DPO loss and its gradient weight σ(−margin) over the margin."""
+    x = torch.linspace(-6, 6, 200, dtype=torch.float64)
     figure, (axis,) = figures.new_figure(
         alt="The loss falls from 6 to 0 as the margin grows; it is ln 2 at 0. The gradient weight falls from 1 to 0."
-        + dots
     )
     axis.plot(x, -torch.nn.functional.logsigmoid(x), color=figures.BLUE, label="loss = −log σ(margin)")
     axis.plot(x, torch.sigmoid(-x), color=figures.ORANGE, label="gradient weight = σ(−margin)")
@@ -91,9 +87,6 @@ def loss_curve(beta: float, margins: Sequence[float] = ()) -> Figure:
     axis.annotate(
         "step 0: ln 2", (0, math.log(2)), xytext=(0.6, 1.6), arrowprops={"arrowstyle": "->", "color": figures.GREY}
     )
-    if len(margins):
-        weights = torch.sigmoid(-torch.as_tensor(margins, dtype=torch.float64))
-        axis.plot(margins, weights, "o", color=figures.ORANGE, mec="black", label="pairs of this batch")
     axis.set(xlabel=f"margin (rewards, β = {beta:g})", title="What one pair contributes")
     axis.legend()
     return figure
