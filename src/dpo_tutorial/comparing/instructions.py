@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Sequence
 
 from ..pairs import sources
-from . import stats
+from . import significance, stats
 
 # --- one check for each kind --------------------------------------------------------------------------------------
 
@@ -142,9 +142,9 @@ def summary(before: Sequence[bool], after: Sequence[bool], requests: Sequence[di
     """How many requests base and policy follow, and whether the change is more than chance.
 
     Returns:
-        `before` and `after` as `stats.rate`; `gained` and `lost`, counts; `p` of `stats.sign_test`; `smallest` as
-        `stats.smallest_change`. `against_style` and `within_style`: the same of these requests, None where there are
-        none. `by_kind`: kind → `{"n", "before", "after"}`, counts.
+        `before` and `after` as `stats.rate`; `gained` and `lost`, counts; `p` of `significance.sign_test`; `smallest`
+        as `significance.smallest_change`. `against_style` and `within_style`: the same of these requests, None where
+        there are none. `by_kind`: kind → `{"n", "before", "after"}`, counts.
     """
     rows = list(zip(before, after, requests, strict=True))
     kinds: dict[str, dict] = {}
@@ -164,5 +164,5 @@ def _change(rows: Sequence[tuple[bool, bool]]) -> dict:
     n, gained, lost = len(rows), rows.count((False, True)), rows.count((True, False))
     return {
         "before": stats.rate(sum(old), n), "after": stats.rate(sum(new), n), "gained": gained, "lost": lost,
-        "p": stats.sign_test(old, new), "smallest": stats.smallest_change(n, gained + lost),
+        "p": significance.sign_test(old, new), "smallest": significance.smallest_change(n, gained + lost),
     }  # fmt: skip
