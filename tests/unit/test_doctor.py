@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import importlib.metadata
 import json
 import os
 import subprocess
@@ -72,6 +73,11 @@ def test_packages_outside_their_ranges_fail_by_name(monkeypatch, package, versio
     real = session.versions
     monkeypatch.setattr(session, "versions", lambda names: real(names) | {package: version})
     assert words in found(doctor.packages, None, status)
+
+
+def test_a_package_that_is_only_on_the_path_has_no_ranges_and_says_so(monkeypatch):
+    monkeypatch.setattr(importlib.metadata, "metadata", raises(importlib.metadata.PackageNotFoundError("dpo-tutorial")))
+    assert "not installed" in found(doctor.packages, None, "warn")
 
 
 @pytest.mark.parametrize(

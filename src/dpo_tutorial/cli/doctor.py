@@ -47,7 +47,11 @@ class Finding(NamedTuple):
 
 def packages(config: Config | None) -> str:
     """Python, torch, numpy, and the ranges of pyproject.toml as the installed package's metadata has them."""
-    own = importlib.metadata.metadata("dpo-tutorial")
+    try:
+        own = importlib.metadata.metadata("dpo-tutorial")
+    except importlib.metadata.PackageNotFoundError:
+        fix = "Install it: pip install --no-deps --editable . in a checkout."
+        raise Odd("not checked: dpo-tutorial is not installed", fix) from None
     ranges = [f"python{own['Requires-Python']}", "torch", "numpy", *own.get_all("Requires-Dist", [])]
     needed = [r for r in map(Requirement, ranges) if r.marker is None]  # with a marker: of an extra
     there = session.versions(r.name for r in needed[1:])  # that of Python is always among them
@@ -204,8 +208,7 @@ def template(config: Config) -> str:
     problem, _ = encoding.token_problem(tokenizer, example, config.max_tokens)
     if problem:
         raise Broken(f"{problem}: {reasons.REASONS[problem]}", reasons.fix_of(problem))
-    options = templates.template_options(tokenizer)
-    settled = "".join(f", {name}={value}" for name, value in options.items() if name != "turn_end")
+    settled = "".join(f", {n}={v}" for n, v in templates.template_options(tokenizer).items() if n != "turn_end")
     return f"one {tokenizer.eos_token} per answer, nothing of the prompt in its mask{settled}"
 
 
@@ -229,10 +232,7 @@ def examine(config: Config | None, checks: Sequence[Callable[..., str]] = CHECKS
 
 def text(findings: Sequence[Finding]) -> str:
     """One line a finding, its fix below; the last line sums up."""
-    lines = []
-    for f in findings:
-        lines.append(f"{f.status:<5} {f.name:<9} {f.found}")
-        lines += [f"{'':<16}fix: {f.fix}"] if f.fix else []
+    lines = [f"{f.status:<5} {f.name:<9} {f.found}" + (f"\n{'':<16}fix: {f.fix}" if f.fix else "") for f in findings]
     ok, warn, fail = (sum(f.status == s for f in findings) for s in ("ok", "warn", "fail"))
     lines.append(f"{'not ready: fix what failed' if fail else 'ready'} ({ok} ok, {warn} warn, {fail} fail)")
     return "\n".join(lines)
