@@ -77,7 +77,7 @@ def train(task: dict, folder: Path) -> dict:
 
 def answers(cfg, model, tokenizer, pairs) -> dict:
     """KL, rules, repetition and instructions: what the policy writes to the first prompts of the pairs."""
-    from dpo_tutorial.comparing import generation, instructions, stats
+    from dpo_tutorial.comparing import answer_form, generation, instructions, stats
     from dpo_tutorial.pairs import house_style
 
     prompts = pairs["prompt"][: cfg.compare_prompts]
@@ -91,7 +91,7 @@ def answers(cfg, model, tokenizer, pairs) -> dict:
         "rules": {name: stats.share([k[i] for k in kept]) for i, name in enumerate(house_style.RULES)},
         "kept": [sum(k) / len(k) for k in kept],
         "tokens": stats.mean([a["tokens"] for a in greedy]),
-        "distinct_2": stats.mean([stats.distinct(a["text"]) for a in greedy]),
+        "distinct_2": stats.mean([answer_form.distinct(a["text"]) for a in greedy]),
         "followed": [int(f) for f in followed],
         "samples": [a["text"] for a in greedy[:3]],
     }
@@ -168,14 +168,14 @@ def choose(results: dict) -> str | None:
     style as the best of them, within 1.96 standard errors paired by prompt, count as equal; of these the smallest KL
     per token wins. Accuracy is not asked. SFT alone is the control, and no candidate.
     """
-    from dpo_tutorial.comparing import stats
+    from dpo_tutorial.comparing import significance, stats
 
     base = results["base"]
     tried = {name: r for name, r in results.items() if name != "base" and not name.startswith("SFT, 0")}
 
     def loses(result: dict) -> bool:
         fewer = sum(result["followed"]) < sum(base["followed"])
-        return fewer and stats.sign_test(base["followed"], result["followed"]) < 0.05
+        return fewer and significance.sign_test(base["followed"], result["followed"]) < 0.05
 
     sound = {
         name: r for name, r in tried.items() if r["distinct_2"]["mean"] >= base["distinct_2"]["mean"] and not loses(r)

@@ -44,7 +44,7 @@ def measure(task: dict, folder: Path) -> dict:
     import torch
 
     from dpo_tutorial import config
-    from dpo_tutorial.comparing import generation, stats
+    from dpo_tutorial.comparing import answer_form, generation, stats
     from dpo_tutorial.loading import models, sizes
     from dpo_tutorial.machine import hardware
     from dpo_tutorial.pairs import encoding, prepare
@@ -72,7 +72,7 @@ def measure(task: dict, folder: Path) -> dict:
         return found
     answers = generation.generate(cfg, model, tokenizer, val["prompt"][: task["answers"]])
     return found | {
-        "distinct_2": stats.mean([stats.distinct(a["text"]) for a in answers])["mean"],
+        "distinct_2": stats.mean([answer_form.distinct(a["text"]) for a in answers])["mean"],
         "finished": sum(a["finished"] for a in answers) / len(answers),
         "samples": [a["text"] for a in answers[:3]],
     }

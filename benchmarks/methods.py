@@ -64,7 +64,7 @@ def judged(cfg, model, tokenizer, pairs) -> dict:
         `per_token` the same of log-ratios per token; `kl` per token; `kept`, the share of the style's rules that each
         answer keeps; `tokens` and `distinct_2` of the answers; the first two as `samples`.
     """
-    from dpo_tutorial.comparing import generation, stats
+    from dpo_tutorial.comparing import answer_form, generation, stats
     from dpo_tutorial.pairs import house_style
     from dpo_tutorial.training import scoring
 
@@ -79,7 +79,7 @@ def judged(cfg, model, tokenizer, pairs) -> dict:
         "kl": generation.kl_from_base(cfg, model, tokenizer, prompts)["per_token"],
         "kept": [statistics.mean(float(keeps(a)) for keeps in house_style.RULES.values()) for a in answers],
         "tokens": stats.mean([a["tokens"] for a in answers]),
-        "distinct_2": stats.mean([stats.distinct(a["text"]) for a in answers]),
+        "distinct_2": stats.mean([answer_form.distinct(a["text"]) for a in answers]),
         "samples": [a["text"] for a in answers[:2]],
     }
 

@@ -76,7 +76,7 @@ def test_the_copy_that_writes_on_a_cpu_is_the_same_model(cfg, tokenizer, pairs, 
     before = {name: value.clone() for name, value in model.state_dict().items() if isinstance(value, torch.Tensor)}
     model.eval()
     with torch.no_grad(), nullcontext() if on else model.disable_adapter():
-        copied = lora.written_out(model)
+        copied = generation.written_out(model)
         ours, theirs = (m(input_ids=batch["input_ids"]).logits for m in (model, copied))
     assert (ours - theirs).abs().max() < 1e-4
     assert {p.dtype for p in copied.parameters()} == {torch.float32}
@@ -87,7 +87,7 @@ def test_the_copy_that_writes_on_a_cpu_is_the_same_model(cfg, tokenizer, pairs, 
 def test_the_copy_of_a_model_in_a_trainer_calls_itself(cfg, tokenizer, pairs, tmp_path):
     trainer = train.build_trainer(cfg, models.load_base(cfg), tokenizer, pairs, None, tmp_path)
     trainer.train()
-    copied = lora.written_out(trainer.model)
+    copied = generation.written_out(trainer.model)
     torch.nn.init.zeros_(copied.get_output_embeddings().weight)
     assert not copied(input_ids=torch.tensor([[5, 6]])).logits.any()
 
@@ -95,7 +95,7 @@ def test_the_copy_of_a_model_in_a_trainer_calls_itself(cfg, tokenizer, pairs, tm
 def test_where_the_copy_does_not_fit_the_model_itself_writes(cfg, policy, tokenizer, pairs, monkeypatch):
     roomy = generation.generate(cfg, policy, tokenizer, pairs["prompt"])
     monkeypatch.setattr("dpo_tutorial.machine.memory.free_memory_gib", lambda: 0.0)
-    monkeypatch.setattr("dpo_tutorial.adapter.lora.written_out", lambda model: pytest.fail("there is no room"))
+    monkeypatch.setattr("dpo_tutorial.comparing.generation.written_out", lambda model: pytest.fail("there is no room"))
     assert generation.generate(cfg, policy, tokenizer, pairs["prompt"]) == roomy
 
 

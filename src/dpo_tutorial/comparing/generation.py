@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from contextlib import nullcontext
 
+import bitsandbytes as bnb
 import torch
 from datasets import Dataset
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.integrations import dequantize_module_weight
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..adapter import lora
 from ..knobs import Config
+from ..loading import models
 from ..machine import memory
 from ..training import scoring
 from . import instructions, stats
@@ -37,7 +41,7 @@ def generate(
     Returns:
         One `{"text", "tokens", "finished"}` per prompt, in order; `finished` is False where the limit cut the answer.
     """
-    answers, ends = [], _ends(model, tokenizer)
+    answers, ends = [], models.generate_arguments(model, tokenizer)["eos_token_id"]
     for ids in _answer_ids(config, model, tokenizer, prompts, max_new_tokens or config.max_new_tokens, seed, **how):
         finished = ids[-1] in ends
         ids = ids[:-1] if finished else ids
@@ -53,7 +57,7 @@ def _answer_ids(
 ) -> list[list[int]]:  # fmt: skip
     """Token ids of one answer per prompt, the EOS included where there is one; arguments as of `generate`."""
     model.eval()
-    ends = _ends(model, tokenizer)
+    always = models.generate_arguments(model, tokenizer)
     texts = [tokenizer.apply_chat_template(p, tokenize=False, add_generation_prompt=True) for p in prompts]
     order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
     drawn: dict = dict(do_sample=True, temperature=1.0, top_k=0, top_p=1.0) | how
@@ -69,13 +73,9 @@ def _answer_ids(
             chosen = order[start : start + 24]
             batch = tokenizer([texts[i] for i in chosen], **padded)
             with precision:
-                out = model.generate(
-                    **batch.to(model.device), **how, max_new_tokens=limit, use_cache=True,
-                    repetition_penalty=1.0,  # a checkpoint may ship its own, which acts under greedy decoding too
-                    pad_token_id=tokenizer.pad_token_id, eos_token_id=ends,
-                )  # fmt: skip
+                out = model.generate(**batch.to(model.device), **always | how, max_new_tokens=limit)
             for i, ids in zip(chosen, out[:, batch["input_ids"].shape[1] :].tolist(), strict=True):
-                end = next((n for n, token in enumerate(ids, 1) if token in ends), len(ids))
+                end = next((n for n, token in enumerate(ids, 1) if token in always["eos_token_id"]), len(ids))
                 answers[i] = ids[:end]
     return answers
 
@@ -84,14 +84,29 @@ def _fast(model, config: Config):
     """The model that writes, and its precision: on a CPU with room for it a copy in float32, without 4-bit layers."""
     fits = isinstance(model, PreTrainedModel | PeftModel) and model.device.type == "cpu"
     if fits and model.num_parameters() * 4 / 2**30 < memory.free_memory_gib() / 2:
-        return lora.written_out(model), nullcontext()
+        return written_out(model), nullcontext()
     return model, scoring.autocast(config)
 
 
-def _ends(model: PeftModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """What an answer stops at: the end of a turn, and what the checkpoint itself names, such as the end of a text."""
-    own = model.generation_config.eos_token_id
-    return sorted({tokenizer.eos_token_id, *([own] if isinstance(own, int) else own or [])})
+def written_out(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
+    """A copy in float32 that computes what `model` does now: nothing in 4 bits, the adapter added where it is on.
+
+    On a CPU it writes a token three times as fast: 4-bit layers and adapters are most of the work.
+    """
+    plain = copy.deepcopy(model.get_base_model() if isinstance(model, PeftModel) else model)
+    vars(plain).pop("forward", None)  # a trainer puts one there, which would call the model that was copied
+    for name, layer in [*plain.named_modules()]:
+        adapted = isinstance(layer, BaseTunerLayer)
+        if not adapted and (not isinstance(layer, bnb.nn.Linear4bit) or name.endswith(".base_layer")):
+            continue
+        inner = layer.get_base_layer() if adapted else layer
+        linear = torch.nn.Linear(inner.in_features, inner.out_features, bias=False, device="meta")  # draws no numbers
+        weight = dequantize_module_weight(inner).detach().float()
+        if adapted and not layer.disable_adapters:
+            weight = weight + sum(layer.get_delta_weight(active).float() for active in layer.active_adapters)
+        linear.weight, linear.bias = torch.nn.Parameter(weight), inner.bias
+        plain.set_submodule(name, linear)
+    return torch.nn.Module.float(plain)  # transformers' own refuses a model that was quantized
 
 
 def kl_from_base(

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Sequence
 
 from ..pairs import sources
-from . import stats
+from . import significance, stats
 
 # --- one check for each kind --------------------------------------------------------------------------------------
 
@@ -142,21 +142,16 @@ def summary(before: Sequence[bool], after: Sequence[bool], requests: Sequence[di
     """How many requests base and policy follow, and whether the change is more than chance.
 
     Returns:
-        `before` and `after` as `stats.rate`; `gained` and `lost`, counts; `p` of `stats.sign_test`; `smallest` as
-        `stats.smallest_change`. `against_style` and `within_style`: the same of these requests, None where there are
-        none. `by_kind`: kind → `{"n", "before", "after"}`, counts.
+        `before` and `after` as `stats.rate`; `gained` and `lost`, counts; `p` of `significance.sign_test`; `smallest`
+        as `significance.smallest_change`. `against_style` and `within_style`: the same of these requests, None where
+        there are none.
     """
     rows = list(zip(before, after, requests, strict=True))
-    kinds: dict[str, dict] = {}
-    for old, new, request in rows:
-        counts = kinds.setdefault(request["kind"], {"n": 0, "before": 0, "after": 0})
-        for name, more in (("n", 1), ("before", old), ("after", new)):
-            counts[name] += int(more)
     parts = {}
     for name, wanted in (("against_style", True), ("within_style", False)):
         chosen = [(old, new) for old, new, request in rows if request["against_style"] is wanted]
         parts[name] = _change(chosen) if chosen else None
-    return _change([row[:2] for row in rows]) | parts | {"by_kind": kinds}
+    return _change([row[:2] for row in rows]) | parts
 
 
 def _change(rows: Sequence[tuple[bool, bool]]) -> dict:
@@ -164,5 +159,5 @@ def _change(rows: Sequence[tuple[bool, bool]]) -> dict:
     n, gained, lost = len(rows), rows.count((False, True)), rows.count((True, False))
     return {
         "before": stats.rate(sum(old), n), "after": stats.rate(sum(new), n), "gained": gained, "lost": lost,
-        "p": stats.sign_test(old, new), "smallest": stats.smallest_change(n, gained + lost),
+        "p": significance.sign_test(old, new), "smallest": significance.smallest_change(n, gained + lost),
     }  # fmt: skip

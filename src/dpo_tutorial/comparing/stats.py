@@ -13,12 +13,12 @@ import numpy as np
 import scipy.sparse
 import scipy.special
 import scipy.stats
-from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import proportion_confint
 from statsmodels.stats.weightstats import DescrStatsW
 
-Numbers = Sequence[float] | np.ndarray
+from .answer_form import FORM
+from .significance import Numbers, permutation_test, sign_test
 
 # --- one number and its interval ----------------------------------------------------------------------------------
 
@@ -67,7 +67,7 @@ def ratio(numerators: Numbers, denominators: Numbers) -> dict:
     return spread | {name: float(value + spread[name]) for name in ("mean", "low", "high")}
 
 
-def paired_difference(before: Numbers, after: Numbers, resamples: int = 9999) -> dict:
+def paired_difference(before: Numbers, after: Numbers) -> dict:
     """Mean of after − before over the same items, with a 95% bootstrap interval that keeps each pair together.
 
     Percentile bootstrap (scipy), with its own fixed seed: the same records give the same interval.
@@ -77,54 +77,11 @@ def paired_difference(before: Numbers, after: Numbers, resamples: int = 9999) ->
     low = high = math.nan
     if n > 1:
         found = scipy.stats.bootstrap(
-            (changes,), np.mean, n_resamples=resamples, confidence_level=0.95, method="percentile",
+            (changes,), np.mean, n_resamples=9999, confidence_level=0.95, method="percentile",
             rng=np.random.default_rng(0),
         ).confidence_interval  # fmt: skip
         low, high = float(found.low), float(found.high)
     return {"difference": float(changes.mean()), "low": low, "high": high, "n": n}
-
-
-def sign_test(before: Numbers, after: Numbers) -> float:
-    """Two-sided p of McNemar's exact test (statsmodels): do as many items change from 0 to 1 as from 1 to 0?
-
-    For shares of few items, where the bootstrap's interval comes out too narrow.
-    """
-    old, new = np.asarray(before, dtype=bool), np.asarray(after, dtype=bool)
-    table = [[np.sum(old & new), np.sum(old & ~new)], [np.sum(~old & new), np.sum(~old & ~new)]]
-    return float(mcnemar(table, exact=True).pvalue)
-
-
-def smallest_change(n: int, discordant: int) -> dict:
-    """What `sign_test` can see where `discordant` of n items changed: net changes, as shares of n.
-
-    Let d be the items that changed, X of them to 1, and k the greatest count with 2 · P(Bin(d, ½) ≤ k) < 0.05. Then
-    p < 0.05 exactly where X ≤ k or X ≥ d − k (McNemar's exact test).
-
-    Returns:
-        `significant`: (d − 2k) / n, the smallest change found that has p < 0.05. `power_80`: d(2q − 1) / n with
-        P(Bin(d, q) ≥ d − k) = 0.8, the true change that is found four times in five; at small d chance carries it
-        over, and it may be the smaller one. Both are None where d < 6: then no outcome has p < 0.05.
-    """
-    k = int(scipy.stats.binom.ppf(0.025, discordant, 0.5)) - 1  # ppf is the first count whose probability is enough
-    found: dict = {"n": n, "discordant": discordant, "significant": None, "power_80": None}
-    if k < 0:
-        return found
-    q = float(scipy.special.betaincinv(discordant - k, k + 1, 0.8))  # P(Bin(d, q) ≥ m) = I_q(m, d − m + 1)
-    return found | {"significant": (discordant - 2 * k) / n, "power_80": discordant * (2 * q - 1) / n}
-
-
-def permutation_test(before: Numbers, after: Numbers) -> float:
-    """Two-sided p of the mean change over the same items: were before and after exchanged at random, item by item?
-
-    Sign flips (scipy); exact up to 13 items, else 9,999 flips with a seed of their own.
-    """
-    changes = np.asarray(after, dtype=float) - np.asarray(before, dtype=float)
-    if not changes.any():
-        return 1.0
-    found = scipy.stats.permutation_test(
-        (changes,), np.mean, permutation_type="samples", n_resamples=9999, rng=np.random.default_rng(0)
-    )
-    return float(found.pvalue)
 
 
 def corrected(*comparisons: dict[str, dict]) -> list[dict[str, dict]]:
@@ -204,7 +161,7 @@ def by_length_gap(records: Sequence[dict], parts: int = 3) -> list[dict]:
     return found
 
 
-def calibration(margins: Numbers, parts: int = 4) -> dict:
+def calibration(margins: Numbers) -> dict:
     """Is the policy right as often as it says? σ(|margin|) is its confidence that its own order is the right one.
 
     Returns:
@@ -215,7 +172,7 @@ def calibration(margins: Numbers, parts: int = 4) -> dict:
     margins = np.asarray(margins, dtype=float)
     bins: list[dict] = []
     confidence = scipy.special.expit(np.abs(margins))
-    for part in np.array_split(np.argsort(confidence, kind="stable"), min(parts, len(margins))):
+    for part in np.array_split(np.argsort(confidence, kind="stable"), min(4, len(margins))):
         bins.append({"confidence": float(confidence[part].mean()), "accuracy": accuracy(margins[part])})
     gaps = [abs(b["accuracy"]["rate"] - b["confidence"]) * b["accuracy"]["n"] for b in bins]
     return {
@@ -226,7 +183,7 @@ def calibration(margins: Numbers, parts: int = 4) -> dict:
     }
 
 
-def reward_by_position(records: Sequence[dict], parts: int = 10) -> dict[str, list[dict]]:
+def reward_by_position(records: Sequence[dict]) -> dict[str, list[dict]]:
     """Where in an answer its reward lies: the reward earned in each tenth of the tokens, averaged over answers.
 
     Returns:
@@ -234,41 +191,16 @@ def reward_by_position(records: Sequence[dict], parts: int = 10) -> dict[str, li
     """
     found = {}
     for side in ("chosen", "rejected"):
-        shares = np.zeros((len(records), parts))
+        shares = np.zeros((len(records), 10))
         for i, record in enumerate(records):
             rewards = np.asarray(record[f"{side}_token_rewards"], dtype=float)
-            part = np.minimum((np.arange(len(rewards)) + 0.5) / len(rewards) * parts, parts - 1).astype(int)
+            part = np.minimum((np.arange(len(rewards)) + 0.5) / len(rewards) * 10, 9).astype(int)
             np.add.at(shares[i], part, rewards)
         found[side] = [mean(column) for column in shares.T]
     return found
 
 
 # --- answers ------------------------------------------------------------------------------------------------------
-
-
-def distinct(text: str, n: int = 2) -> float:
-    """distinct-n (Li et al. 2016): different n-grams of words over all n-grams; 1.0 means no repetition."""
-    words = text.split()
-    grams = [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
-    return len(set(grams)) / len(grams) if grams else 1.0
-
-
-def longest_repeat(text: str) -> int:
-    """Words in the longest run of words that comes at least twice; 0 where no word does."""
-    words = text.split()
-    n = 0
-    while len({tuple(words[i : i + n + 1]) for i in range(len(words) - n)}) < len(words) - n:
-        n += 1
-    return n
-
-
-#: Form of an answer → its value, one number per answer.
-FORM: dict[str, Callable[[dict], float]] = {
-    "tokens": lambda a: a["tokens"],
-    "finished": lambda a: float(a["finished"]),
-    "distinct-2": lambda a: distinct(a["text"]),
-    "longest repeat (words)": lambda a: longest_repeat(a["text"]),
-}
 
 
 def form(before: Sequence[dict], after: Sequence[dict], target: Sequence[dict] = ()) -> dict[str, dict]:
@@ -308,14 +240,11 @@ def equal_length(before: Sequence[dict], after: Sequence[dict]) -> tuple[list[di
 def _compare(before, after, target, values: dict[str, Callable], shares: set[str]) -> dict[str, dict]:
     found: dict[str, dict] = {"before": {}, "after": {}, "change": {}} | ({"target": {}} if target else {})
     for name, value in values.items():
-        columns = {
-            when: [float(value(answer)) for answer in answers]
-            for when, answers in (("before", before), ("after", after), ("target", target))
-            if answers
-        }
-        for when, column in columns.items():
-            found[when][name] = share(column) if name in shares else mean(column)
-        old, new = columns["before"], columns["after"]
-        test = sign_test if name in shares else permutation_test
+        measure, test = (share, sign_test) if name in shares else (mean, permutation_test)
+        columns = [[float(value(answer)) for answer in answers] for answers in (before, after, target)]
+        for when, column in zip(("before", "after", "target"), columns, strict=True):
+            if column:
+                found[when][name] = measure(column)
+        old, new, _ = columns
         found["change"][name] = paired_difference(old, new) | {"p": test(old, new)}
     return found

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from ..errors import ConfigError, ModelCorruptError, ModelFetchError, ModelUnsuitableError
+from ..errors import ConfigError, ModelCorruptError, ModelFetchError, ModelUnsuitableError, first_line
 from ..knobs import Config
+from . import hub
 
 _WHOLE = "Take a whole checkpoint: fetch it again with `hf download`, or in a git clone run `git lfs pull`."
 _PLAIN = "Take the 16-bit checkpoint it was made from, in .safetensors: it becomes NF4 when it is loaded."
@@ -21,11 +26,11 @@ def check_folder(model: str, folder: Path) -> None:
     Raises:
         ModelUnsuitableError: an adapter, or a GGUF file.
         ModelFetchError: a folder of something else.
-        ModelCorruptError: a shard is missing, or a Git LFS pointer stands in for a file.
+        ModelCorruptError: a Git LFS pointer stands in for a file.
     """
     adapter = folder / "adapter_config.json"
     if adapter.is_file():
-        base = _json(adapter).get("base_model_name_or_path")
+        base = json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path")
         raise ModelUnsuitableError(
             f"MODEL={model} is the folder of an adapter, trained on {base}.",
             "Set MODEL to that base; notebook 06 and `dpo-tutorial compare` take the folder as ADAPTER.",
@@ -41,22 +46,6 @@ def check_folder(model: str, folder: Path) -> None:
         with path.open("rb") as stream:
             if stream.read(24).startswith(b"version https://git-lfs"):
                 raise ModelCorruptError(f"{path.name} of MODEL={model} is a Git LFS pointer, not the file.", _WHOLE)
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        shards = sorted(set(_json(index).get("weight_map", {}).values()))
-        if missing := [name for name in shards if not (folder / name).is_file()]:
-            raise ModelCorruptError(
-                f"MODEL={model} lacks {len(missing)} of its {len(shards)} files of weights: {', '.join(missing[:3])}.",
-                _WHOLE,
-            )
-
-
-def _json(path: Path) -> dict:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        found = None
-    return found if isinstance(found, dict) else {}
 
 
 def check_config(model: str, found: PretrainedConfig, path: str) -> None:
@@ -79,11 +68,9 @@ def check_config(model: str, found: PretrainedConfig, path: str) -> None:
         return
     claim = claim if isinstance(claim, dict) else claim.to_dict()
     if not claim.get("load_in_4bit") or claim.get("bnb_4bit_quant_type") != "nf4":
-        bits = "4 bits (FP4)" if claim.get("load_in_4bit") else "8 bits"
-        method = claim.get("quant_method", "bitsandbytes")
-        how = f"{method} in {bits}" if method == "bitsandbytes" else method
-        raise ModelUnsuitableError(f"MODEL={model} is quantized already, by {how}.", _PLAIN)
-    if Path(path).is_dir() and not _holds(Path(path), "bitsandbytes__nf4"):
+        how = claim.get("quant_method", "bitsandbytes")
+        raise ModelUnsuitableError(f"MODEL={model} is quantized already, by {how} and not to NF4.", _PLAIN)
+    if Path(path).is_dir() and not _holds(Path(path), "bitsandbytes__nf4"):  # merged and saved with the claim left in
         raise ModelUnsuitableError(
             f"The config.json of MODEL={model} says NF4 by bitsandbytes, but its weights are not.",
             "Delete quantization_config from its config.json, or take another checkpoint.",
@@ -130,3 +117,36 @@ def check_tokens(config: Config, tokenizer: PreTrainedTokenizerBase, found: Pret
             "beyond.",
             "Take the tokenizer that the model was trained with, or a model whose embedding was enlarged for it.",
         )
+
+
+@contextmanager
+def load_errors(config: Config) -> Iterator[None]:
+    """Turn the loader's many exceptions into one sentence with a fix."""
+    try:
+        yield
+    except OSError as error:
+        if re.search(r"file named model\.safetensors", str(error)):  # transformers would advise to read the pickle
+            raise ModelUnsuitableError(
+                f"MODEL={config.model} has no weights in safetensors format.",
+                "Take a checkpoint with .safetensors files; a .bin file is a pickle, which can run code.",
+            ) from error
+        if Path(config.model).expanduser().exists():
+            raise ModelFetchError(
+                f"MODEL={config.model} could not be loaded: {first_line(error)}",
+                "Take a whole checkpoint in transformers' format.",
+            ) from error
+        cause, fix = hub.why(error)
+        raise ModelFetchError(
+            f"MODEL={config.model} could not be loaded: {cause}.",
+            f"{fix} Without a hub, PROFILE=cpu uses the embedded model.",
+        ) from error
+    except torch.OutOfMemoryError as error:
+        raise ModelUnsuitableError(
+            f"MODEL={config.model} does not fit into the memory of this GPU.", "Take a smaller MODEL or PROFILE."
+        ) from error
+    except (ValueError, KeyError, RuntimeError, AttributeError, ImportError, SafetensorError) as error:
+        raise ModelUnsuitableError(
+            f"MODEL={config.model} could not be loaded: {first_line(error)}",
+            "Take a whole checkpoint of a causal language model, with its tokenizer, that the installed transformers "
+            "knows by itself: code that comes with a checkpoint is never run.",
+        ) from error

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import huggingface_hub
 from huggingface_hub import errors
 
 from ..errors import disk_error, first_line
+
+
+def cache_folder(kind: str = "", name: str = "") -> Path:
+    """The hub's cache, or in it the folder of this "model" or "dataset"."""
+    return Path(huggingface_hub.constants.HF_HUB_CACHE, f"{kind}s--{name.replace('/', '--')}" if kind else "")
 
 
 def why(error: BaseException) -> tuple[str, str]:

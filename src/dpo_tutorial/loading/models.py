@@ -5,15 +5,12 @@ from __future__ import annotations
 import functools
 import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import bitsandbytes as bnb
 import torch
 from peft import PeftModel
-from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -25,7 +22,7 @@ from transformers import (
 )
 
 from .. import knobs
-from ..errors import ModelCorruptError, ModelFetchError, ModelUnsuitableError, disk_error, first_line
+from ..errors import ModelCorruptError, ModelFetchError, ModelUnsuitableError
 from ..knobs import Config
 from ..machine import hardware, memory
 from . import checks, digests, embedded, templates
@@ -79,44 +76,6 @@ def source(config: Config) -> Source:
     return Source(config.model, config.model_revision, config.model)
 
 
-@contextmanager
-def _fetch_errors(config: Config) -> Iterator[None]:
-    """Turn the loader's many exceptions into one sentence with a fix."""
-    try:
-        yield
-    except OSError as error:
-        if refused := disk_error(error):
-            raise ModelFetchError(
-                f"MODEL={config.model} could not be stored ({refused}).",
-                "Free space, or set HF_HOME to another folder.",
-            ) from error
-        if re.search(r"file named model\.safetensors", str(error)):  # transformers would advise to read the pickle
-            raise ModelUnsuitableError(
-                f"MODEL={config.model} has no weights in safetensors format.",
-                "Take a checkpoint with .safetensors files; a .bin file is a pickle, which can run code.",
-            ) from error
-        if Path(config.model).expanduser().exists():
-            raise ModelFetchError(
-                f"MODEL={config.model} could not be loaded: {first_line(error)}",
-                "Take a whole checkpoint in transformers' format.",
-            ) from error
-        raise ModelFetchError(
-            f"MODEL={config.model} could not be loaded: {first_line(error)}",
-            "Check the name, the network and, for a gated model, `hf auth login`. "
-            "Without a hub, PROFILE=cpu uses the embedded model.",
-        ) from error
-    except torch.OutOfMemoryError as error:
-        raise ModelUnsuitableError(
-            f"MODEL={config.model} does not fit into the memory of this GPU.", "Take a smaller MODEL or PROFILE."
-        ) from error
-    except (ValueError, KeyError, RuntimeError, AttributeError, ImportError, SafetensorError) as error:
-        raise ModelUnsuitableError(
-            f"MODEL={config.model} could not be loaded: {first_line(error)}",
-            "Take a whole checkpoint of a causal language model, with its tokenizer, that the installed transformers "
-            "knows by itself: code that comes with a checkpoint is never run.",
-        ) from error
-
-
 def load_tokenizer(config: Config) -> PreTrainedTokenizerBase:
     """Load the tokenizer, settle what its template leaves open (`templates`), and check what DPO needs of it.
 
@@ -126,7 +85,7 @@ def load_tokenizer(config: Config) -> PreTrainedTokenizerBase:
         ConfigError: `MAX_TOKENS` is more than the model has positions. And as `load_config`.
     """
     where = source(config)
-    with _fetch_errors(config):
+    with checks.load_errors(config):
         tokenizer = AutoTokenizer.from_pretrained(where.path, revision=where.revision, trust_remote_code=False)
     if not tokenizer.chat_template:
         raise ModelUnsuitableError(
@@ -153,7 +112,7 @@ def load_config(config: Config) -> PretrainedConfig:
         ModelUnsuitableError: see `checks.check_config`.
     """
     where = source(config)
-    with _fetch_errors(config):
+    with checks.load_errors(config):
         found = AutoConfig.from_pretrained(where.path, revision=where.revision, trust_remote_code=False)
     checks.check_config(config.model, found, where.path)
     return found
@@ -167,7 +126,7 @@ def load_empty(config: Config) -> PreTrainedModel:
     """
     found = load_config(config)
     vars(found).pop("quantization_config", None)
-    with _fetch_errors(config), torch.device("meta"):
+    with checks.load_errors(config), torch.device("meta"):
         return AutoModelForCausalLM.from_config(found, trust_remote_code=False)
 
 
@@ -208,7 +167,7 @@ def load_base(config: Config, quantize: bool = True, dtype: str | None = None) -
     stored = hasattr(load_config(config), "quantization_config")  # in NF4
     if hardware.device() == "cpu":
         memory.tune_allocator()
-    with _fetch_errors(config):
+    with checks.load_errors(config):
         model, found = AutoModelForCausalLM.from_pretrained(
             where.path,
             revision=where.revision,
@@ -236,6 +195,20 @@ def load_base(config: Config, quantize: bool = True, dtype: str | None = None) -
     elif stored:
         model = model.dequantize(hardware.torch_dtype(dtype or config.dtype))
     return model
+
+
+def generate_arguments(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> dict:
+    """Arguments of `generate` that every answer here is written under, whatever a checkpoint ships as its own.
+
+    `eos_token_id` holds the token that ends a turn, and those that the checkpoint names, such as the end of a text.
+    """
+    own = model.generation_config.eos_token_id
+    return dict(
+        use_cache=True,
+        repetition_penalty=1.0,  # a checkpoint's own would act under greedy decoding too
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=sorted({tokenizer.eos_token_id, *([own] if isinstance(own, int) else own or [])}),
+    )
 
 
 def keep_steady(model: PreTrainedModel) -> None:

@@ -54,9 +54,9 @@ def linear_weights(model: PreTrainedModel | PeftModel, keep: Sequence[str] = ())
     return inside, sum(p.numel() for p in model.parameters()) - inside
 
 
-def nf4_bits_per_weight(block: int = 64, group: int = 256) -> float:
-    """Storage of one NF4 weight in bits: 4, plus an 8-bit scale per block, plus a 32-bit scale per group of scales.
+def nf4_bits_per_weight(block: int = 64) -> float:
+    """Storage of one NF4 weight in bits: 4, plus an 8-bit scale per block, plus a 32-bit scale per 256 of those.
 
     QLoRA (Dettmers et al. 2023), section 3, "Double Quantization": 4 + 8/64 + 32/(64·256) = 4.127.
     """
-    return 4 + 8 / block + 32 / (block * group)
+    return 4 + 8 / block + 32 / (block * 256)

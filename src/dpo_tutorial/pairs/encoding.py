@@ -109,8 +109,8 @@ def longest_token(tokenizer: PreTrainedTokenizerBase) -> int:
     return max(map(len, tokenizer.get_vocab()))
 
 
-def short(text: str, n: int = 80) -> str:
-    return text if len(text) <= 2 * n else f"{text[:n]} … {text[-n:]}"
+def short(text: str) -> str:
+    return text if len(text) <= 160 else f"{text[:80]} … {text[-80:]}"
 
 
 # --- prepared data ------------------------------------------------------------------------------------------------

@@ -13,7 +13,8 @@ from ..errors import DataError
 from ..knobs import Config
 from ..loading import templates
 from . import sources
-from .row_checks import REASONS, Audit, audit_split, prepared_row
+from .reasons import REASONS, fix_of
+from .row_checks import Audit, audit_split, prepared_row
 
 # --- the whole set ------------------------------------------------------------------------------------------------
 
@@ -93,7 +94,7 @@ def _nothing_left(where: str, found: Audit) -> DataError:
     dropped = ", ".join(f"{n} {reason}" for reason, n in most) or "it has no row"
     shown = "".join(f" {reason}, for example {texts[0]!r}." for reason, texts in found.decoded.items())
     shown += "".join(f" {reason}: {REASONS[reason]}." for reason, _ in most[:1])
-    fix = sources.fix_of(most[0][0] if most else "")
+    fix = fix_of(most[0][0] if most else "")
     return DataError(f"No usable pair is left in {where}: {dropped}.{shown}", fix)
 
 

@@ -15,35 +15,9 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from . import encoding
+from .reasons import REASONS
 
 COLUMNS = ("prompt", "chosen", "rejected", "score_chosen", "score_rejected")
-
-#: Reasons a row is dropped, in the order they are checked. One row has one reason.
-REASONS = {
-    "unreadable line": "this place of the source holds no row: no JSON, not UTF-8, or cut short",
-    "missing column": "a needed column is absent or null; scores may be absent, but only both",
-    "tool call": "a turn holds more than text: a call of a tool, what a tool said, an image",
-    "wrong type": "prompt is not text, a conversation not a list of {role, content} texts, or a score not a number",
-    "empty conversation": "a side has no turn at all",
-    "bad role": "a role other than system, user, assistant",
-    "roles out of order": "user and assistant do not alternate, starting with the user",
-    "last turn not assistant": "there is no answer to prefer",
-    "empty answer": "the last turn is empty or white space",
-    "empty turn": "a turn before the answer is empty or white space",
-    "invalid text": "control characters or broken Unicode",
-    "prompts differ": "the two answers belong to different conversations",
-    "chosen equals rejected": "nothing to prefer",
-    "tied scores": "the annotator had no preference",
-    "inverted scores": "the rejected answer has the higher score",
-    "prompt in test": "the conversation is also in a held-out split",
-    "control token": "a text spells a special token of this tokenizer, which would open or end a turn by itself",
-    "template refuses": "the chat template stops at this conversation with an error of its own",
-    "template border": "the prompt's tokens change once an answer follows: no clean cut between the two",
-    "template eos": "the answer does not end in exactly one EOS (white space or the end of the text may follow it)",
-    "template mask": "the answer's tokens hold a special token or the opening of the turn, which belongs to the prompt",
-    "too long": "prompt and answer exceed max_tokens; never cut silently",
-    "duplicate prompt": "the same conversation again in this split; the row with the smallest content hash stays",
-}
 
 #: Roles of what a tool is asked and says.
 TOOLS = ("tool", "function", "function_call", "observation", "ipython")

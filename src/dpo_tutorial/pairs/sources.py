@@ -20,7 +20,7 @@ from ..errors import DataError
 from ..knobs import Config
 from ..loading import embedded, hub
 from ..machine import hardware
-from . import reader, row_checks, shapes, splits
+from . import reader, reasons, shapes, splits
 from .shapes import NotAPair
 
 EMBEDDED_SPLITS = ("train_prefs", "val_prefs", "test_prefs")
@@ -80,7 +80,7 @@ def load_preferences(config: Config, judge: bool = False) -> tuple[DatasetDict, 
         told = f"{first[most]}."
         if most == "missing column":
             told += " " + shapes.describe(next(row for row, pair, _ in read(config, judge) if pair["problem"] == most))
-        raise DataError(f"DATA={config.data} holds no preference pair: {counts}. {told}", fix_of(most))
+        raise DataError(f"DATA={config.data} holds no preference pair: {counts}. {told}", reasons.fix_of(most))
     chosen, said = splits.choose_splits(raw, config.seed, judge)
     if other := [*sorted(set(parts) - set(used)), *other]:
         said.append(f"left alone: {', '.join(other[:9])}" + (f" and {len(other) - 9} more" if other[9:] else ""))
@@ -88,24 +88,6 @@ def load_preferences(config: Config, judge: bool = False) -> tuple[DatasetDict, 
         said.append(f"columns left alone: {', '.join(sorted(map(str, passed))[:9])}")
     said += [f"read as: {shape}: {n:,} rows" for shape, n in shape_of.most_common()]
     return chosen, said + [f"{reason}: {n:,} rows, first {first[reason]}" for reason, n in odd.most_common()]
-
-
-NO_PAIR = "Change the rows, or name their columns in DATA_COLUMNS; docs/data.md shows each kind that is read."
-_FIXES = {
-    "missing column": NO_PAIR,
-    "unreadable line": "Write the file anew as its name says, for example one whole JSON object a line in a .jsonl.",
-    "invalid text": "Save the file as UTF-8, without control characters.",
-    "too long": "Raise MAX_TOKENS, or take shorter pairs.",
-} | {
-    reason: "Take a model whose chat template ends an answer with the tokenizer's EOS and takes these turns."
-    for reason in row_checks.REASONS
-    if reason.startswith("template")
-}
-
-
-def fix_of(reason: str) -> str:
-    """What to do where most rows are dropped for this one of `row_checks.REASONS`."""
-    return _FIXES.get(reason, "Fix the rows in the source; docs/data.md shows what a row may look like.")
 
 
 def rejected_kinds() -> dict[str, str]:
@@ -141,7 +123,7 @@ def before_and_after(config: Config) -> tuple[object, dict, str]:
     """
     found = next((found for found in read(config) if not found[1]["problem"]), None)
     if not found:
-        raise DataError(f"DATA={config.data} holds no preference pair.", NO_PAIR)
+        raise DataError(f"DATA={config.data} holds no preference pair.", reasons.NO_PAIR)
     return found
 
 

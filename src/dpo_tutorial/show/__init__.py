@@ -11,7 +11,6 @@ from .figures import (  # noqa: F401
     dropped_rows,
     lengths,
     lora_shapes,
-    memory_plan,
     nf4_levels,
     picture,
     pipeline,

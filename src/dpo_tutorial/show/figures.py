@@ -198,30 +198,6 @@ def dropped_rows(report: dict[str, dict]) -> Figure:
     return figure
 
 
-def memory_plan(planned, measured: float | None = None) -> Figure:
-    """The predicted peak, stacked by term, beside the measured one.
-
-    Args:
-        planned: a `memory_plan.Plan`.
-        measured: bytes.
-    """
-    mib = {term: n / 2**20 for term, n in planned.terms.items()}
-    alt = f"Predicted peak {sum(mib.values()):,.0f} MiB: " + ", ".join(f"{term} {n:,.0f}" for term, n in mib.items())
-    if measured:
-        alt += f". Measured: {measured / 2**20:,.0f} MiB"
-    figure, (axis,) = new_figure(width=9, height=2.6, alt=alt)
-    left = 0.0
-    for (term, n), color in zip(mib.items(), plt.cm.cividis(np.linspace(0, 1, len(mib))), strict=True):
-        axis.barh("predicted", n, left=left, color=color, edgecolor="white", label=f"{term} {n:,.0f}")
-        left += n
-    if measured:
-        axis.barh("measured", measured / 2**20, color=GREY)
-    axis.invert_yaxis()
-    axis.set(xlabel="MiB", title=f"Peak memory of training ({planned.peak})")
-    axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
-    return figure
-
-
 def picture(figure: Figure) -> Image:
     """The figure as a PNG with its alt text, shown at its size in inches times 96 pixels.
 

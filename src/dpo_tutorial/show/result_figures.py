@@ -60,28 +60,14 @@ def margins(records: Sequence[dict]) -> Figure:
     return figure
 
 
-def rates(
-    before: dict[str, dict], after: dict[str, dict], title: str = "Share of answers that keep each rule"
-) -> Figure:
+def rates(before: dict[str, dict], after: dict[str, dict]) -> Figure:
     """Rates with 95% intervals, before (grey) and after (blue)."""
-    names = list(before)
+    names, title = list(before), "Share of answers that keep each rule"
     said = "; ".join(f"{n} {before[n]['rate']:.2f} to {after[n]['rate']:.2f}" for n in names)
     figure, (axis,) = figures.new_figure(height=1.0 + 0.45 * len(names), alt=f"{title}: {said}")
-    for shift, color, label, values in (
-        (-0.13, figures.GREY, "base", before),
-        (0.13, figures.BLUE, "after DPO", after),
-    ):
-        middle = np.array([values[n]["rate"] for n in names])
-        error = np.array([[values[n]["rate"] - values[n]["low"], values[n]["high"] - values[n]["rate"]] for n in names])
-        axis.errorbar(
-            middle,
-            np.arange(len(names)) + shift,
-            xerr=np.maximum(error.T, 0),
-            fmt="o",
-            color=color,
-            label=label,
-            capsize=3,
-        )
+    for shift, color, label, found in ((-0.13, figures.GREY, "base", before), (0.13, figures.BLUE, "after DPO", after)):
+        places = np.arange(len(names)) + shift
+        _points(axis, places, [found[name] for name in names], color, label, across=True)
     axis.set_yticks(range(len(names)), names)
     axis.invert_yaxis()
     axis.set(xlim=(-0.02, 1.02), xlabel="share, 95% interval", title=title)
@@ -89,13 +75,11 @@ def rates(
     return figure
 
 
-def loss_curve(beta: float, margins: Sequence[float] = ()) -> Figure:
-    """The DPO loss and its gradient weight σ(−margin) over the margin; dots for the margins of real pairs."""
-    x = torch.linspace(min([-6, *margins]), max([6, *margins]), 200, dtype=torch.float64)
-    dots = f" Dots: {len(margins)} pairs, margins {min(margins):.2f} to {max(margins):.2f}." if len(margins) else ""
+def loss_curve(beta: float) -> Figure:
+    """The DPO loss and its gradient weight σ(−margin) over the margin."""
+    x = torch.linspace(-6, 6, 200, dtype=torch.float64)
     figure, (axis,) = figures.new_figure(
         alt="The loss falls from 6 to 0 as the margin grows; it is ln 2 at 0. The gradient weight falls from 1 to 0."
-        + dots
     )
     axis.plot(x, -torch.nn.functional.logsigmoid(x), color=figures.BLUE, label="loss = −log σ(margin)")
     axis.plot(x, torch.sigmoid(-x), color=figures.ORANGE, label="gradient weight = σ(−margin)")
@@ -103,9 +87,6 @@ def loss_curve(beta: float, margins: Sequence[float] = ()) -> Figure:
     axis.annotate(
         "step 0: ln 2", (0, math.log(2)), xytext=(0.6, 1.6), arrowprops={"arrowstyle": "->", "color": figures.GREY}
     )
-    if len(margins):
-        weights = torch.sigmoid(-torch.as_tensor(margins, dtype=torch.float64))
-        axis.plot(margins, weights, "o", color=figures.ORANGE, mec="black", label="pairs of this batch")
     axis.set(xlabel=f"margin (rewards, β = {beta:g})", title="What one pair contributes")
     axis.legend()
     return figure
@@ -154,10 +135,13 @@ def calibration(found: dict) -> Figure:
     return figure
 
 
-def _points(axis, x, rates: Sequence[dict], color: str, label: str) -> None:
-    middle = np.array([r["rate"] for r in rates])
-    error = np.array([[r["rate"] - r["low"], r["high"] - r["rate"]] for r in rates]).T
-    axis.errorbar(list(x), middle, yerr=np.maximum(error, 0), fmt="o", color=color, capsize=3, label=label)
+def _points(axis, places, found: Sequence[dict], color: str, label: str, across: bool = False) -> None:
+    """Rates or means with their 95% intervals at these places, `across`: with the values along the x axis."""
+    middle = np.array([f["rate"] if "rate" in f else f["mean"] for f in found])
+    error = np.array([[m - f["low"], f["high"] - m] for m, f in zip(middle, found, strict=True)]).T
+    error = np.nan_to_num(np.maximum(error, 0))
+    where = dict(x=middle, y=places, xerr=error) if across else dict(x=places, y=middle, yerr=error)
+    axis.errorbar(**where, fmt="o", color=color, capsize=3, label=label)
 
 
 def by_position(found: dict[str, list[dict]]) -> Figure:
@@ -169,10 +153,8 @@ def by_position(found: dict[str, list[dict]]) -> Figure:
         + "; ".join(f"{side}: {first[side]:+.2f} in the first tenth, {totals[side]:+.2f} in all" for side in found)
     )
     for side, color, shift in (("chosen", figures.GREEN, -0.12), ("rejected", figures.ORANGE, 0.12)):
-        middle = np.array([part["mean"] for part in found[side]])
-        error = [[part["mean"] - part["low"], part["high"] - part["mean"]] for part in found[side]]
-        places = np.arange(1, len(middle) + 1) + shift
-        axis.errorbar(places, middle, yerr=np.nan_to_num(error).T, fmt="o", color=color, capsize=3, label=side)
+        places = np.arange(1, len(found[side]) + 1) + shift
+        _points(axis, places, found[side], color, side)
     axis.axhline(0, color=figures.GREY, linewidth=1)
     axis.set(xlabel="tenth of the answer", ylabel="reward", title="Where in an answer the reward lies")
     axis.set_xticks(range(1, len(found["chosen"]) + 1))

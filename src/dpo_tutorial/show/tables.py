@@ -62,14 +62,14 @@ def share(rate: dict) -> str:
     return f"{rate['rate']:.2f} ({span(rate)})"
 
 
-def average(mean: dict, digits: int = 2) -> str:
+def average(mean: dict) -> str:
     """A mean with its interval, in words."""
-    return f"{mean['mean']:.{digits}f} ({span(mean, f'.{digits}f')})"
+    return f"{mean['mean']:.2f} ({span(mean)})"
 
 
-def change(difference: dict, digits: int = 2) -> str:
+def change(difference: dict) -> str:
     """A difference with its sign and its interval, in words."""
-    return f"{difference['difference']:+.{digits}f} ({span(difference, f'+.{digits}f')})"
+    return f"{difference['difference']:+.2f} ({span(difference, '+.2f')})"
 
 
 def held_out_table(before: dict, after: dict) -> HTML:

@@ -16,6 +16,7 @@ from trl import DPOTrainer
 from .. import run_folder
 from ..errors import ConfigError
 from ..knobs import Config
+from ..loading import models
 from . import scoring
 
 PROJECT, TOKENS = "dpo-tutorial", 48
@@ -90,13 +91,13 @@ class Samples(TrainerCallback):
         ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True, return_tensors="pt")
         training = model.training
         model.eval()
+        always = models.generate_arguments(model, tokenizer)
         with scoring.autocast(self.config):
-            out = model.generate(
-                **ids.to(model.device), do_sample=False, max_new_tokens=TOKENS, use_cache=True, repetition_penalty=1.0,
-                eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-            )[0, ids["input_ids"].shape[1] :].tolist()  # fmt: skip
+            out = model.generate(**ids.to(model.device), **always, do_sample=False, max_new_tokens=TOKENS)
         model.train(training)
-        return tokenizer.decode(out, skip_special_tokens=True).strip(), out[-1] == tokenizer.eos_token_id
+        answer = out[0, ids["input_ids"].shape[1] :].tolist()
+        finished = answer[-1] in always["eos_token_id"]
+        return tokenizer.decode(answer[:-1] if finished else answer, skip_special_tokens=True).strip(), finished
 
 
 def watch(config: Config, run: run_folder.Run, trainer: DPOTrainer) -> None:
