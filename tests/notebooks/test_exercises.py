@@ -43,9 +43,10 @@ IDS = [number for _, number, _ in CASES]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.name)
-def test_each_notebook_has_four_exercises_of_every_rating(path):
-    found = found_in(path)
-    assert len(found) >= 4 and {e["stars"] for e in found.values()} == {1, 2, 3}
+def test_each_notebook_has_three_exercises_from_easy_to_hard(path):
+    found, notebook = found_in(path), int(path.name[1])
+    stars = [e["stars"] for e in found.values()]
+    assert list(found) == [f"{notebook}.{n}" for n in (1, 2, 3)] and stars == sorted(stars) and stars[0] == 1
     assert all(1 <= e["minutes"] <= 30 for e in found.values())
 
 
