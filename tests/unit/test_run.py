@@ -370,6 +370,15 @@ def test_a_training_shorter_than_the_wait_shows_its_last_step(tmp_path, capsys):
     assert capsys.readouterr().out == "  training step 2 of 2, loss 0.500\n"
 
 
+def test_a_log_whose_files_clock_is_behind_is_still_followed(tmp_path, capsys):
+    """A kernel stamps files with a coarser clock than time.time(): up to 10 ms earlier than the start seen here."""
+    progress = tmp_path / "progress.jsonl"
+    with run.training_lines(progress, every=60):
+        progress.write_text('{"step": 1, "of": 2, "loss": 0.69}\n')
+        os.utime(progress, (time.time() - 5, time.time() - 5))
+    assert capsys.readouterr().out == "  training step 1 of 2, loss 0.690\n"
+
+
 def test_the_training_log_of_an_earlier_run_is_not_shown(tmp_path, capsys):
     progress = tmp_path / "progress.jsonl"
     progress.write_text('{"step": 1, "of": 42, "loss": 0.69}\n')

@@ -83,13 +83,13 @@ def _run_all(run: run_folder.Run, given: dict, paths: list[Path]) -> dict:
     executed.mkdir()
     os.environ.update(_KERNEL_ENV)
     minutes = {}
-    with training_lines(run.dir / "progress.jsonl"):
-        for number, path in enumerate(paths, 1):
-            print(f"[{number}/{len(paths)}] {path.name}", flush=True)
-            started = time.perf_counter()
+    for number, path in enumerate(paths, 1):
+        print(f"[{number}/{len(paths)}] {path.name}", flush=True)
+        started = time.perf_counter()
+        with training_lines(run.dir / "progress.jsonl"):
             _execute(path, executed / path.name, given | {"PROFILE": run.config.profile})
-            minutes[path.stem] = round((time.perf_counter() - started) / 60, 2)
-            print(f"[{number}/{len(paths)}] {path.name} done in {minutes[path.stem]:.1f} min", flush=True)
+        minutes[path.stem] = round((time.perf_counter() - started) / 60, 2)
+        print(f"[{number}/{len(paths)}] {path.name} done in {minutes[path.stem]:.1f} min", flush=True)
     return _summary(run, minutes)
 
 
@@ -125,15 +125,22 @@ def _execute(path: Path, target: Path, parameters: dict) -> None:
 @contextmanager
 def training_lines(progress: Path, every: float = 20.0) -> Iterator[None]:
     """Print the newest line of the training log every few seconds: a kernel's long cell says nothing by itself."""
-    progress.unlink(missing_ok=True)  # of an earlier run
     done = threading.Event()
+    # An earlier run's log is known by its own stamp: a file's clock may be some milliseconds behind time.time().
+    earlier = progress.stat().st_mtime_ns if progress.exists() else None
 
     def watch() -> None:
         last, ended = None, False
         while not ended:
             ended = done.wait(every)  # one look more after the end: the last step is always shown
-            lines = progress.read_text(encoding="utf-8").splitlines() if progress.exists() else []
-            rows = [row for line in lines if line.endswith("}") and "loss" in (row := json.loads(line))]
+            try:
+                if progress.stat().st_mtime_ns == earlier:
+                    continue
+                lines = progress.read_text(encoding="utf-8").splitlines()
+            except FileNotFoundError:
+                continue
+            rows = [json.loads(line) for line in lines if line.endswith("}")]
+            rows = [r for r in rows if "loss" in r]
             if rows and rows[-1]["step"] != last:
                 last = rows[-1]["step"]
                 print(f"  training step {last} of {rows[-1]['of']}, loss {rows[-1]['loss']:.3f}", flush=True)
