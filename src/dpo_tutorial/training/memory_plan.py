@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
 
 import psutil
 
@@ -195,7 +194,7 @@ def advice(planned: Plan, available: float) -> str:
     needs = f"{planned.needed / 2**30:.1f} GiB needed, {available / 2**30:.1f} GiB free"
     if planned.needed <= available:
         return f"It fits: {needs}."
-    fewer: dict[str, Any] = {"batch_size": 1, "grad_accum": config.batch_size * config.grad_accum}
+    fewer = {"batch_size": 1, "grad_accum": config.batch_size * config.grad_accum}
     for changes in (fewer, fewer | {"gradient_checkpointing": True}):
         smaller = again(planned, dataclasses.replace(config, **changes)).needed
         turned = ", ".join(f"{name.upper()}={value}" for name, value in changes.items())
