@@ -202,19 +202,40 @@ def large(cfg):
 
 
 def test_what_fits_is_left_alone(large):
+    assert memory_plan.fitting(large, large.needed) == large.config
     assert memory_plan.advice(large, large.needed).startswith("It fits")
 
 
-@pytest.mark.parametrize(
-    "changes", [{"batch_size": 1, "grad_accum": 8}, {"batch_size": 1, "grad_accum": 8, "gradient_checkpointing": True}]
-)
-def test_the_advised_config_fits_and_the_step_before_it_does_not(large, changes):
-    needed = memory_plan.again(large, dataclasses.replace(large.config, **changes)).needed
-    said, before = memory_plan.advice(large, needed), memory_plan.advice(large, needed - 1)
-    assert ", ".join(f"{name.upper()}={value}" for name, value in changes.items()) + ":" in said
-    assert said.endswith(f"then {needed / 2**30:.1f} GiB are needed.") and before != said
-    last = "gradient_checkpointing" in changes
-    assert last == ("smaller MODEL" in before) and "smaller MODEL" not in said
+def test_the_first_knob_is_the_batch_and_the_effective_batch_stays(large):
+    found = memory_plan.fitting(large, large.needed - 1)
+    assert (found.batch_size, found.grad_accum) == (2, 4)
+    assert dataclasses.replace(found, batch_size=4, grad_accum=2) == large.config
+    said = memory_plan.advice(large, large.needed - 1)
+    assert "BATCH_SIZE=2, GRAD_ACCUM=4:" in said and "GRADIENT_CHECKPOINTING" not in said
+
+
+@pytest.mark.parametrize("share", [0.9, 0.6, 0.4, 0.25, 0.2, 0.15, 0.1, 0.08])
+def test_the_advised_config_fits_and_the_step_before_it_does_not(large, share):
+    available = share * large.needed
+    found = memory_plan.fitting(large, available)
+    steps = [large.config, *memory_plan._changes(large.config)]
+    if found is None:
+        assert all(memory_plan.again(large, step).needed > available for step in steps)
+        return
+    assert memory_plan.again(large, found).needed <= available
+    before = steps[: steps.index(found)]
+    assert before and all(memory_plan.again(large, step).needed > available for step in before)
+
+
+def test_every_knob_is_turned_before_giving_up_and_named_with_its_value(large):
+    last = list(memory_plan._changes(large.config))[-1]
+    assert (last.batch_size, last.grad_accum, last.gradient_checkpointing) == (1, 8, True)
+    assert (last.max_tokens, last.lora_r, last.lora_alpha) == (128, 4, 2), "alpha / r stays"
+    least = memory_plan.again(large, last).needed
+    said = memory_plan.advice(large, least)
+    for knob in ("BATCH_SIZE=1", "GRAD_ACCUM=8", "GRADIENT_CHECKPOINTING=True", "MAX_TOKENS=128", "LORA_R=4"):
+        assert knob in said
+    assert "smaller MODEL" in memory_plan.advice(large, least - 1) and memory_plan.fitting(large, least - 1) is None
 
 
 # --- what cannot be planned ----

@@ -7,6 +7,7 @@ of a CPU keeps is a bound. No run in `benchmarks/memory_plan.md` and `gpu.jsonl`
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import psutil
@@ -17,8 +18,11 @@ from ..machine import hardware
 from . import footprint
 from .footprint import FP32
 
-#: Of the widest tensors a block frees, at most: torch asks for 64-byte alignment, and glibc cannot give them again.
-HEAP = 9
+SHORTEST = 128  # tokens: advice goes no lower, an answer needs room
+LOWEST_RANK = 4
+HEAP = (
+    9  # of the widest tensors a block frees, torch asks for 64-byte alignment and glibc cannot give them again: at most
+)
 WORKSPACE = 32 * 2**20  # bytes that cuBLAS holds on a Hopper GPU, the largest
 ROOM = 1.5  # times the plan must be free: batches of mixed lengths rise above it (`benchmarks/memory_plan.md`)
 
@@ -152,10 +156,18 @@ def plan(
 
 def again(planned: Plan, config: Config | None = None, length: int | None = None, answer: int | None = None) -> Plan:
     """The same plan with another config, or for sequences of another length."""
+    config = config or planned.config
+    length = min(length or planned.length, config.max_tokens)
     return plan(
-        config or planned.config, length=length or planned.length, answer=answer or planned.answer,
-        process=planned.terms.get("process", 0), device=planned.device, evaluates=planned.evaluates,
+        config, length=length, answer=min(answer or planned.answer, length), process=planned.terms.get("process", 0),
+        device=planned.device, evaluates=planned.evaluates,
     )  # fmt: skip
+
+
+def fitting(planned: Plan, available: float) -> Config | None:
+    """The first config, in the order of `_changes`, whose plan fits into `available` bytes; None if none does."""
+    configs = (planned.config, *_changes(planned.config))
+    return next((config for config in configs if again(planned, config).needed <= available), None)
 
 
 def choose_checkpointing(config: Config, available: float) -> tuple[Config, str]:
@@ -183,24 +195,43 @@ def choose_checkpointing(config: Config, available: float) -> tuple[Config, str]
 
 
 def advice(planned: Plan, available: float) -> str:
-    """One sentence: it fits, or which knobs to turn.
-
-    Fewer pairs at a time and more times give the same result; so does checkpointing, up to half as slow again.
+    """One sentence: it fits, or which knobs to turn, and to what.
 
     Args:
         available: bytes of free memory, for example `memory.free_memory_gib() * 2**30`.
     """
-    config = planned.config
     needs = f"{planned.needed / 2**30:.1f} GiB needed, {available / 2**30:.1f} GiB free"
-    if planned.needed <= available:
+    found = fitting(planned, available)
+    if found is None:
+        return f"It does not fit ({needs}), and with this model no setting does: choose a smaller MODEL."
+    if found == planned.config:
         return f"It fits: {needs}."
-    fewer = {"batch_size": 1, "grad_accum": config.batch_size * config.grad_accum}
-    for changes in (fewer, fewer | {"gradient_checkpointing": True}):
-        smaller = again(planned, dataclasses.replace(config, **changes)).needed
-        turned = ", ".join(f"{name.upper()}={value}" for name, value in changes.items())
-        if smaller <= available:
-            return f"It does not fit ({needs}). Set {turned}: then {smaller / 2**30:.1f} GiB are needed."
-    return (
-        f"It does not fit ({needs}). With {turned} {smaller / 2**30:.1f} GiB are needed: lower MAX_TOKENS "
-        f"({config.max_tokens}), which loses pairs, or choose a smaller MODEL."
-    )
+    knobs = ("batch_size", "grad_accum", "gradient_checkpointing", "max_tokens", "lora_r", "lora_alpha")
+    turned = [f"{k.upper()}={getattr(found, k)}" for k in knobs if getattr(found, k) != getattr(planned.config, k)]
+    then = again(planned, found).needed / 2**30
+    return f"It does not fit ({needs}). Set {', '.join(turned)}: then {then:.1f} GiB are needed."
+
+
+def _changes(config: Config) -> Iterator[Config]:
+    """Smaller and smaller configs, the cheapest change first.
+
+    Fewer pairs at a time and more times: the same result. Checkpointing: the same result, up to half as slow again.
+    Both. Then shorter pairs, which loses data. Last a lower rank, alpha with it, which learns less.
+    """
+    pairs = config.batch_size * config.grad_accum
+    sizes = [n for n in range(config.batch_size, 0, -1) if pairs % n == 0]
+    for checkpointing in (False, True):
+        if checkpointing or not config.gradient_checkpointing:
+            for n in sizes:
+                smallest = dataclasses.replace(
+                    config, batch_size=n, grad_accum=pairs // n, gradient_checkpointing=checkpointing
+                )
+                yield smallest
+    for tokens in range((config.max_tokens - 1) // 32 * 32, SHORTEST - 1, -32):
+        smallest = dataclasses.replace(smallest, max_tokens=tokens)
+        yield smallest
+    while smallest.lora_r > LOWEST_RANK:
+        half = max(LOWEST_RANK, smallest.lora_r // 2)
+        alpha = max(1, round(smallest.lora_alpha * half / smallest.lora_r))
+        smallest = dataclasses.replace(smallest, lora_r=half, lora_alpha=alpha)
+        yield smallest
