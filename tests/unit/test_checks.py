@@ -36,6 +36,11 @@ def quantized(**claim):
     return lambda folder: edit(folder / "config.json", quantization_config=claim)
 
 
+def shard_missing(folder):
+    there = {"weight_map": {"a": "model.safetensors", "b": "model-00002-of-00002.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(there))
+
+
 def pointer(name):
     return lambda folder: (folder / name).write_text(POINTER)
 
@@ -51,13 +56,14 @@ FOLDERS = {
     "an adapter": (adapter, "is the folder of an adapter, trained on someone/base"),
     "GGUF": (gguf, "is a GGUF file"),
     "nothing": (lambda folder: (folder / "config.json").unlink(), "without config.json"),
-    "8 bits": (quantized(quant_method="bitsandbytes", load_in_8bit=True), "by bitsandbytes and not to NF4"),
-    "FP4": (quantized(**NF4 | {"bnb_4bit_quant_type": "fp4"}), "by bitsandbytes and not to NF4"),
+    "8 bits": (quantized(quant_method="bitsandbytes", load_in_8bit=True), "by bitsandbytes in 8 bits"),
+    "FP4": (quantized(**NF4 | {"bnb_4bit_quant_type": "fp4"}), "by bitsandbytes in 4 bits (FP4)"),
     "NF4 that is not": (quantized(**NF4), "says NF4 by bitsandbytes, but its weights are not"),
     "compressed tensors": (quantized(quant_method="compressed-tensors"), "by compressed-tensors"),
     "GPTQ": (quantized(quant_method="gptq", bits=4), "by gptq"),
     "AWQ": (quantized(quant_method="awq", bits=4), "by awq"),
     "FP8": (quantized(quant_method="fp8"), "by fp8"),
+    "a shard missing": (shard_missing, "lacks 1 of its 2 files of weights: model-00002-of-00002.safetensors"),
     "LFS weights": (pointer("model.safetensors"), "model.safetensors of MODEL="),
     "LFS tokenizer": (pointer("tokenizer.json"), "is a Git LFS pointer"),
     "LFS config": (pointer("config.json"), "is a Git LFS pointer"),

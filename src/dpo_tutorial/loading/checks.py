@@ -26,11 +26,11 @@ def check_folder(model: str, folder: Path) -> None:
     Raises:
         ModelUnsuitableError: an adapter, or a GGUF file.
         ModelFetchError: a folder of something else.
-        ModelCorruptError: a Git LFS pointer stands in for a file.
+        ModelCorruptError: a shard is missing, or a Git LFS pointer stands in for a file.
     """
     adapter = folder / "adapter_config.json"
     if adapter.is_file():
-        base = json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path")
+        base = _json(adapter).get("base_model_name_or_path")
         raise ModelUnsuitableError(
             f"MODEL={model} is the folder of an adapter, trained on {base}.",
             "Set MODEL to that base; notebook 06 and `dpo-tutorial compare` take the folder as ADAPTER.",
@@ -46,6 +46,22 @@ def check_folder(model: str, folder: Path) -> None:
         with path.open("rb") as stream:
             if stream.read(24).startswith(b"version https://git-lfs"):
                 raise ModelCorruptError(f"{path.name} of MODEL={model} is a Git LFS pointer, not the file.", _WHOLE)
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        shards = sorted(set(_json(index).get("weight_map", {}).values()))
+        if missing := [name for name in shards if not (folder / name).is_file()]:
+            raise ModelCorruptError(
+                f"MODEL={model} lacks {len(missing)} of its {len(shards)} files of weights: {', '.join(missing[:3])}.",
+                _WHOLE,
+            )
+
+
+def _json(path: Path) -> dict:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        found = None
+    return found if isinstance(found, dict) else {}
 
 
 def check_config(model: str, found: PretrainedConfig, path: str) -> None:
@@ -68,9 +84,11 @@ def check_config(model: str, found: PretrainedConfig, path: str) -> None:
         return
     claim = claim if isinstance(claim, dict) else claim.to_dict()
     if not claim.get("load_in_4bit") or claim.get("bnb_4bit_quant_type") != "nf4":
-        how = claim.get("quant_method", "bitsandbytes")
-        raise ModelUnsuitableError(f"MODEL={model} is quantized already, by {how} and not to NF4.", _PLAIN)
-    if Path(path).is_dir() and not _holds(Path(path), "bitsandbytes__nf4"):  # merged and saved with the claim left in
+        bits = "4 bits (FP4)" if claim.get("load_in_4bit") else "8 bits"
+        method = claim.get("quant_method", "bitsandbytes")
+        how = f"{method} in {bits}" if method == "bitsandbytes" else method
+        raise ModelUnsuitableError(f"MODEL={model} is quantized already, by {how}.", _PLAIN)
+    if Path(path).is_dir() and not _holds(Path(path), "bitsandbytes__nf4"):
         raise ModelUnsuitableError(
             f"The config.json of MODEL={model} says NF4 by bitsandbytes, but its weights are not.",
             "Delete quantization_config from its config.json, or take another checkpoint.",
