@@ -107,7 +107,10 @@ def instructions_table(runs: dict[str, dict]) -> str:
 
 def figure(runs: dict[str, dict]):
     """All seeds at a glance: the rules that answers keep, and the pairs judged rightly beside every simple judge."""
+    import numpy as np
+
     from dpo_tutorial.show import figures
+    from dpo_tutorial.show.result_figures import points
 
     first, seeds = next(iter(runs.values())), list(runs.values())
     rules, judges = list(first["rules"]["target"]), list(first["against"])
@@ -122,25 +125,16 @@ def figure(runs: dict[str, dict]):
         width=6, height=6.4, rows=2, alt=f"What {len(runs)} seeds gained. {'; '.join(said)}", height_ratios=[8, 6]
     )
 
-    def dots(axis, rows, color, label, shift=0.0, **how):
-        names = {"label": label}
-        for row, value in rows:
-            error = [[value["rate"] - value["low"]], [value["high"] - value["rate"]]]
-            axis.errorbar(value["rate"], row + shift, xerr=error, fmt="o", color=color, **names, **how)
-            names = {}
-
-    shifts = [0.22 * (i - (len(seeds) - 1) / 2) for i in range(len(seeds))]
-    dots(writes, enumerate(first["rules"]["before"].values()), figures.GREY, "base", -0.32)
-    for run, shift in zip(seeds, shifts, strict=True):
-        label = "trained, a dot for each seed" if run is first else None
-        dots(writes, enumerate(run["rules"]["after"].values()), figures.BLUE, label, shift + 0.05, markersize=4)
-        dots(right, [(0, run["accuracy"])], figures.BLUE, None, shift, markersize=4)
+    rows = np.arange(len(rules))
+    points(writes, rows - 0.32, list(first["rules"]["before"].values()), figures.GREY, "base", across=True)
+    for place, run in enumerate(seeds):
+        shift, label = 0.22 * (place - (len(seeds) - 1) / 2), "" if place else "trained, a dot for each seed"
+        points(writes, rows + shift + 0.05, list(run["rules"]["after"].values()), figures.BLUE, label, across=True)
+        points(right, [shift], [run["accuracy"]], figures.BLUE, "", across=True)
     target = [value["rate"] for value in first["rules"]["target"].values()]
-    writes.plot(
-        target, range(len(rules)), "|", color=figures.ORANGE, markersize=18, label="the chosen answers themselves"
-    )
+    writes.plot(target, rows, "|", color=figures.ORANGE, markersize=18, label="the chosen answers themselves")
     shares = [first["against"][judge]["share"] for judge in judges]
-    dots(right, enumerate(shares, 1), figures.GREY, None)
+    points(right, np.arange(1, len(judges) + 1), shares, figures.GREY, "", across=True)
     right.axvline(0.5, color=figures.GREY, linestyle=":")
     n = first["rules"]["before"][rules[0]]["n"]
     for axis, names, title in (
@@ -155,6 +149,12 @@ def figure(runs: dict[str, dict]):
     return drawn
 
 
+def by_rate(name: str) -> tuple[str, float]:
+    """What a recipe's name is sorted by: the base first, then recipes by name, each from its lowest rate up."""
+    recipe, _, rate = name.rpartition(", ")
+    return (recipe, float(rate)) if recipe else ("", 0.0)
+
+
 def drawn(lines: list[dict]) -> dict:
     runs = newest(lines, "seeds")
     return {FIGURE: figure(runs)} if runs else {}
@@ -164,9 +164,8 @@ def tables(lines: list[dict]) -> dict[str, str]:
     tried, runs, opposite = (newest(lines, stage) for stage in ("recipes", "seeds", "swapped"))
     made = {}
     if tried:
-        in_order = sorted(tried, key=lambda name: (name != "base", name))
-        made |= {"recipes": columns({name: tried[name] for name in in_order}, OF_RECIPES)}
-        made |= {"recipes on": machines(lines, "recipes")}
+        in_order = {name: tried[name] for name in sorted(tried, key=by_rate)}
+        made |= {"recipes": columns(in_order, OF_RECIPES), "recipes on": machines(lines, "recipes")}
     if runs:
         made |= {
             "seeds": columns(runs, OF_SEEDS), "figure": image(figure(runs), FIGURE), "against": against_table(runs),

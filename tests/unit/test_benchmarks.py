@@ -345,7 +345,11 @@ def test_an_effect_is_measured_and_written(knobs, tmp_path):
     record = begun(tmp_path, "recipes")
     for name in ("base", *effect.RECIPES):
         record.write("recipes", name, **(base if name == "base" else trained))
-    assert effect.tables(record.lines())["recipes"].count("\n") == 2 + len(effect.RECIPES)
+    recipes = effect.tables(record.lines())["recipes"]
+    assert recipes.count("\n") == 2 + len(effect.RECIPES)
+    assert [line.split(" | ")[0] for line in recipes.splitlines()[2:]] == [
+        f"| {name}" for name in ("base", *effect.RECIPES)
+    ]
 
 
 def test_sft_comes_first_where_a_recipe_asks_for_it(knobs, tmp_path):

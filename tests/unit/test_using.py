@@ -186,13 +186,23 @@ def test_an_export_that_stops_half_way_leaves_what_was_there(trained, tmp_path, 
 
 
 @pytest.mark.parametrize(
-    ("stage", "fails"), [("ways", "16-bit checkpoint"), ("llama_cpp", "Q4_K_M")], ids=["transformers", "llama.cpp"]
+    ("stage", "fails", "passing"),
+    [("ways", "16-bit checkpoint", 4), ("llama_cpp", "Q4_K_M", 2)],
+    ids=["transformers", "llama.cpp"],
 )
-def test_the_limits_let_pass_what_keeps_the_model_and_nothing_else(stage, fails):
+def test_the_limits_let_pass_what_keeps_the_model_and_nothing_else(stage, fails, passing):
     lines = [json.loads(line) for line in (ROOT / "benchmarks" / "export.jsonl").read_text().splitlines()]
-    found = {line["name"]: line for line in lines if line["stage"] == stage and line["name"] != "machine"}
-    refused = {name for name, line in found.items() if gate.judge(line)}
-    assert refused == {name for name in found if fails in name} and len(found) > len(refused) > 0
+    lines = [line for line in lines if line["stage"] == stage and line["name"] != "machine"]
+    found = {line["name"]: line for line in lines}
+    passes = {name for name, line in found.items() if not gate.judge(line)}
+    assert set(found) - passes == {name for name in found if fails in name} and len(passes) == passing
+
+
+def test_the_limits_are_three_times_what_q8_0_measured_when_they_were_set():
+    lines = map(json.loads, (ROOT / "benchmarks" / "export.jsonl").read_text().splitlines())
+    first = next(line for line in lines if line["stage"] == "ways" and line["name"] == "GGUF Q8_0")
+    for name, limit in gate.LIMITS.items():
+        assert limit == pytest.approx(3 * first[name], rel=0.1)
 
 
 # --- GGUF and Ollama ----

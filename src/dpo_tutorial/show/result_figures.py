@@ -67,7 +67,7 @@ def rates(before: dict[str, dict], after: dict[str, dict]) -> Figure:
     figure, (axis,) = figures.new_figure(height=1.0 + 0.45 * len(names), alt=f"{title}: {said}")
     for shift, color, label, found in ((-0.13, figures.GREY, "base", before), (0.13, figures.BLUE, "after DPO", after)):
         places = np.arange(len(names)) + shift
-        _points(axis, places, [found[name] for name in names], color, label, across=True)
+        points(axis, places, [found[name] for name in names], color, label, across=True)
     axis.set_yticks(range(len(names)), names)
     axis.invert_yaxis()
     axis.set(xlim=(-0.02, 1.02), xlabel="share, 95% interval", title=title)
@@ -110,7 +110,7 @@ def by_length_gap(parts: Sequence[dict], overall: dict) -> Figure:
     names = [f"{p['shortest']:+d} to {p['longest']:+d}" for p in parts]
     said = "; ".join(f"{name} tokens: {p['accuracy']['rate']:.2f}" for name, p in zip(names, parts, strict=True))
     figure, (axis,) = figures.new_figure(alt=f"Accuracy by length gap. {said}")
-    _points(axis, range(len(parts)), [p["accuracy"] for p in parts], figures.BLUE, "accuracy, 95% interval")
+    points(axis, range(len(parts)), [p["accuracy"] for p in parts], figures.BLUE, "accuracy, 95% interval")
     axis.axhline(overall["rate"], color=figures.GREY, linestyle=":", label="all pairs")
     axis.axhline(0.5, color=figures.ORANGE, linewidth=1, label="chance")
     axis.set_xticks(range(len(parts)), names)
@@ -127,7 +127,7 @@ def calibration(found: dict) -> Figure:
     confidence = [b["confidence"] for b in found["bins"]]
     said = "; ".join(f"{c:.2f} said, {b['accuracy']['rate']:.2f} right" for c, b in zip(confidence, found["bins"]))  # noqa: B905
     figure, (axis,) = figures.new_figure(alt=f"Calibration of the margin. {said}")
-    _points(axis, confidence, [b["accuracy"] for b in found["bins"]], figures.BLUE, "held-out pairs, 95% interval")
+    points(axis, confidence, [b["accuracy"] for b in found["bins"]], figures.BLUE, "held-out pairs, 95% interval")
     axis.plot([0.5, 1], [0.5, 1], color=figures.GREY, linestyle=":", label="right as often as it says")
     axis.set(xlim=(0.48, 1.02), ylim=(-0.02, 1.05), xlabel="confidence σ(|margin|)", ylabel="share right")
     axis.set_title("Is it right as often as it says?")
@@ -135,7 +135,7 @@ def calibration(found: dict) -> Figure:
     return figure
 
 
-def _points(axis, places, found: Sequence[dict], color: str, label: str, across: bool = False) -> None:
+def points(axis, places, found: Sequence[dict], color: str, label: str, across: bool = False) -> None:
     """Rates or means with their 95% intervals at these places, `across`: with the values along the x axis."""
     middle = np.array([f["rate"] if "rate" in f else f["mean"] for f in found])
     error = np.array([[m - f["low"], f["high"] - m] for m, f in zip(middle, found, strict=True)]).T
@@ -154,7 +154,7 @@ def by_position(found: dict[str, list[dict]]) -> Figure:
     )
     for side, color, shift in (("chosen", figures.GREEN, -0.12), ("rejected", figures.ORANGE, 0.12)):
         places = np.arange(1, len(found[side]) + 1) + shift
-        _points(axis, places, found[side], color, side)
+        points(axis, places, found[side], color, side)
     axis.axhline(0, color=figures.GREY, linewidth=1)
     axis.set(xlabel="tenth of the answer", ylabel="reward", title="Where in an answer the reward lies")
     axis.set_xticks(range(1, len(found["chosen"]) + 1))

@@ -19,7 +19,7 @@ from .engines import Exported, logits_of
 
 PROMPTS, TOKENS = 8, 64
 
-#: Above what Q8_0 measures, the least exact export that keeps the model; below Q4_K_M (`benchmarks/export.md`).
+#: Three times what Q8_0 measured, the least exact export that keeps the model (`benchmarks/export.md`).
 LIMITS = {"margin_change_share": 0.10, "kl": 0.005, "other_tokens": 0.08}
 
 
