@@ -1,4 +1,7 @@
-"""Run the cpu profile and the quickstart, and write their outputs into notebooks/: `make notebooks`."""
+"""Run the cpu profile and the quickstart, and write their outputs into notebooks/, README's pictures into docs/.
+
+`make notebooks`.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ from pathlib import Path
 import nbformat
 from nbconvert.preprocessors import CoalesceStreamsPreprocessor
 
+from dpo_tutorial import show
 from dpo_tutorial.cli import run
 from dpo_tutorial.errors import exit_code
 from dpo_tutorial.machine import paths
@@ -75,6 +79,8 @@ def refresh() -> None:
     for path in run.notebooks(ROOT / "notebooks"):
         clean_notebook(Path(summary["executed"]) / path.name, path)
     clean_notebook(executed / quickstart.name, quickstart)
+    shutil.copy(Path(summary["figures"]) / "rules.png", ROOT / "docs")
+    (ROOT / "docs" / "method.png").write_bytes(show.picture(show.method()).data)
     print("notebooks/ now holds the outputs of these runs")
 
 

@@ -11,6 +11,7 @@ from .figures import (  # noqa: F401
     dropped_rows,
     lengths,
     lora_shapes,
+    method,
     nf4_levels,
     picture,
     pipeline,

@@ -68,6 +68,38 @@ def pipeline() -> Figure:
     return figure
 
 
+def method() -> Figure:
+    """DPO in one drawing: a pair, two models, two implicit rewards, one loss; only the policy gets its gradient."""
+    figure, (axis,) = new_figure(
+        width=5.2,
+        height=4.6,
+        alt="A pair of a chosen and a rejected answer goes to two models: the policy, which learns (adapter on), and "
+        "the reference, which is frozen (adapter off). Both answers get an implicit reward, beta times the "
+        "log-probability under the policy less that under the reference. Their difference is the margin; the loss is "
+        "minus the log of its sigmoid. Its gradient goes back to the policy alone.",
+    )
+    boxes = (
+        (0.5, 0.92, GREY, "one prompt, two answers\nchosen $y_w$, rejected $y_l$"),
+        (0.22, 0.66, BLUE, "policy $\\pi$: learns\n(base, adapter on)"),
+        (0.78, 0.66, GREY, "reference $\\pi_{ref}$: frozen\n(base, adapter off)"),
+        (0.22, 0.36, BLUE, "reward of the chosen\n$\\beta\\,[\\log\\pi(y_w)-\\log\\pi_{ref}(y_w)]$"),
+        (0.78, 0.36, ORANGE, "reward of the rejected\n$\\beta\\,[\\log\\pi(y_l)-\\log\\pi_{ref}(y_l)]$"),
+        (0.5, 0.08, GREEN, "margin $m$: chosen less rejected\nloss: $-\\log\\,\\sigma(m)$"),
+    )
+    for start, end in ((0, 1), (0, 2), (1, 3), (1, 4), (2, 3), (2, 4), (3, 5), (4, 5)):
+        (x, y, *_), (to_x, to_y, *_) = boxes[start], boxes[end]
+        axis.annotate("", (to_x, to_y + 0.06), (x, y - 0.05), arrowprops={"arrowstyle": "->", "color": GREY})
+    for x, y, color, text in boxes:
+        box = dict(boxstyle="round,pad=0.5", facecolor="white", edgecolor=color, linewidth=1.5)
+        axis.text(x, y, text, ha="center", va="center", fontsize=9, color="black", bbox=box)
+    back = {"arrowstyle": "->", "color": GREEN, "linestyle": "--", "connectionstyle": "arc3,rad=-0.9"}
+    axis.annotate("", (0.04, 0.66), (0.23, 0.08), arrowprops=back)
+    axis.text(-0.15, 0.62, "gradient", fontsize=8, color=GREEN, ha="center")
+    axis.set(xlim=(-0.25, 1.05), ylim=(-0.02, 1.02), xticks=[], yticks=[])
+    axis.spines[:].set_visible(False)
+    return figure
+
+
 def bars(values: dict[str, float], unit: str, title: str) -> Figure:
     """Horizontal bars with their values written out."""
     written = {k: f"{v:,.0f} {unit}" if abs(v) >= 100 else f"{v:.3g} {unit}" for k, v in values.items()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import nullcontext, redirect_stdout, suppress
 from pathlib import Path
 
@@ -31,9 +31,9 @@ def plain(text: str) -> str:
 
 
 def stream(
-    config: Config, policy: PreTrainedModel | PeftModel, ids: list[int], eos: int, base: bool = False
+    config: Config, policy: PreTrainedModel | PeftModel, ids: list[int], ends: Collection[int], base: bool = False
 ) -> Iterator[int]:
-    """Greedy tokens one by one, up to and including the EOS, at most `config.max_new_tokens`.
+    """Greedy tokens one by one, up to and including the first of `ends`, at most `config.max_new_tokens`.
 
     With `base` the adapter is off, but only while a token is made, so that both can take turns.
     """
@@ -43,7 +43,7 @@ def stream(
             out = policy(input_ids=step, past_key_values=cache, use_cache=True, logits_to_keep=1)
         cache, step = out.past_key_values, out.logits[:, -1].argmax(-1, keepdim=True)
         yield step.item()
-        if step.item() == eos:
+        if step.item() in ends:
             return
 
 
@@ -65,9 +65,9 @@ class Chat:
                 turns, add_generation_prompt=True, tokenize=True, return_dict=False
             )
             self.last[who] = ids, []
+        ends = models.generate_arguments(self.policy, self.tokenizer)["eos_token_id"]
         writing = {
-            who: stream(self.config, self.policy, ids, self.tokenizer.eos_token_id, base=who == "base")
-            for who, (ids, _) in self.last.items()
+            who: stream(self.config, self.policy, ids, ends, base=who == "base") for who, (ids, _) in self.last.items()
         }
         texts = dict.fromkeys(writing, "")
         while writing:

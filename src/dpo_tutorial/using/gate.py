@@ -19,8 +19,8 @@ from .engines import Exported, logits_of
 
 PROMPTS, TOKENS = 8, 64
 
-#: Three times what Q8_0 measured, the least exact export that keeps the model (`benchmarks/export.md`).
-LIMITS = {"margin_change_share": 0.10, "kl": 0.005, "other_tokens": 0.08}
+#: Twice what Q8_0 measured in llama.cpp, the least exact export that keeps the model (`benchmarks/export.md`).
+LIMITS = {"margin_change_share": 0.14, "kl": 0.0093, "other_tokens": 0.10}
 
 
 # --- measuring ----------------------------------------------------------------------------------------------------
