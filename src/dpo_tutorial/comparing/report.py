@@ -70,7 +70,7 @@ def page(records: Sequence[dict], comparison: dict) -> str:
             f"{show.average(inside['per_token'])} a token; on the instructions below "
             f"{show.average(outside['per_token'])} a token."
         ),
-        "Rules a program can check": _picture(show.rates(c["rules"]["before"], c["rules"]["after"]))
+        "Rules kept": _picture(show.rates(c["rules"]["before"], c["rules"]["after"]))
         + show.change_table(c["rules"], "share of answers that keep the rule").data,
         "Form of the answers": show.change_table(c["form"], "form of the answers").data,
         "Answers": show.answers(asked, before, after).data,
