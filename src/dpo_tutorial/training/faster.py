@@ -13,6 +13,7 @@ from datasets import Dataset
 from datasets.fingerprint import Hasher
 from peft import PeftModel
 from transformers import PreTrainedModel
+from transformers.trainer_pt_utils import LengthGroupedSampler
 from trl import DPOConfig, DPOTrainer
 
 from . import footprint, prefix, timing, watch
@@ -49,6 +50,12 @@ class FastDPOTrainer(timing.Timed, DPOTrainer):
     def shares_prefixes(self) -> bool:
         """Whether prompts are computed once: asked for, and the model is of a kind that allows it."""
         return self.share_prefixes and not prefix.obstacle(_causal(self.model))
+
+    def _get_train_sampler(self, *args):
+        sampler = super()._get_train_sampler(*args)
+        if isinstance(sampler, LengthGroupedSampler):  # of the pairs of a step, whichever process takes them
+            sampler.batch_size *= self.args.world_size
+        return sampler
 
     def training_step(self, *args, **kwargs):
         with self._head():  # the backward pass makes the logits anew, in tiles of the same size
