@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 
 import torch
 import trl.kernels.chunked_logprob
@@ -88,6 +89,10 @@ class FastDPOTrainer(timing.Timed, DPOTrainer):
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
         of = (dataset._fingerprint, self.ld_alpha, self.args.bf16, self.args.fp16, self.share_prefixes)
         dataset._fingerprint = Hasher.hash(of)  # TRL keys its cache by pairs and model alone
+        if self.args.world_size > 1:  # pairs in memory have a temporary folder for each process: here one for all
+            folder = Path(self.args.output_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            dataset._get_cache_file_path = lambda fingerprint: str(folder / f"reference-{fingerprint}.arrow")
         return super()._precompute_ref_logps(dataset, name, batch_size)
 
 

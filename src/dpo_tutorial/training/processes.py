@@ -83,7 +83,7 @@ def _one_of_several(parameters: dict[str, str]) -> int:
         train.train_headless(parameters)
         hardware.processes().destroy_process_group()
         return 0
-    except Exception as error:
+    except (Exception, KeyboardInterrupt) as error:
         get_error_handler().record_exception(error)
         return 1
 

@@ -106,8 +106,8 @@ def build_trainer(
     """
     lora.check_lora_targets(model, config)
     given = lora.go_on_from(config, model, config.start_from) if config.start_from else None
-    quiet = {"save_strategy": "no"} | ({} if val else {"eval_strategy": "no"})
-    quiet |= {"ddp_find_unused_parameters": prefix.has_experts(model.config.get_text_config())}
+    quiet: dict = {"save_strategy": "no"} | ({} if val else {"eval_strategy": "no"})
+    quiet |= {"ddp_find_unused_parameters": prefix.has_experts(model.config.get_text_config())}  # an expert may idle
     return faster.FastDPOTrainer(
         model=given or model,
         args=dpo_config(config, output_dir, **(quiet | changes)),
@@ -148,9 +148,12 @@ def train(
     val: Dataset,
 ) -> DPOTrainer:
     """Train the adapter and save it: what notebook 05 does around its explanations."""
-    config, why = memory_plan.choose_checkpointing(config, memory.free_memory_gib() * 2**30)
+    number, free = hardware.processes().num_processes, memory.free_memory_gib() * 2**30
+    if hardware.device() == "cpu":
+        free /= number  # they share main memory
+    config, why = memory_plan.choose_checkpointing(config, free)
     print(why)
-    if (number := hardware.processes().num_processes) > 1:
+    if number > 1:
         print(
             f"{number} processes train together. A step has GRAD_ACCUM={config.grad_accum} batches of BATCH_SIZE="
             f"{config.batch_size} pairs: each takes {share(config)} of them."
