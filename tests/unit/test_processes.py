@@ -22,7 +22,7 @@ TORCHRUN = dict(
 
 @pytest.fixture(autouse=True)
 def clean(monkeypatch):
-    for name in (*TORCHRUN, "ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"):
+    for name in (*TORCHRUN, *(f"ACCELERATE_{name}" for name in ("USE_FSDP", "USE_DEEPSPEED", "MIXED_PRECISION"))):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -61,6 +61,14 @@ def test_what_torchrun_has_started_is_as_many_as_it_says(monkeypatch):
     processes.check(2)
     with pytest.raises(ConfigError, match="--processes is 4, but 2 were started"):
         processes.check(4)
+
+
+def test_accelerate_launch_on_a_cpu_is_told_from_a_shell_that_has_an_address(monkeypatch):
+    given(monkeypatch, MASTER_ADDR="127.0.0.1", MASTER_PORT="29500")
+    processes.check(None)
+    given(monkeypatch, ACCELERATE_MIXED_PRECISION="no")
+    with pytest.raises(ConfigError, match="asked for several processes, and without a GPU it has started one"):
+        processes.check(None)
 
 
 @pytest.mark.parametrize("name", ["FSDP", "DEEPSPEED"])

@@ -52,6 +52,11 @@ def check(asked: int | None) -> None:
                 "Unset it, or train by a script of your own: docs/scale.md says how, with the files of configs/.",
             )
     told = [name for name in _TOLD if name in os.environ]
+    if told == ["MASTER_ADDR", "MASTER_PORT"] and "ACCELERATE_MIXED_PRECISION" in os.environ:
+        raise ConfigError(
+            "`accelerate launch` was asked for several processes, and without a GPU it has started one.",
+            "Type `dpo-tutorial train --processes N` in its place.",
+        )
     if {"RANK", "LOCAL_RANK", "WORLD_SIZE", "TORCHELASTIC_RUN_ID"} & set(told) and len(told) < len(_TOLD):
         raise ConfigError(
             f"{', '.join(told)} {'is' if len(told) == 1 else 'are'} set, but torchrun has not started this process.",
@@ -117,11 +122,9 @@ def _told(error, number: int) -> str:
     recorded = [failure.message for _, failure in failures if isinstance(failure.message, dict)]
     ours = [message["message"] for message in recorded if "\n  Fix: " in message["message"]]
     ended = [(rank, failure.signal_name()) for rank, failure in failures if failure.exitcode < 0]
-    killed = [(rank, name) for rank, name in ended if name != "SIGTERM"]  # by which the launcher stops the others
-    if not ours and (killed or not recorded and ended):
+    killed = [end for end in ended if end[1] != "SIGTERM"]  # by which the launcher stops the others
+    if not ours and (killed or (ended and not recorded)):
         rank, name = (killed or ended)[0]
-        return (
-            f"Process {rank} of {number} was killed ({name}), and the others were stopped.\n"
-            "  Fix: Give the same command again: it goes on from the last checkpoint."
-        )
+        cause = f"Process {rank} of {number} was killed ({name}), and the others were stopped."
+        return f"{cause}\n  Fix: Give the same command again: it goes on from the last checkpoint."
     return (ours or [message["extraInfo"]["py_callstack"] for message in recorded] or [str(error)])[0]
