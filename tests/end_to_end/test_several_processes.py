@@ -62,7 +62,7 @@ def alone(given, tmp_path_factory) -> Path:
 
 def test_two_processes_train_the_adapter_of_one_and_only_the_first_speaks(given, alone, tmp_path):
     started = start(given, tmp_path)
-    said, errors = started.communicate(timeout=120)
+    said, errors = started.communicate(timeout=300)
     assert started.returncode == 0, errors[-3000:]
     assert difference(tmp_path, alone) < 1e-5
     assert said.count("adapter saved in") == said.count("profile 'cpu'") == 1
@@ -86,7 +86,7 @@ def killed(given, tmp_path_factory) -> Path:
             time.sleep(0.01)
         ranks = {child.environ().get("RANK"): child for child in psutil.Process(started.pid).children()}
         ranks["1"].send_signal(signal.SIGKILL)
-        said, errors = started.communicate(timeout=60)
+        said, errors = started.communicate(timeout=300)
     finally:
         started.kill()
     assert started.returncode == 1 and "adapter saved" not in said
@@ -101,7 +101,7 @@ def test_a_run_with_a_killed_process_goes_on_with_as_many_or_with_one(given, alo
     shutil.copytree(killed, tmp_path, dirs_exist_ok=True)
     if processes == 2:
         started = start(given, tmp_path)
-        said, errors = started.communicate(timeout=120)
+        said, errors = started.communicate(timeout=300)
         assert started.returncode == 0, errors[-3000:]
         assert said.count("Resuming after step") == 1
     else:
@@ -125,14 +125,14 @@ def test_two_go_on_where_one_was_stopped(given, alone, tmp_path, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             cli.main(words(given, tmp_path))
     started = start(given, tmp_path)
-    said, errors = started.communicate(timeout=120)
+    said, errors = started.communicate(timeout=300)
     assert started.returncode == 0, errors[-3000:]
     assert "Resuming after step 3 of 8" in said and difference(tmp_path, alone) < 1e-5
 
 
 def test_what_both_processes_refuse_is_said_once(given, tmp_path):
     started = start(given | {"GRAD_ACCUM": "3"}, tmp_path)
-    said, errors = started.communicate(timeout=120)
+    said, errors = started.communicate(timeout=300)
     assert started.returncode == 1
     cause = "ConfigError: 2 processes cannot share GRAD_ACCUM=3 batches evenly."
     assert errors.count(cause + "\n  Fix: Set BATCH_SIZE=1 GRAD_ACCUM=6: still 6 pairs a step.") == 1
