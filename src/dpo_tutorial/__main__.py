@@ -1,4 +1,4 @@
-"""`python -m dpo_tutorial WORD …`: the command dpo-tutorial, also for `accelerate launch -m dpo_tutorial train …`."""
+"""`python -m dpo_tutorial WORD …`: the command dpo-tutorial, also for `torchrun -m dpo_tutorial train …`."""
 
 import sys
 from pathlib import Path

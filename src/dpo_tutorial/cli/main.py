@@ -18,10 +18,10 @@ def run(options: argparse.Namespace, given: dict[str, str]) -> None:
     run.run_all(given)
 
 
-def train(options: argparse.Namespace, given: dict[str, str]) -> None:
-    from ..training import train
+def train(options: argparse.Namespace, given: dict[str, str]) -> int:
+    from ..training import processes
 
-    train.train_headless(given)
+    return processes.train(given, options.processes)
 
 
 def compare(options: argparse.Namespace, given: dict[str, str]) -> None:
@@ -81,7 +81,8 @@ def parser() -> argparse.ArgumentParser:
         return made
 
     word(run, "run all six notebooks")
-    word(train, "train without a notebook; under accelerate: accelerate launch -m dpo_tutorial train")
+    training = word(train, "train without a notebook, in one process or several")
+    training.add_argument("--processes", type=int, metavar="N", help="on this machine, one for each GPU (default: 1)")
     comparing = word(compare, "judge a trained adapter: comparison.json, records.json and one page, report.html", True)
     comparing.add_argument("--data", default="", help="hub id[@revision], folder or file; default: what it trained on")
     comparing.add_argument("--out", default="report", metavar="DIR", help="folder for the report (default: report)")

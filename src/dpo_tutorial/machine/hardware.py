@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import random
+from datetime import timedelta
 
 DTYPES = ("bf16", "fp16", "fp32")
 
@@ -86,10 +87,13 @@ def device() -> str:
 
 
 def processes():
-    """accelerate's record of the processes that train together, on `device()`; made on the first call."""
+    """accelerate's record of the processes that train together, on `device()`; made on the first call.
+
+    The others wait up to 12 hours for the first, which prepares the pairs.
+    """
     from accelerate import PartialState
 
-    return PartialState(cpu=device() == "cpu")
+    return PartialState(cpu=device() == "cpu", timeout=timedelta(hours=12))
 
 
 def seed_everything(seed: int) -> None:

@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 
 from datasets import Dataset, DatasetDict
+from torch import distributed
 from transformers import PreTrainedTokenizerBase
 
 from .. import run_folder
@@ -40,6 +41,8 @@ def save_data(run: run_folder.Run, prepared: prepare.Prepared) -> Path:
 
 
 def _write_data_report(run: run_folder.Run, prepared: prepare.Prepared) -> None:
+    if distributed.is_available() and distributed.is_initialized() and distributed.get_rank():
+        return  # the first of several processes writes it
     folder = {"prepared": data_dir(run).name}  # a run's folder may hold the prepared data of several configs
     run.write_json("data_report.json", folder | prepare.data_report(run.config, prepared))
 

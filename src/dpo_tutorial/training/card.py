@@ -24,6 +24,7 @@ def rows(config: Config, record: dict) -> list[tuple[str, object]]:
         ("Steps", f"{steps} at batch {config.batch_size} x {config.grad_accum}, peak rate {config.learning_rate:g}"),
         ("Seed", config.seed),
         ("Compute type", config.dtype),
+        *([("Processes", record["processes"])] if record.get("processes", 1) > 1 else []),
         ("Hardware", record["hardware"].get("gpu") or f"CPU, {record['hardware']['cores']} cores"),
         ("Versions", ", ".join(f"{k} {v}" for k, v in record["versions"].items())),
     ]

@@ -32,12 +32,11 @@ def folder(run: run_folder.Run) -> Path:
 
 
 def fingerprint(config: Config, trainer) -> dict:
-    """What decides the adapter: config, pairs as the trainer reads them, the base, processes."""
+    """What decides the adapter: config, pairs as the trainer reads them, the base. Not how many processes share it."""
     return {
         "config": config.training_identity(),
         "pairs": digest_of_pairs(trainer.train_dataset),
         "base": digest_of_base(trainer.model),
-        "processes": hardware.processes().num_processes,  # each takes its share of the batches
     }
 
 
@@ -64,8 +63,6 @@ def changes(then: dict, now: dict) -> list[str]:
     """Names of what differs between two fingerprints."""
     old, new = then["config"], now["config"]
     names = [f"{n.upper()} ({old.get(n)!r}, now {new.get(n)!r})" for n in new if old.get(n) != new[n]]
-    if then["processes"] != now["processes"]:
-        names.append(f"the number of processes ({then['processes']}, now {now['processes']})")
     names += ["the training pairs"] * (then["pairs"] != now["pairs"])
     return names + ["the weights or the config of the base model"] * (then["base"] != now["base"])
 
@@ -142,7 +139,8 @@ class Seal(TrainerCallback):
     """Seal each checkpoint once it is written, and give a resumed epoch its order of batches back.
 
     transformers draws the order from torch's random numbers when an epoch begins, but keeps only their state at the
-    checkpoint. So in any epoch but the first, a resumed run would skip as many batches of another order.
+    checkpoint. So in any epoch but the first, a resumed run would skip as many batches of another order. And it finds
+    that state only where as many processes go on as had stopped.
 
     Args:
         seal: of the checkpoint that the training resumes from.
@@ -152,6 +150,7 @@ class Seal(TrainerCallback):
         self.run, self.fingerprint, self.seal = run, fingerprint, seal
         self.order: torch.Tensor | None = None
         self.started = 0.0
+        self.went_on = False
 
     def seconds(self) -> float:
         """Seconds of training so far, those before the stop included."""
@@ -167,6 +166,11 @@ class Seal(TrainerCallback):
             torch.set_rng_state(torch.frombuffer(bytearray.fromhex(self.seal["order"]), dtype=torch.uint8))
         self.order = torch.get_rng_state()
 
+    def on_step_begin(self, args, state, control, **kwargs) -> None:
+        if self.seal and self.seal.get("random", self.seal["order"]) != self.seal["order"] and not self.went_on:
+            torch.set_rng_state(torch.frombuffer(bytearray.fromhex(self.seal["random"]), dtype=torch.uint8))
+        self.went_on = True
+
     def on_save(self, args, state, control, **kwargs) -> None:
         hardware.processes().wait_for_everyone()  # each process writes the state of its own random numbers
         if not state.is_world_process_zero:
@@ -178,6 +182,7 @@ class Seal(TrainerCallback):
             "fingerprint": self.fingerprint,
             "seconds": self.seconds(),
             "order": order.numpy().tobytes().hex(),
+            "random": torch.get_rng_state().numpy().tobytes().hex(),
             "files": _sums(checkpoint),
         }
         self.run.write_json(checkpoint.relative_to(self.run.dir) / SEAL, seal)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 
 import torch
 import trl.kernels.chunked_logprob
@@ -13,6 +14,7 @@ from datasets import Dataset
 from datasets.fingerprint import Hasher
 from peft import PeftModel
 from transformers import PreTrainedModel
+from transformers.trainer_pt_utils import LengthGroupedSampler
 from trl import DPOConfig, DPOTrainer
 
 from . import footprint, prefix, timing, watch
@@ -50,6 +52,12 @@ class FastDPOTrainer(timing.Timed, DPOTrainer):
         """Whether prompts are computed once: asked for, and the model is of a kind that allows it."""
         return self.share_prefixes and not prefix.obstacle(_causal(self.model))
 
+    def _get_train_sampler(self, *args):
+        sampler = super()._get_train_sampler(*args)
+        if isinstance(sampler, LengthGroupedSampler):  # of the pairs of a step, whichever process takes them
+            sampler.batch_size *= self.args.world_size
+        return sampler
+
     def training_step(self, *args, **kwargs):
         with self._head():  # the backward pass makes the logits anew, in tiles of the same size
             return super().training_step(*args, **kwargs)
@@ -81,6 +89,10 @@ class FastDPOTrainer(timing.Timed, DPOTrainer):
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
         of = (dataset._fingerprint, self.ld_alpha, self.args.bf16, self.args.fp16, self.share_prefixes)
         dataset._fingerprint = Hasher.hash(of)  # TRL keys its cache by pairs and model alone
+        if self.args.world_size > 1:  # pairs in memory have a temporary folder for each process: here one for all
+            folder = Path(self.args.output_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            dataset._get_cache_file_path = lambda fingerprint: str(folder / f"reference-{fingerprint}.arrow")
         return super()._precompute_ref_logps(dataset, name, batch_size)
 
 

@@ -102,13 +102,18 @@ def obstacle(causal: PreTrainedModel) -> str:
     kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
     if config._attn_implementation != "sdpa":
         return f"attention is {config._attn_implementation}, not torch's"
-    if any("expert" in key and value for key, value in config.to_dict().items()):
+    if has_experts(config):
         return "a mixture of experts: what its router counts is the batch as TRL collates it"
     if kinds:
         return f"layers of another kind: {', '.join(sorted(kinds))}"
     if getattr(config, "alibi", False) or "position_ids" not in signature(type(causal.base_model).forward).parameters:
         return "positions cannot be given"
     return _disobeys(causal)
+
+
+def has_experts(config) -> bool:
+    """Whether a model's config is of a mixture of experts."""
+    return any("expert" in key and value for key, value in config.to_dict().items())
 
 
 def window(config) -> float:

@@ -140,6 +140,7 @@ def saving(config: Config, run: run_folder.Run, trainer: DPOTrainer, seconds: fl
         "pairs": {"number": len(trainer.train_dataset), "sha256": hashlib.sha256(lines.encode()).hexdigest()},
         "template": templates.template_options(trainer.processing_class),
         "seconds": round(seconds, 1),
+        "processes": hardware.processes().num_processes,
         "peak_memory_gib": round(memory.peak_memory_gib(), 2),
         "versions": session.versions(),
         "hardware": hardware.hardware(),

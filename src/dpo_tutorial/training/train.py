@@ -12,11 +12,12 @@ from trl import DPOConfig, DPOTrainer
 from .. import run_folder
 from ..adapter import lora
 from ..config import resolve
+from ..errors import ConfigError
 from ..knobs import Config
 from ..loading import models
 from ..machine import hardware, memory
 from ..pairs import store
-from . import checkpoints, faster, memory_plan, resume, save, tracking, watch
+from . import checkpoints, faster, memory_plan, prefix, resume, save, tracking, watch
 
 
 def dpo_config(config: Config, output_dir: str | Path, **changes) -> DPOConfig:
@@ -31,7 +32,7 @@ def dpo_config(config: Config, output_dir: str | Path, **changes) -> DPOConfig:
         num_train_epochs=config.epochs,
         per_device_train_batch_size=config.batch_size,
         per_device_eval_batch_size=2 * config.batch_size,  # no gradients, so twice as many fit
-        gradient_accumulation_steps=config.grad_accum,
+        gradient_accumulation_steps=share(config),
         max_length=None,  # notebook 04 dropped what is too long; nothing is cut silently here
         train_sampling_strategy="group_by_length",  # batches of similar length: less padding to compute
         remove_unused_columns=False,  # else TRL drops the length column before the sampler sees it
@@ -44,6 +45,23 @@ def dpo_config(config: Config, output_dir: str | Path, **changes) -> DPOConfig:
         logging_steps=1,
     )
     return DPOConfig(**(arguments | other_arguments(config) | changes))
+
+
+def share(config: Config) -> int:
+    """How many of a step's GRAD_ACCUM batches each process takes: a step has the same pairs however many there are.
+
+    Raises:
+        ConfigError: it is no whole number.
+    """
+    number, pairs = hardware.processes().num_processes, config.batch_size * config.grad_accum
+    if config.grad_accum % number == 0:
+        return config.grad_accum // number
+    more = -(-config.grad_accum // number) * number
+    fix = f"Set GRAD_ACCUM={more}: {config.batch_size * more} pairs a step."
+    if pairs % number == 0:
+        size = next(n for n in range(config.batch_size, 0, -1) if pairs // number % n == 0)
+        fix = f"Set BATCH_SIZE={size} GRAD_ACCUM={pairs // size}: still {pairs} pairs a step."
+    raise ConfigError(f"{number} processes cannot share GRAD_ACCUM={config.grad_accum} batches evenly.", fix)
 
 
 def other_arguments(config: Config) -> dict:
@@ -88,7 +106,8 @@ def build_trainer(
     """
     lora.check_lora_targets(model, config)
     given = lora.go_on_from(config, model, config.start_from) if config.start_from else None
-    quiet = {"save_strategy": "no"} | ({} if val else {"eval_strategy": "no"})
+    quiet: dict = {"save_strategy": "no"} | ({} if val else {"eval_strategy": "no"})
+    quiet |= {"ddp_find_unused_parameters": prefix.has_experts(model.config.get_text_config())}  # an expert may idle
     return faster.FastDPOTrainer(
         model=given or model,
         args=dpo_config(config, output_dir, **(quiet | changes)),
@@ -129,8 +148,18 @@ def train(
     val: Dataset,
 ) -> DPOTrainer:
     """Train the adapter and save it: what notebook 05 does around its explanations."""
-    config, why = memory_plan.choose_checkpointing(config, memory.free_memory_gib() * 2**30)
+    number, free = hardware.processes().num_processes, memory.free_memory_gib() * 2**30
+    if hardware.device() == "cpu":
+        free /= number  # they share main memory
+    config, why = memory_plan.choose_checkpointing(config, free)
     print(why)
+    if number > 1:
+        print(
+            f"{number} processes train together. A step has GRAD_ACCUM={config.grad_accum} batches of BATCH_SIZE="
+            f"{config.batch_size} pairs: each takes {share(config)} of them."
+        )
+        if again := -len(train) % (number * config.batch_size):
+            print(f"Each needs as many batches: {again} of the {len(train)} pairs come twice in an epoch.")
     trainer = build_trainer(config, model, tokenizer, train, val, checkpoints.folder(run), save_strategy="steps")
     trainer.add_callback(Progress(run.dir / "progress.jsonl"))
     tracking.watch(config, run, trainer)
@@ -153,11 +182,13 @@ def check_first_loss(trainer: DPOTrainer) -> float:
 
 
 def train_headless(parameters: dict[str, str]) -> None:
-    """Train without a notebook: `dpo-tutorial train`, or `accelerate launch -m dpo_tutorial train -p NAME VALUE`."""
+    """Train without a notebook, as one process or as one of several (`processes.train`)."""
+    processes = hardware.processes()  # each takes its GPU before anything else looks at one
     config = resolve(**parameters)
+    share(config)  # before a model is loaded
     hardware.seed_everything(config.seed)
     run = run_folder.Run(config)
-    with hardware.processes().main_process_first():
+    with processes.main_process_first():
         tokenizer = models.load_tokenizer(config)
         splits = store.ensure_data(run, tokenizer).splits
     train(config, run, models.load_base(config), tokenizer, splits["train"], splits["val"])
