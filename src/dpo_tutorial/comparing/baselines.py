@@ -15,7 +15,7 @@ from .stats import right
 def bag_of_words(train: Dataset, test: Dataset) -> list[float]:
     """Whether a logistic regression over words and word pairs finds the chosen answer of each test pair.
 
-    It sees the difference of the two answers' word counts and nothing else: no prompt, no word order.
+    It sees the difference of the two answers' word counts and nothing else: no prompt, no order but that of neighbours.
 
     Returns:
         One value per test pair, as `right`; all 0.5 where the training answers are too few to share a word.

@@ -53,7 +53,7 @@ def verdict(
     if noise:
         said.append(
             f"Rounding alone moves a margin by {noise['spread']:.2g} (root mean square). Below {noise['floor']:.2g} "
-            f"its sign says nothing: so it is with {noise['within']} of {a['n']} margins."
+            f"its sign is not certain: so it is with {noise['within']} of {a['n']} margins."
         )
     if chosen > 0 > rejected:
         said.append(
