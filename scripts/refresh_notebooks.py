@@ -1,4 +1,4 @@
-"""Run the cpu profile and the quickstart, and write their outputs into notebooks/, README's pictures into docs/.
+"""Run the cpu profile and the quickstart, and write their outputs into notebooks/, README's drawing into docs/.
 
 `make notebooks`.
 """
@@ -79,7 +79,6 @@ def refresh() -> None:
     for path in run.notebooks(ROOT / "notebooks"):
         clean_notebook(Path(summary["executed"]) / path.name, path)
     clean_notebook(executed / quickstart.name, quickstart)
-    shutil.copy(Path(summary["figures"]) / "rules.png", ROOT / "docs")
     (ROOT / "docs" / "method.png").write_bytes(show.picture(show.method()).data)
     print("notebooks/ now holds the outputs of these runs")
 
