@@ -8,13 +8,13 @@ import json
 from pathlib import Path
 
 from datasets import Dataset, DatasetDict
-from torch import distributed
 from transformers import PreTrainedTokenizerBase
 
 from .. import run_folder
 from ..errors import ArtifactError
 from ..knobs import Config
 from ..loading.embedded import sha256
+from ..machine import hardware
 from . import prepare, sources, splits
 
 
@@ -41,8 +41,8 @@ def save_data(run: run_folder.Run, prepared: prepare.Prepared) -> Path:
 
 
 def _write_data_report(run: run_folder.Run, prepared: prepare.Prepared) -> None:
-    if distributed.is_available() and distributed.is_initialized() and distributed.get_rank():
-        return  # the first of several processes writes it
+    if not hardware.processes().is_main_process:  # of several, the first writes it
+        return
     folder = {"prepared": data_dir(run).name}  # a run's folder may hold the prepared data of several configs
     run.write_json("data_report.json", folder | prepare.data_report(run.config, prepared))
 
