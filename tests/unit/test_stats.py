@@ -304,13 +304,15 @@ def test_rules_hold_the_rates_and_the_paired_change():
 
 # --- in words ----
 
+REWARD = {"mean": -1.0, "low": -1.5, "high": -0.5}
+
 
 @pytest.mark.parametrize(
     ("hits", "words"), [(58, "tells chosen from rejected"), (30, "No effect"), (5, "swapped labels")]
 )
 def test_the_verdict_follows_the_numbers(hits, words):
     held_out = {
-        "accuracy": stats.rate(hits, 60), "reward_chosen": {"mean": -0.5}, "reward_rejected": {"mean": -1.0},
+        "accuracy": stats.rate(hits, 60), "reward_chosen": REWARD | {"mean": -0.5}, "reward_rejected": REWARD,
     }  # fmt: skip
     rules = {
         "before": {"no opener": stats.rate(2, 24), "plain words": stats.rate(12, 24)},
@@ -325,7 +327,26 @@ def test_the_verdict_follows_the_numbers(hits, words):
     assert len(verdict.verdict(held_out, rules)) == 4, "nothing is said of noise that was not measured"
 
 
-HELD_OUT = {"accuracy": stats.rate(58, 60), "reward_chosen": {"mean": 1.0}, "reward_rejected": {"mean": -1.0}}
+HELD_OUT = {
+    "accuracy": stats.rate(58, 60),
+    "reward_chosen": {"mean": 1.0, "low": 0.5, "high": 1.5},
+    "reward_rejected": REWARD,
+}
+
+
+@pytest.mark.parametrize(
+    ("chosen", "words"),
+    [
+        ({"low": 0.5, "high": 1.5}, "Chosen answers became more likely and rejected ones less"),
+        ({"low": -0.1, "high": 0.9}, "For at least one of them no change is shown"),
+        ({"low": -0.9, "high": -0.1}, "Both sides became less likely"),
+        ({"low": math.nan, "high": math.nan}, "For at least one of them no change is shown"),
+    ],
+)
+def test_a_reward_moves_only_where_its_interval_leaves_zero_out(chosen, words):
+    found = HELD_OUT | {"reward_chosen": {"mean": 0.4} | chosen}
+    said = verdict.verdict(found, stats.rules([answer("a")], [answer("a")], {"a": bool}))
+    assert words in said[1]
 
 
 @pytest.mark.parametrize(

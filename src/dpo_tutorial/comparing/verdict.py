@@ -28,7 +28,7 @@ def verdict(
         instructions: as `instructions.summary`.
         same_length, same_form: as `rules` and `form`, of the answers that `equal_length` gives.
     """
-    a, chosen, rejected = held_out["accuracy"], held_out["reward_chosen"]["mean"], held_out["reward_rejected"]["mean"]
+    a, chosen, rejected = held_out["accuracy"], held_out["reward_chosen"], held_out["reward_rejected"]
     span = f"{a['rate']:.2f} (95% interval {a['low']:.2f} to {a['high']:.2f}, {a['n']} pairs)"
     if a["low"] > 0.5:
         said = [f"The policy tells chosen from rejected on held-out pairs: accuracy {span}, against 0.50 before."]
@@ -55,17 +55,18 @@ def verdict(
             f"Rounding alone moves a margin by {noise['spread']:.2g} (root mean square). Below {noise['floor']:.2g} "
             f"its sign is not certain: so it is with {noise['within']} of {a['n']} margins."
         )
-    if chosen > 0 > rejected:
+    rewards = f"chosen {chosen['mean']:+.2f}, rejected {rejected['mean']:+.2f}"
+    if chosen["low"] > 0 > rejected["high"]:
+        said.append(f"Chosen answers became more likely and rejected ones less: mean rewards {rewards}.")
+    elif chosen["high"] < 0 and rejected["high"] < 0:
         said.append(
-            f"Chosen answers became more likely (reward {chosen:+.2f}) and rejected ones less ({rejected:+.2f})."
+            f"Both sides became less likely: mean rewards {rewards}. DPO raises the difference, not the chosen answer. "
+            "Some fall is usual; a long fall is a sign to stop earlier or raise beta."
         )
-    elif chosen < 0 and rejected < 0:
-        said.append(
-            f"Both sides became less likely (rewards {chosen:+.2f} and {rejected:+.2f}): DPO raises the difference, "
-            "not the chosen answer. Some fall is usual; a long fall is a sign to stop earlier or raise beta."
-        )
+    elif chosen["low"] > 0 and rejected["low"] > 0:
+        said.append(f"Both sides became more likely: mean rewards {rewards}.")
     else:
-        said.append(f"Rewards: chosen {chosen:+.2f}, rejected {rejected:+.2f}.")
+        said.append(f"Mean rewards: {rewards}. For at least one of them no change is shown.")
     if kl:
         nats = kl["per_answer"]
         said.append(
