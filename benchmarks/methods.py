@@ -1,10 +1,10 @@
 """Which loss gains most for the same distance from the base?
 
-    python benchmarks/methods.py sigmoid others        # 54 runs, about 270 CPU-minutes, two at a time on one core each
+    python benchmarks/methods.py sigmoid others        # 24 runs, about 180 CPU-minutes, two at a time on one core each
 
-Every method at two rates (sigmoid, DPO itself, at three) and three seeds: 160 training pairs in 20 steps, judged on 64
-validation pairs and on the answers to 16 of their prompts. The seed decides which pairs and prompts, for all methods
-alike. A run takes about 5 CPU-minutes: 2.8 for the training, 0.7 for the scores, 1.6 for answers and KL. What is
+Every method with three seeds: 160 training pairs in 20 steps, judged after 6 steps and at the end, on 64 validation
+pairs and on the answers to 16 of their prompts. The seed decides which pairs and prompts, for all methods alike. A run
+takes about 7 CPU-minutes: 2.8 for the training, and twice 0.7 for the scores and 1.6 for answers and KL. What is
 recorded is not run again, so a stage that was stopped goes on.
 """
 
@@ -17,8 +17,12 @@ from harness import UNMEASURED, Record, image, in_turn, machines, main, newest, 
 
 FIGURE = "methods.png"
 SEEDS = (42, 1, 2)
-LOW, MIDDLE, HIGH = 1e-4, 1.7e-4, 3e-4
-SIZES = {"max_train": 160, "max_val": 64, "compare_prompts": 16, "max_new_tokens": 96, "sft_weight": 0.0}
+#: After how many steps a training is judged. The rate falls to 0 along it, so half of the way is made in the first 6.
+POINTS = (6, 20)
+SIZES = {
+    "max_train": 160, "max_val": 64, "compare_prompts": 16, "max_new_tokens": 96, "sft_weight": 0.0,
+    "learning_rate": 2e-4, "max_steps": POINTS[-1],
+}  # fmt: skip
 #: Method → knobs. The betas of the two that divide by tokens follow from what sigmoid reached (`betas`).
 METHODS: dict[str, dict] = {
     "sigmoid": {},
@@ -36,24 +40,43 @@ METHODS: dict[str, dict] = {
 
 
 def measure(task: dict, folder: Path) -> dict:
-    """One training with the task's `knobs`, judged on validation pairs: about 5 CPU-minutes, `untrained` 2."""
+    """One training with the task's `knobs`, judged on validation pairs after each of its `points` (steps).
+
+    Returns:
+        `points`: `step` → as `judged`. Step 0 is the base.
+    """
     import trainings
+    from transformers import TrainerCallback
 
     from dpo_tutorial import config
     from dpo_tutorial.loading import models
     from dpo_tutorial.machine import hardware
     from dpo_tutorial.pairs import prepare
 
+    class Keep(TrainerCallback):
+        """Keeps the adapter as it is after some steps."""
+
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step in task["points"]:
+                kept[state.global_step] = adapter()
+
+    def adapter() -> dict:
+        return {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
+
     cfg = config.resolve(profile="cpu", **task["knobs"])
     tokenizer = models.load_tokenizer(cfg)
     splits = prepare.prepare(cfg, tokenizer).splits
     hardware.seed_everything(cfg.seed)
     trainer = trainings.our_trainer(cfg, models.load_base(cfg), tokenizer, splits["train"], None, folder)
-    if not task.get("untrained"):
-        hardware.seed_everything(cfg.seed)
-        trainer.train()
-    about = {"method": task["method"], "rate": cfg.learning_rate, "seed": cfg.seed, "beta": cfg.beta}
-    return about | judged(cfg, trainer.model, tokenizer, splits["val"])
+    kept = {0: adapter()} if 0 in task["points"] else {}
+    trainer.add_callback(Keep())
+    hardware.seed_everything(cfg.seed)
+    trainer.train()
+    points = {}
+    for step, state in kept.items():
+        trainer.model.load_state_dict(state, strict=False)
+        points[step] = judged(cfg, trainer.model, tokenizer, splits["val"])
+    return {"method": task["method"], "seed": cfg.seed, "beta": cfg.beta, "points": points}
 
 
 def judged(cfg, model, tokenizer, pairs) -> dict:
@@ -87,29 +110,26 @@ def judged(cfg, model, tokenizer, pairs) -> dict:
 # --- stages ---------------------------------------------------------------------------------------------------------
 
 
-def task_of(method: str, rate: float, seed: int, **knobs) -> tuple[str, dict]:
-    """(name of the measurement, task)"""
-    knobs = SIZES | METHODS.get(method, {}) | {"learning_rate": rate, "seed": seed} | knobs
-    task = {"kind": "measure", "method": method, "knobs": knobs, "untrained": method == "base"}
-    return f"{method}, {rate:g}, seed {seed}", task
+def task_of(method: str, seed: int, **knobs) -> tuple[str, dict]:
+    """(name of the measurement, task). Along with `sigmoid` the base is judged, once for all methods."""
+    knobs = SIZES | METHODS[method] | {"seed": seed} | knobs
+    points = (0, *POINTS) if method == "sigmoid" else POINTS
+    return f"{method}, seed {seed}", {"kind": "measure", "method": method, "knobs": knobs, "points": points}
 
 
 def sigmoid(record: Record, options) -> None:
-    """The base and DPO itself, at three rates: 12 runs, 54 CPU-minutes."""
-    tasks = [task_of("base", MIDDLE, seed) for seed in SEEDS]
-    tasks += [task_of("sigmoid", rate, seed) for rate in (MIDDLE, LOW, HIGH) for seed in SEEDS]
-    in_turn(__file__, record, "sigmoid", dict(tasks))
+    """DPO itself, and the base: 3 runs, 29 CPU-minutes."""
+    in_turn(__file__, record, "sigmoid", dict(task_of("sigmoid", seed) for seed in SEEDS))
 
 
 def others(record: Record, options) -> None:
-    """The other methods at two rates: 42 runs, 216 CPU-minutes."""
-    reached = by_method(runs_of(record.lines())).get("sigmoid", {}).get(MIDDLE, [])
+    """The other methods: 21 runs, 155 CPU-minutes."""
+    reached = by_method(runs_of(record.lines())).get("sigmoid", {}).get(POINTS[-1], [])
     if len(reached) < len(SEEDS):
         raise SystemExit("Run the stage sigmoid first: two betas follow from what it reaches.")
     own = {method: {"beta": beta} for method, beta in betas(reached).items()}
-    names = [name for name in METHODS if name != "sigmoid"]
-    every = [(rate, seed, name) for rate in (HIGH, LOW) for seed in SEEDS for name in names]
-    in_turn(__file__, record, "others", dict(task_of(m, rate, seed, **own.get(m, {})) for rate, seed, m in every))
+    every = [(seed, name) for seed in SEEDS for name in METHODS if name != "sigmoid"]
+    in_turn(__file__, record, "others", dict(task_of(m, seed, **own.get(m, {})) for seed, m in every))
 
 
 def betas(sigmoid: list[dict]) -> dict[str, float]:
@@ -135,14 +155,20 @@ def kl(run: dict) -> float:
 
 
 def runs_of(lines: list[dict]) -> list[dict]:
-    return [run for stage in STAGES for run in newest(lines, stage).values()]
+    """Every point of every training, as a run of its own; at step 0 its method is "base"."""
+    return [
+        run | point | {"step": int(step), "method": run["method"] if int(step) else "base"}
+        for stage in STAGES
+        for run in newest(lines, stage).values()
+        for step, point in run["points"].items()
+    ]
 
 
-def by_method(runs: list[dict]) -> dict[str, dict[float, list[dict]]]:
-    """Method → rate → its runs, one a seed; without the base."""
-    found: dict[str, dict[float, list[dict]]] = {}
-    for run in sorted(runs, key=lambda r: r["rate"]):
-        found.setdefault(run["method"], {}).setdefault(run["rate"], []).append(run)
+def by_method(runs: list[dict]) -> dict[str, dict[int, list[dict]]]:
+    """Method → step → its runs, one a seed; without the base."""
+    found: dict[str, dict[int, list[dict]]] = {}
+    for run in sorted(runs, key=lambda r: r["step"]):
+        found.setdefault(run["method"], {}).setdefault(run["step"], []).append(run)
     return {method: found[method] for method in METHODS if method in found}
 
 
@@ -165,10 +191,10 @@ def runs_table(runs: list[dict]) -> str:
     }
     bases = [r for r in runs if r["method"] == "base"]
     rows = [["base", "", "", *(cell(bases) for cell in columns.values())]] if bases else []
-    for method, rates in by_method(runs).items():
-        for rate, some in rates.items():
-            rows.append([method, f"{some[0]['beta']:.2g}", f"{rate:g}", *(cell(some) for cell in columns.values())])
-    return table(["method", "beta", "rate", *columns], rows)
+    for method, steps in by_method(runs).items():
+        for step, some in steps.items():
+            rows.append([method, f"{some[0]['beta']:.2g}", step, *(cell(some) for cell in columns.values())])
+    return table(["method", "beta", "steps", *columns], rows)
 
 
 def at_distance(base: dict, runs: list[dict], distance: float, gain) -> float | None:
@@ -180,16 +206,16 @@ def at_distance(base: dict, runs: list[dict], distance: float, gain) -> float | 
 
 
 def equal_table(runs: list[dict]) -> str:
-    """Each gain at the KL that sigmoid has at the middle rate, seed by seed."""
+    """Each gain at half the KL that sigmoid ends at, seed by seed."""
     bases = {r["seed"]: r for r in runs if r["method"] == "base"}
     methods = by_method(runs)
-    distances = {r["seed"]: kl(r) for r in methods["sigmoid"].get(MIDDLE, []) if r["seed"] in bases}
+    distances = {r["seed"]: kl(r) / 2 for r in methods["sigmoid"].get(POINTS[-1], []) if r["seed"] in bases}
     rows = []
-    for method, rates in methods.items():
+    for method, steps in methods.items():
         cells = []
         for gain in GAINS.values():
             found = [
-                at_distance(bases[s], [r for rs in rates.values() for r in rs if r["seed"] == s], distance, gain)
+                at_distance(bases[s], [r for rs in steps.values() for r in rs if r["seed"] == s], distance, gain)
                 for s, distance in distances.items()
             ]
             reached = [value for value in found if value is not None]
@@ -199,15 +225,15 @@ def equal_table(runs: list[dict]) -> str:
 
 
 def gained(runs: list[dict]):
-    """What each method gained over how far it went: means over the seeds, a line from the base through its rates."""
+    """What each method gained over how far it went: means over the seeds, a line from the base along its training."""
     from dpo_tutorial.show import figures
 
     base = [r for r in runs if r["method"] == "base"]
     colors = (figures.BLUE, figures.ORANGE, figures.GREEN, "#D55E00", "#CC79A7", "#56B4E9", figures.GREY, "black")
     lines, said = {}, []
-    for method, rates in by_method(runs).items():
+    for method, steps in by_method(runs).items():
         means = [{"KL": statistics.mean(map(kl, some))} | {g: statistics.mean(map(of, some)) for g, of in GAINS.items()}
-                 for some in rates.values()]  # fmt: skip
+                 for some in steps.values()]  # fmt: skip
         lines[method] = means
         last = max(means, key=lambda m: m["KL"])
         said.append(f"{method} {', '.join(f'{gain} {last[gain]:.2f}' for gain in GAINS)} at {last['KL']:.3f} nats")

@@ -481,33 +481,36 @@ def test_ultrafeedback_holds_each_row_out_once_and_records_no_text(knobs, tmp_pa
         ultrafeedback.all_folds(record, asked)
 
 
-def test_a_method_is_trained_and_judged(knobs, tmp_path):
-    small = methods.SIZES | {"max_train": 16, "max_val": 4, "compare_prompts": 2} | knobs
+def test_a_method_is_trained_and_judged_along_its_training(knobs, tmp_path, monkeypatch):
+    monkeypatch.setattr(methods, "POINTS", (2, 4))  # the first step moves nothing
+    small = {"max_train": 16, "max_val": 4, "compare_prompts": 2, "max_steps": 4, "learning_rate": 1e-2} | knobs
     found = {}
-    for method in ("base", "ipo", "LD-DPO"):
-        _, task = methods.task_of(method, 1e-2, 1)
-        found[method] = methods.measure(task | {"knobs": task["knobs"] | small}, tmp_path)
-        assert len(found[method]["kept"]) == found[method]["tokens"]["n"] == found[method]["kl"]["n"] == 2
-    assert (
-        found["base"]["accuracy"]["rate"] == 0.5 and found["base"]["kl"]["mean"] == found["base"]["nats"]["mean"] == 0
-    )
-    assert found["ipo"]["nats"]["mean"] != found["LD-DPO"]["nats"]["mean"] != 0
+    for method in ("sigmoid", "ipo"):
+        _, task = methods.task_of(method, 1)
+        found[method] = methods.measure(task | {"knobs": task["knobs"] | small}, tmp_path)["points"]
+        for point in found[method].values():
+            assert len(point["kept"]) == point["tokens"]["n"] == point["kl"]["n"] == 2
+    assert list(found["sigmoid"]) == [0, 2, 4] and list(found["ipo"]) == [2, 4]
+    base = found["sigmoid"][0]
+    assert base["accuracy"]["rate"] == 0.5 and base["kl"]["mean"] == base["nats"]["mean"] == 0
+    ends = [found[method][step]["nats"]["mean"] for method in found for step in (2, 4)]
+    assert len({0, *ends}) == 5, "each point is another adapter"
 
 
-def far(method, rate, seed, kl, kept, beta=0.1):
-    """A judged run that went so far and keeps so many rules."""
+def far(kl, kept):
+    """A judged point that went so far and keeps so many rules."""
     return {
-        "method": method, "rate": rate, "seed": seed, "beta": beta, "kl": {"mean": kl}, "kept": [kept, kept],
-        "accuracy": {"rate": 0.5 + kl}, "nats": {"mean": 200 * kl}, "per_token": {"mean": 5 * kl},
-        "tokens": {"mean": 50}, "distinct_2": {"mean": 0.7},
+        "kl": {"mean": kl}, "kept": [kept, kept], "accuracy": {"rate": 0.5 + kl}, "nats": {"mean": 200 * kl},
+        "per_token": {"mean": 5 * kl}, "tokens": {"mean": 50}, "distinct_2": {"mean": 0.7},
     }  # fmt: skip
 
 
 def test_methods_share_what_beta_means_and_are_compared_at_one_distance(tmp_path, monkeypatch):
     def child(script, task, env):
-        of = task["knobs"] | {"method": task["method"]}
-        went = 0 if of["method"] == "base" else of["learning_rate"] * (100 if of["method"] == "hinge" else 1000)
-        return far(of["method"], of["learning_rate"], of["seed"], went, 0.7 + went, of.get("beta", 0.1))
+        whole = 0.01 if task["method"] == "hinge" else 0.2
+        points = {str(step): far(whole * step / 20, 0.7 + whole * step / 20) for step in task["points"]}
+        about = {"method": task["method"], "seed": task["knobs"]["seed"], "beta": task["knobs"].get("beta", 0.1)}
+        return about | {"points": points}
 
     monkeypatch.setattr(harness, "child", child)
     record = begun(tmp_path, *methods.STAGES)
@@ -517,11 +520,11 @@ def test_methods_share_what_beta_means_and_are_compared_at_one_distance(tmp_path
     for stage in methods.STAGES.values():
         stage(record, None)
     runs = methods.by_method(methods.runs_of(record.lines()))
-    assert runs["ipo"][methods.LOW][0]["beta"] == pytest.approx(1 / 1.7), "1 / (2 beta) are sigmoid's 0.85 nats"
-    assert runs["sigmoid_norm"][methods.LOW][0]["beta"] == pytest.approx(4), "0.85 nats are sigmoid's margin of 3.4"
+    assert runs["ipo"][6][0]["beta"] == pytest.approx(1 / 2), "1 / (2 beta) are sigmoid's 1 nat per token"
+    assert runs["sigmoid_norm"][6][0]["beta"] == pytest.approx(4), "1 nat is sigmoid's margin of 4"
     tables = methods.tables(record.lines())
-    assert tables["runs"].count("\n") == 1 + 1 + 3 + 2 * (len(methods.METHODS) - 1)
-    assert "| ipo | 3 of 3 | 0.87 (0.87 to 0.87) | 0.67" in tables["equal"], "read off at 0.17 nats, between two rates"
+    assert tables["runs"].count("\n") == 1 + 1 + 2 * len(methods.METHODS)
+    assert "| ipo | 3 of 3 | 0.80 (0.80 to 0.80) | 0.60" in tables["equal"], "read off at 0.1 nats, between two points"
     assert "| hinge | 0 of 3 | not so far | not so far |" in tables["equal"]
     assert "apo_zero" in tables["figure"] and figures.picture(*methods.drawn(record.lines()).values()).data
     done = len(record.lines())
