@@ -483,7 +483,7 @@ def test_ultrafeedback_holds_each_row_out_once_and_records_no_text(knobs, tmp_pa
 
 def test_a_method_is_trained_and_judged_along_its_training(knobs, tmp_path, monkeypatch):
     monkeypatch.setattr(methods, "POINTS", (2, 4))  # the first step moves nothing
-    small = {"max_train": 16, "max_val": 4, "compare_prompts": 2, "max_steps": 4, "learning_rate": 1e-2} | knobs
+    small = {"max_train": 16, "max_val": 4, "compare_prompts": 2, "learning_rate": 1e-2} | knobs | {"max_steps": 4}
     found = {}
     for method in ("sigmoid", "ipo"):
         _, task = methods.task_of(method, 1)
