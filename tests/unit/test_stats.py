@@ -354,9 +354,9 @@ def test_a_reward_moves_only_where_its_interval_leaves_zero_out(chosen, words):
     [
         (
             0.05,
-            "As a judge the policy is above each of them (the smallest difference: +0.10, +0.05 to +0.20, to shorter).",
+            "As a judge the policy is better than each of them, and least so than shorter (+0.10, +0.05 to +0.20).",
         ),
-        (-0.05, "As a judge the policy is not shown to be above: shorter (the smallest difference: +0.10, -0.05"),
+        (-0.05, "As a judge the policy is not shown to be better than shorter (+0.10, -0.05 to +0.20)."),
     ],
 )
 def test_the_verdict_names_the_judges_the_distance_and_what_is_left_at_equal_length(low, words):

@@ -39,17 +39,15 @@ def verdict(
     if against:
         scores = ", ".join(f"{name} {found['share']['rate']:.2f}" for name, found in against.items())
         gaps = {name: found["difference"] for name, found in against.items()}
-        beaten = [name for name, gap in gaps.items() if gap["low"] > 0]
-        name, gap = min(gaps.items(), key=lambda item: item[1]["difference"])
+        told = {name: f"{gap['difference']:+.2f}, {show.span(gap, '+.2f')}" for name, gap in gaps.items()}
+        unbeaten = [f"{name} ({told[name]})" for name, gap in gaps.items() if gap["low"] <= 0]
+        nearest = min(gaps, key=lambda name: gaps[name]["difference"])
         judged = (
-            "As a judge the policy is above each of them"
-            if len(beaten) == len(gaps)
-            else f"As a judge the policy is not shown to be above: {', '.join(n for n in gaps if n not in beaten)}"
+            f"As a judge the policy is not shown to be better than {', '.join(unbeaten)}."
+            if unbeaten
+            else f"As a judge the policy is better than each of them, and least so than {nearest} ({told[nearest]})."
         )
-        said.append(
-            f"Simple judges of the same pairs: {scores}. {judged} (the smallest difference: "
-            f"{gap['difference']:+.2f}, {show.span(gap, '+.2f')}, to {name})."
-        )
+        said.append(f"Simple judges of the same pairs: {scores}. {judged}")
     if noise:
         said.append(
             f"Rounding alone moves a margin by {noise['spread']:.2g} (root mean square). Below {noise['floor']:.2g} "

@@ -149,7 +149,7 @@ def rows(found: dict) -> list[dict]:
         (f"accuracy, {found['pairs']} pairs", adapter["accuracy"], exported["accuracy"], ""),
         ("mean margin", adapter["margin"], exported["margin"], ""),
         ("change of a margin, rms", 0, found["margin_change_rms"], ""),
-        ("the same, of the margins' rms", 0, share, limit["margin_change_share"]),
+        ("the same, as a share of the margins' rms", 0, share, limit["margin_change_share"]),
         ("change of a margin, largest", 0, found["margin_change_largest"], ""),
         ("KL per token, nats", 0, other["kl"], limit["kl"]),
         ("places with another likeliest token", 0, other["other_tokens"], limit["other_tokens"]),
