@@ -119,11 +119,9 @@ def activation_bytes(shape: Shape, config: Config, sequences: int, length: int, 
     """
     size = size_of(config)
     inputs = {name: inside for name, inside, _ in shape.adapted(config)}
-    if size < FP32 and not cuda:  # PEFT asks for CUDA's autocast; on a CPU each adapter then gets a copy of its input
-        entering = sum(inputs.values())
-    else:  # q, k and v read one tensor, gate and up another; o reads the attention's output, counted already
-        readers = [{"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"}]
-        entering = sum(shape.hidden for names in readers if names & set(inputs)) + inputs.get("down_proj", 0)
+    # q, k and v read one tensor, gate and up another; o reads the attention's output, counted already
+    readers = [{"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"}]
+    entering = sum(shape.hidden for names in readers if names & set(inputs)) + inputs.get("down_proj", 0)
     compute = 4 * shape.query + 3 * shape.wide + entering + config.lora_r * len(inputs)
     norms = 2 * (shape.hidden + 1)
     return sequences * length * (size * (compute + length) + FP32 * (norms + shape.heads))
