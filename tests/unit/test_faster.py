@@ -1,8 +1,10 @@
 """FastDPOTrainer beside the stock one in one process: neither changes the other."""
 
+import dataclasses
 import json
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig, DPOTrainer
 
 from dpo_tutorial.loading import models
+from dpo_tutorial.machine import hardware
 from dpo_tutorial.pairs import encoding
 from dpo_tutorial.training import faster, train
 
@@ -95,3 +98,22 @@ def test_a_column_of_lengths_is_added_and_one_that_is_there_stays(tiny_folder, c
 
 def test_prefix_sharing_can_be_left_off(tiny_folder):
     assert not built(faster.FastDPOTrainer, str(tiny_folder), share_prefixes=False).shares_prefixes
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_adapters_that_read_their_input_as_it_is_learn_the_same_bits(
+    cfg, tokenizer, pairs, tmp_path, monkeypatch, checkpointing
+):
+    cfg = dataclasses.replace(cfg, dtype="bf16", max_steps=3, learning_rate=1e-2, gradient_checkpointing=checkpointing)
+
+    def run(folder):
+        hardware.seed_everything(0)
+        trainer = train.build_trainer(cfg, models.load_base(cfg), tokenizer, pairs, None, tmp_path / folder)
+        trainer.train()
+        return [p.detach().clone() for p in trainer.model.parameters() if p.requires_grad]
+
+    ours = run("ours")
+    monkeypatch.setattr(faster.FastDPOTrainer, "_inputs", lambda self: nullcontext())  # PEFT's copies in float32
+    assert all(map(torch.equal, ours, run("copies")))
+    moved = [p for p in ours if p.abs().max() > 0]
+    assert len(moved) == len(ours), "the Bs have left zero"
