@@ -13,8 +13,8 @@ from harness import Record, child, latest, machine, main, table
 
 #: name → arguments of `export.export`
 WAYS = {
-    "merged into the 4-bit weights, fp16": dict(to="merged"),
-    "merged into the 4-bit weights, bf16": dict(to="merged", store="bf16"),
+    "merged into the dequantized 4-bit weights, fp16": dict(to="merged"),
+    "merged into the dequantized 4-bit weights, bf16": dict(to="merged", store="bf16"),
     "merged into the 16-bit checkpoint, fp16": dict(to="merged", into="16bit"),
     "merged into the 16-bit checkpoint, bf16": dict(to="merged", into="16bit", store="bf16"),
     "GGUF F16": dict(to="gguf", kind="f16"),
