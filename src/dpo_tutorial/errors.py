@@ -83,7 +83,7 @@ def disk_error(error: BaseException) -> str | None:
 
 
 def exit_code(action: Callable, *arguments) -> int:
-    """Run what a command does; the code is what it returns, else 0, and 1 with the message of a `TutorialError`."""
+    """Run what a command does. The code is what it returns, else 0; 1 after a `TutorialError`, 130 after Ctrl-C."""
     for stream in (sys.stdout, sys.stderr):  # on Windows a file or pipe is written in an old code page without "→"
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
@@ -92,3 +92,6 @@ def exit_code(action: Callable, *arguments) -> int:
     except TutorialError as error:
         print(f"\n{type(error).__name__}: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("\nInterrupted.", file=sys.stderr)
+        return 130

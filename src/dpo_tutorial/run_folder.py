@@ -24,7 +24,7 @@ _locks: dict[Path, FileLock] = {}  # what this process has claimed
 def unwritable(path: Path, error: Exception | str) -> ArtifactError:
     return ArtifactError(
         f"{path} could not be written ({getattr(error, 'strerror', None) or error}).",
-        "Free space there, or set ARTIFACTS to a folder you may write to.",
+        "Free space there, or name a folder you may write to: ARTIFACTS for a run, --out for a command.",
     )
 
 

@@ -1,6 +1,7 @@
 """The page with two blind answers: what it says, that only loopback is asked, and that no answer becomes markup."""
 
 import random
+import socket
 
 import pytest
 from test_report import browser
@@ -37,6 +38,16 @@ def test_without_gradio_one_sentence_says_what_to_install(monkeypatch, capsys):
     monkeypatch.setattr(demo.importlib.util, "find_spec", lambda name: None)
     assert cli.main(["demo", "--adapter", "nowhere"]) == 1
     assert "pip install 'dpo-tutorial[demo]'" in capsys.readouterr().err
+
+
+def test_a_port_in_use_or_none_is_one_sentence_before_anything_is_loaded(monkeypatch, capsys):
+    monkeypatch.setattr(demo.importlib.util, "find_spec", lambda name: True)
+    monkeypatch.setattr(demo.merge, "config_of", lambda *_: pytest.fail("loaded for nothing"))
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        for more in (("--port", str(taken.getsockname()[1])), ("--port", "99999"), ("--host", "192.0.2.1")):
+            assert cli.main(["demo", "--adapter", "nowhere", *more]) == 1
+            said = capsys.readouterr().err
+            assert "ConfigError: Nothing can listen at" in said and more[1] in said and "--port" in said
 
 
 @pytest.fixture

@@ -189,6 +189,25 @@ def test_a_ranking_reads_conversation_and_answers_and_fails_before_anything_is_d
         new_pairs.make(first.config, None, tokenizer, PROMPTS, rank="no-such-program")
 
 
+def test_a_served_model_gives_marks_and_one_that_gives_none_is_told(monkeypatch):
+    answers, asked = [[{"text": "One."}, {"text": "Two."}], [{"text": "Three."}, {"text": "Four."}]], []
+
+    def stream(url, model, turns, max_tokens):
+        asked.append(turns[0]["content"])
+        yield from said[len(asked) - 1]
+
+    monkeypatch.setattr(new_pairs.served, "stream", stream)
+    said = [["Mark: ", "7"], ["10/10"], ["good"], ["3"]]
+    assert new_pairs.scores_of("http://127.0.0.1:1", PROMPTS[:2], answers) == [[7, 10], [0, 3]]
+    assert (
+        PROMPTS[1][-1]["content"] in asked[2] and "assistant: Three." in asked[2] and "from 1 (bad) to 10" in asked[2]
+    )
+    asked.clear()
+    said = [["fine"], ["well"], ["100"], [""]]
+    with pytest.raises(ConfigError, match="no mark from 1 to 10"):
+        new_pairs.scores_of("http://127.0.0.1:1", PROMPTS[:2], answers)
+
+
 # --- prompts and places ----
 
 

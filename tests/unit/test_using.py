@@ -1,5 +1,6 @@
 """Merge, export, the gate, and chat, on a tiny model; three exports are spoiled on purpose."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -7,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import bitsandbytes as bnb
 import pytest
 import torch
 from conftest import trained_run
@@ -16,7 +18,7 @@ from dpo_tutorial.cli import main as cli
 from dpo_tutorial.errors import ArtifactError, ConfigError, ModelUnsuitableError
 from dpo_tutorial.loading import models
 from dpo_tutorial.pairs import store
-from dpo_tutorial.training import scoring
+from dpo_tutorial.training import card, scoring
 from dpo_tutorial.using import chat, convert, engines, export, gate, merge
 
 ROOT = Path(__file__).parents[2]
@@ -317,25 +319,57 @@ def test_a_template_that_is_not_chatml_is_not_translated(tokenizer, tiny_folder,
         convert.modelfile(own, "x.gguf")
 
 
+@pytest.mark.parametrize(
+    ("stderr", "error", "cause"),
+    [
+        ("Write: 1%|#  | 1/9\rWrite: 4%|# | 4/9\nOSError: [Errno 28] No space left on device", ArtifactError,
+         "could not be written (OSError: [Errno 28] No space left on device)"),
+        ("OSError: 4 requested and 0 written\nWriting: 47%|####  | 4k/9k", ArtifactError, "4 requested and 0 written"),
+        ("Write: 4%|##  | 4/9\nValueError: Model X is not supported", ModelUnsuitableError, "Model X is not supported"),
+    ],
+)  # fmt: skip
+def test_a_converter_that_fails_is_told_by_its_reason_and_not_by_its_progress_bar(stderr, error, cause, tmp_path):
+    program = [sys.executable, "-c", f"import sys; sys.exit({stderr!r})"]
+    with pytest.raises(error) as caught:
+        convert._run(program, tmp_path / "model.gguf")
+    assert cause in caught.value.cause and "|" not in caught.value.cause
+
+
 # --- elsewhere ----
 
 
 @pytest.mark.end_to_end
-def test_the_lines_of_the_model_card_load_the_adapter_without_this_package(trained, policy, tiny_folder, tmp_path):
-    code = (trained.adapter / "README.md").read_text().split("```python\n")[1].split("```")[0]
+@pytest.mark.parametrize("keep", [(), ("k_proj", "v_proj", r"model\.layers\.(0)\.")])
+def test_the_lines_of_the_model_card_load_the_adapter_without_this_package(keep, tiny_folder, tokenizer, tmp_path):
+    run = trained_run(tiny_folder, tokenizer, tmp_path, max_steps=6, learning_rate=5e-2, keep_16bit=keep)
+    code = (run.adapter / "README.md").read_text().split("```python\n")[1].split("```")[0]
     assert "dpo_tutorial" not in code and str(tiny_folder.parent) not in code
     os.symlink(tiny_folder, tmp_path / tiny_folder.name)
-    code = code.replace(', "."  #', f", {str(trained.adapter)!r}  #") + (
+    code = code.replace(', "."  #', f", {str(run.adapter)!r}  #") + (
         "import sys\ntorch.save(model(input_ids=torch.arange(3, 40)[None]).logits[0], 'logits')\n"
+        "print(sum('bitsandbytes' in type(m).__module__ for m in base.modules() if type(m).__name__ == 'Linear4bit'))\n"
         "print(tokenizer.eos_token, 'dpo_tutorial' in sys.modules)"
     )
     clean = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"HF_HUB_OFFLINE": "1"}
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=clean, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.split()[-2:] == ["<|im_end|>", "False"]
+    policy = lora.load_policy(run.config, run.adapter)
+    quantized = sum(isinstance(m, bnb.nn.Linear4bit) for m in policy.modules())  # PEFT's wrappers have the same name
+    assert done.stdout.split()[-3:] == [str(quantized), "<|im_end|>", "False"]
     apart = (torch.load(tmp_path / "logits") - logits(policy)).abs().max()
     with policy.disable_adapter():
         assert 10 * apart < (logits(policy) - torch.load(tmp_path / "logits")).abs().max(), apart
+
+
+def test_the_card_says_what_the_base_and_the_loss_were(cfg):
+    changed = dataclasses.replace(cfg, sft_weight=1.0, keep_16bit=("v_proj",), lora_alpha=8, max_tokens=96)
+    record = {"base": {"name": "base", "pin": "p", "revision": None, "storage": "NF4"}, "history": {"train": []}}
+    record |= {"pairs": {"number": 1, "sha256": "0"}, "config": changed.identity(), "versions": {}}
+    text = card.model_card(changed, record | {"hardware": {"cores": 2}})
+    for words in ("plus 1 x the NLL of the chosen answers", "NF4; as they were: v_proj", "alpha 8", "96 tokens"):
+        assert words in text
+    robust = dataclasses.replace(cfg, loss_type="robust")
+    assert "label smoothing" not in text and "label smoothing 0.1" in card.method(robust)
 
 
 # --- chat ----

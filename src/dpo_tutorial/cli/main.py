@@ -90,7 +90,7 @@ def parser() -> argparse.ArgumentParser:
     pairing.add_argument("--prompts", default="", help="hub id, folder or file; default: what it trained on")
     pairing.add_argument("--out", required=True, help="a new folder, or a new file.jsonl")
     pairing.add_argument("--n", type=int, default=4, help="answers drawn for each prompt (default: 4)")
-    pairing.add_argument("--rank", default="house-style", metavar="PROGRAM", help="house-style, or a program")
+    pairing.add_argument("--rank", default="house-style", metavar="JUDGE", help="house-style, a program, or a server")
     pairing.add_argument("--seed", type=int, default=0, help="of what is drawn (default: 0)")
     exporting = word(export, "write the trained model for other programs, and check that it still is that one", True)
     exporting.add_argument("--to", required=True, choices=["merged", "gguf", "ollama"])

@@ -25,6 +25,7 @@ from ..errors import ArtifactError, NotebookError, first_line
 from ..loading import models
 from ..machine import hardware, memory, paths, session
 from ..pairs import sources
+from ..training import tracking
 
 #: What a kernel must not do in a headless run: wait for a vote, start tokenizer threads after a fork,
 #: or keep small freed pieces apart, which leaves holes between large ones (`benchmarks/memory_plan.md`).
@@ -64,6 +65,7 @@ def run_all(parameters: dict[str, str], paths: list[Path] | None = None) -> dict
     """
     paths = paths or notebooks()
     resolved = config.resolve(**config.named(parameters.items()))
+    tracking.check_installed(resolved)
     run = run_folder.Run(resolved)
     models.load_tokenizer(resolved)  # a missing model or data file is found now, not after minutes
     sources.load_preferences(resolved)

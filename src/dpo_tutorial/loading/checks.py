@@ -33,7 +33,8 @@ def check_folder(model: str, folder: Path) -> None:
         base = _json(adapter).get("base_model_name_or_path")
         raise ModelUnsuitableError(
             f"MODEL={model} is the folder of an adapter, trained on {base}.",
-            "Set MODEL to that base; notebook 06 and `dpo-tutorial compare` take the folder as ADAPTER.",
+            "Set MODEL to that base. To go on training the adapter, set START_FROM to its folder; notebook 06 takes it "
+            "as ADAPTER.",
         )
     if not (folder / "config.json").is_file():
         if folder.suffix == ".gguf" or any(folder.glob("*.gguf")):

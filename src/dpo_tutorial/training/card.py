@@ -13,21 +13,33 @@ from ..machine import hardware
 def rows(config: Config, record: dict) -> list[tuple[str, object]]:
     """(name, value) of what a training record says: base, data, method, machine."""
     base, pairs, steps = record["base"], record["pairs"], len(record["history"]["train"])
+    keeps = config.keep_16bit if base["storage"] == "NF4" else ()
     return [
         ("Base", base["name"]),
         ("Base revision", base["pin"]),
         ("Data", f"{record['config']['data']} {config.data_revision or ''}".strip()),
         ("Training pairs", f"{pairs['number']}, digest {pairs['sha256'][:12]}…"),
-        ("Method", f"DPO (loss {config.loss_type}, beta {config.beta:g}), LoRA r={config.lora_r}"),
-        ("Base weights", base["storage"]),
+        ("Method", method(config)),
+        ("LoRA", f"r {config.lora_r}, alpha {config.lora_alpha}, on {', '.join(config.lora_targets)}"),
+        ("Base weights", base["storage"] + (f"; as they were: {', '.join(keeps)}" if keeps else "")),
         *([("Went on from", Path(config.start_from).name)] if config.start_from else []),
         ("Steps", f"{steps} at batch {config.batch_size} x {config.grad_accum}, peak rate {config.learning_rate:g}"),
+        ("Longest pair", f"{config.max_tokens} tokens"),
         ("Seed", config.seed),
         ("Compute type", config.dtype),
         *([("Processes", record["processes"])] if record.get("processes", 1) > 1 else []),
         ("Hardware", record["hardware"].get("gpu") or f"CPU, {record['hardware']['cores']} cores"),
         ("Versions", ", ".join(f"{k} {v}" for k, v in record["versions"].items())),
     ]
+
+
+def method(config: Config) -> str:
+    """The loss, with what changes it."""
+    changes = [f"beta {config.beta:g}"]
+    changes += [f"label smoothing {config.label_smoothing:g}"] if config.loss_type == "robust" else []
+    changes += [f"LD alpha {config.ld_alpha:g}"] if config.ld_alpha != 1 else []
+    changes += [f"plus {config.sft_weight:g} x the NLL of the chosen answers"] if config.sft_weight else []
+    return f"DPO (loss {config.loss_type}, {', '.join(changes)})"
 
 
 def model_card(config: Config, record: dict) -> str:
@@ -51,9 +63,10 @@ def loading_lines(config: Config, base: dict, adapter: str = ".") -> str:
     embedded = config.model == knobs.EMBEDDED
     name, revision = ("base" if embedded else base["name"]), base["revision"]
     dtype, nf4 = hardware.torch_dtype(config.dtype), base["storage"] == "NF4"
+    kept = f"    llm_int8_skip_modules={[*config.keep_16bit, 'lm_head']},\n" if config.keep_16bit else ""
     quantized = f"""nf4 = BitsAndBytesConfig(
-    load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype={dtype}
-)
+    load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype={dtype},
+{kept})
 """
     return (
         (_EMBEDDED_BASE if embedded else "")

@@ -22,6 +22,14 @@ from . import scoring
 PROJECT, TOKENS = "dpo-tutorial", 48
 
 
+def check_installed(config: Config) -> None:
+    """Raises ConfigError: the package of `config.report_to` is not there."""
+    name = config.report_to
+    if name != "none" and importlib.util.find_spec(name) is None:
+        what = "wandb" if name == "wandb" else f"'dpo-tutorial[{name}]'"
+        raise ConfigError(f"REPORT_TO={name} needs a package that is not installed.", f"Run `pip install {what}`.")
+
+
 def arguments(config: Config) -> dict:
     """Arguments of `DPOConfig` for `config.report_to`. What a tracker writes lies in the run's folder, in `tracker`.
 
@@ -29,14 +37,12 @@ def arguments(config: Config) -> dict:
     WANDB_MODE or TRACKIO_SPACE_ID says so. Trackio reads its folder once a process.
 
     Raises:
-        ConfigError: the tracker's package is not installed.
+        ConfigError: as `check_installed`.
     """
+    check_installed(config)
     name = config.report_to
     if name == "none":
         return {"report_to": "none"}
-    if importlib.util.find_spec(name) is None:
-        what = "wandb" if name == "wandb" else f"'dpo-tutorial[{name}]'"
-        raise ConfigError(f"REPORT_TO={name} needs a package that is not installed.", f"Run `pip install {what}`.")
     folder = str(config.run_dir / "tracker")
     os.environ |= {"TENSORBOARD_LOGGING_DIR": folder, "TRACKIO_DIR": folder, "WANDB_DIR": folder}
     os.environ.setdefault("WANDB_MODE", "offline")

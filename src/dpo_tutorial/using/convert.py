@@ -72,8 +72,11 @@ def _run(command: list, target: Path) -> None:
     offline = os.environ | {"HF_HUB_OFFLINE": "1"}
     done = subprocess.run([*map(str, command)], capture_output=True, text=True, env=offline)
     if done.returncode:
-        said = ([line for line in done.stderr.splitlines() if line.strip()] or ["it gave no reason"])[-1]
-        if re.search(r"Errno (5|13|27|28|30|122)\b", said):
+        told = [
+            line for line in re.split(r"[\r\n]", done.stderr) if line.strip() and "%|" not in line
+        ]  # no progress bars
+        said = (told or ["it gave no reason"])[-1]
+        if re.search(r"Errno (5|13|27|28|30|122)\b|No space left|requested and \d+ written", done.stderr):
             raise ArtifactError(f"{target.name} could not be written ({said}).", "Free space, or give another --out.")
         raise ModelUnsuitableError(
             f"{target.name} could not be made: {said}.",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import random
+import socket
 from collections import Counter
 from typing import Any
 
@@ -13,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .. import show
 from ..adapter import lora
-from ..errors import ConfigError
+from ..errors import ConfigError, first_line
 from ..knobs import Config
 from ..loading import models
 from . import chat, merge
@@ -60,9 +61,18 @@ def told(heat: dict[str, list[tuple[str, float]]], names: list[str], votes: list
 
 
 def main(adapter: str, host: str, port: int, parameters: dict[str, str]) -> None:
-    """Show the page until it is interrupted. Raises ConfigError: the extra is not installed."""
+    """Show the page until it is interrupted.
+
+    Raises:
+        ConfigError: the extra is not installed, or nothing can listen at `host` and `port`.
+    """
     if not importlib.util.find_spec("gradio"):
         raise ConfigError("The page needs gradio, which is not there.", "Run `pip install 'dpo-tutorial[demo]'`.")
+    try:
+        socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
+    except (OSError, OverflowError) as error:
+        cause = f"Nothing can listen at {host}, port {port}: {first_line(error)}."
+        raise ConfigError(cause, "Give another --port, or an address of this machine as --host.") from error
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read on import; without it gradio calls home
     import gradio as gr
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shlex
 import subprocess
 from collections.abc import Sequence
@@ -19,7 +20,7 @@ from ..errors import ArtifactError, ConfigError, DataError, first_line
 from ..knobs import Config
 from ..loading import models
 from ..pairs import house_style, prepare, row_checks, shapes, sources
-from . import merge
+from . import merge, served
 
 HOUSE_STYLE = "house-style"
 
@@ -51,15 +52,20 @@ def scores_of(rank: str, prompts: Sequence[list[dict]], answers: Sequence[Sequen
     """Score the answers to each prompt; higher is better.
 
     Args:
-        rank: "house-style" counts the rules kept (`house_style.RULES`). Anything else is a program, which reads a line
-            {"prompt": conversation, "answers": [text, …]} for each prompt and writes a line of as many numbers.
+        rank: "house-style" counts the rules kept (`house_style.RULES`). An address that begins with http is a served
+            model, which is asked for a mark from 1 to 10; an answer to which it writes none gets 0. Anything else is a
+            program, which reads a line {"prompt": conversation, "answers": [text, …]} for each prompt and writes a line
+            of as many numbers.
         answers: as `generation.generate` gives them, those of each prompt together.
 
     Raises:
-        ConfigError: the program does not start, fails, or writes something else.
+        ConfigError: the program does not start, fails, or writes something else; the model gives no mark at all.
+        ServerError: as `served.stream`.
     """
     if rank == HOUSE_STYLE:
         return [[float(sum(keeps(a) for keeps in house_style.RULES.values())) for a in of_one] for of_one in answers]
+    if rank.startswith("http"):
+        return _marks(rank, prompts, answers)
     asked = [{"prompt": p, "answers": [a["text"] for a in of_one]} for p, of_one in zip(prompts, answers, strict=True)]
     try:
         done = subprocess.run(shlex.split(rank), input=_lines(asked).encode(), stdout=subprocess.PIPE, check=True)
@@ -70,9 +76,28 @@ def scores_of(rank: str, prompts: Sequence[list[dict]], answers: Sequence[Sequen
             if len(words) != len(of_one) or not all(map(math.isfinite, map(float, words))):
                 raise ValueError(f"it wrote “{' '.join(words)[:80]}” for {len(of_one)} answers, not as many numbers")
     except (OSError, ValueError, IndexError, subprocess.CalledProcessError) as error:
-        cause = f"The ranking {rank!r} gives no scores: {first_line(error)}."
+        cause = f"The ranking {rank!r} gives no scores: {first_line(error).rstrip('.')}."
         raise ConfigError(cause, "Mend the program; docs/using.md shows one.") from error
     return [list(map(float, words)) for words in lines]
+
+
+def _marks(url: str, prompts: Sequence[list[dict]], answers: Sequence[Sequence[dict]]) -> list[list[float]]:
+    marks, said = [], ""
+    for prompt, of_one in zip(prompts, answers, strict=True):
+        marks.append([])
+        for answer in of_one:
+            said = "".join(served.stream(url, "", [{"role": "user", "content": _asking(prompt, answer["text"])}], 8))
+            found = re.search(r"\b(10|[1-9])\b", said)
+            marks[-1].append(float(found[0]) if found else 0.0)
+    if not any(map(any, marks)):
+        cause = f"The model at {url} gives no mark from 1 to 10; it wrote “{said.strip()[:80]}”."
+        raise ConfigError(cause, "Serve a larger model, or give --rank a program.")
+    return marks
+
+
+def _asking(prompt: list[dict], answer: str) -> str:
+    talk = "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in prompt)
+    return f"{talk}\n\nassistant: {answer}\n\nHow good is the last answer, from 1 (bad) to 10? Write the number alone."
 
 
 def make(
