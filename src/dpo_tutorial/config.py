@@ -1,7 +1,5 @@
 """How the knobs get their values: profile, environment, command line, papermill, a notebook's cell."""
 
-from __future__ import annotations
-
 import dataclasses
 import os
 from collections.abc import Iterable, Mapping, Sequence

@@ -1,7 +1,5 @@
 """What can be wrong: each error names the cause and the fix."""
 
-from __future__ import annotations
-
 import errno
 import sys
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """One folder per run, one manifest, and the handoff between notebooks. Files appear whole or not at all."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

@@ -1,7 +1,5 @@
 """LoRA adapters: their configuration, the layers they sit on, and loading a trained one."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path

@@ -3,8 +3,6 @@
 A check returns what it found, or raises `Odd` or `Broken` with cause and fix. It takes seconds and fetches nothing.
 """
 
-from __future__ import annotations
-
 import contextlib
 import importlib.metadata
 import itertools

@@ -1,7 +1,5 @@
 """Run the six notebooks in order with papermill: `dpo-tutorial run -p PROFILE cpu`."""
 
-from __future__ import annotations
-
 import json
 import logging
 import os

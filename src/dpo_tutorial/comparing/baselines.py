@@ -1,7 +1,5 @@
 """Judges that no training on preferences has made, to compare an accuracy with."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

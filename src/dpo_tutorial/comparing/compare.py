@@ -3,8 +3,6 @@
 `dpo-tutorial compare --adapter DIR` gives the report of notebook 06 without a notebook.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from datasets import Dataset, DatasetDict

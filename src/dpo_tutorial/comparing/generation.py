@@ -1,7 +1,5 @@
 """What the two models write: greedy answers of both, and how far the policy is from the reference."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Sequence
 from contextlib import nullcontext

@@ -1,7 +1,5 @@
 """One report of a comparison: JSON for programs, and an HTML page for people that needs nothing beside it."""
 
-from __future__ import annotations
-
 import base64
 import html
 from collections.abc import Sequence

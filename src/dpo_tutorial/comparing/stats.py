@@ -3,8 +3,6 @@
 Nothing here runs a model. Every figure comes with an interval; the formulas are those of scipy and statsmodels.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Callable, Sequence

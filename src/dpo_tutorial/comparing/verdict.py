@@ -1,7 +1,5 @@
 """One paragraph that says what the numbers show, and what they do not."""
 
-from __future__ import annotations
-
 from .. import show
 from . import stats
 

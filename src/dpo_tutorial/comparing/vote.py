@@ -1,7 +1,5 @@
 """The reader votes, blind: which of two answers is better?"""
 
-from __future__ import annotations
-
 import html
 import os
 import random

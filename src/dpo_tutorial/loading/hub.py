@@ -1,7 +1,5 @@
 """Why something could not be had from the hub: the network, the token, the name, the disk, told apart."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 

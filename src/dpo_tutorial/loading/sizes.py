@@ -1,7 +1,5 @@
 """The layers that are stored in 4 bits, and how many bytes the weights take, predicted and measured."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import bitsandbytes as bnb

@@ -1,7 +1,5 @@
 """What this machine is: its devices, the type it computes in, one process among several, seeds."""
 
-from __future__ import annotations
-
 import os
 import platform
 import random

@@ -1,7 +1,5 @@
 """Versions of the packages, and whether this session still holds what pip has replaced."""
 
-from __future__ import annotations
-
 import importlib.metadata
 import platform
 import sys

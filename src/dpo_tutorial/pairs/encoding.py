@@ -1,7 +1,5 @@
 """From messages to tokens: prompt and answer through the chat template, and where the border lies."""
 
-from __future__ import annotations
-
 import functools
 import re
 

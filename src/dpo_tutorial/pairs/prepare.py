@@ -1,7 +1,5 @@
 """Prepared pairs: every row checked (`row_checks`), shuffled, subsampled, and an account of what was dropped."""
 
-from __future__ import annotations
-
 from collections import Counter
 from dataclasses import dataclass
 

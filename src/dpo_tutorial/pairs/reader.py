@@ -1,7 +1,5 @@
 """Read a file of rows as it is: one row at a time, each with its place, no type guessed from other rows."""
 
-from __future__ import annotations
-
 import codecs
 import csv
 import gzip

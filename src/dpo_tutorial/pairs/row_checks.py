@@ -1,7 +1,5 @@
 """Is a row fit to train on? One validator for every source; each dropped row is counted under one reason."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math

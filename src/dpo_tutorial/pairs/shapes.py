@@ -3,8 +3,6 @@
 Nothing is rewritten: a text stays as it is, byte for byte. `docs/data.md` shows each layout and what it becomes.
 """
 
-from __future__ import annotations
-
 import os.path
 import re
 from collections.abc import Mapping

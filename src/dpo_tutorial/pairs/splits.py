@@ -1,7 +1,5 @@
 """The splits of a source: found by their usual names among files or splits, and cut by prompt where one is missing."""
 
-from __future__ import annotations
-
 import hashlib
 import re
 from collections.abc import Collection, Mapping

@@ -1,7 +1,5 @@
 """Figures of the model, the data and the plan, and how a figure is shown with its text."""
 
-from __future__ import annotations
-
 import io
 from collections.abc import Sequence
 

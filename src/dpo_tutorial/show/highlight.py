@@ -1,7 +1,5 @@
 """Tokens in colour: the completion mask, and each token's share of the implicit reward."""
 
-from __future__ import annotations
-
 import html
 import re
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Figures of training and of held-out pairs."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 

@@ -1,7 +1,5 @@
 """Tables, conversations and answers as HTML for a notebook."""
 
-from __future__ import annotations
-
 import ast
 import html
 import inspect

@@ -4,8 +4,6 @@ transformers writes checkpoints and resumes from them; this module adds a seal. 
 `whole.json`, written last and in one step, with the SHA-256 of every other file. What a kill tore has no valid seal.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import shutil

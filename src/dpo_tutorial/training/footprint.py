@@ -4,8 +4,6 @@ The block is Llama's (Mistral and Qwen2 have the same). What autograd keeps of i
 `torch.autograd.graph.saved_tensors_hooks`, under torch 2.13, transformers 5.23, PEFT 0.21, TRL 1.16.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 from dataclasses import dataclass

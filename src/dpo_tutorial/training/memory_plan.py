@@ -4,8 +4,6 @@ A sum of counted tensors (`footprint`), but for two terms: what the process hold
 of a CPU keeps is a bound. No run in `benchmarks/memory_plan.md` and `gpu.jsonl` took more than the sum.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Several processes that train together, started and watched by torch's own launcher."""
 
-from __future__ import annotations
-
 import logging
 import os
 import sys

@@ -1,7 +1,5 @@
 """Train, or go on from the newest whole checkpoint of the same training."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Save the adapter with its training record and model card, and read them again."""
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import json

@@ -1,7 +1,5 @@
 """Log-probabilities and implicit rewards of pairs, under the policy and under the reference."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Watch a training from outside: a tracker that keeps its curves, and a strip of samples, written as it goes."""
 
-from __future__ import annotations
-
 import functools
 import importlib.util
 import json

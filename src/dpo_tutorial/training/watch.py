@@ -1,7 +1,5 @@
 """What a loss says of a training: at once that it means nothing, or at its end that it is worse than it began."""
 
-from __future__ import annotations
-
 import math
 
 from transformers import TrainerCallback

@@ -1,7 +1,5 @@
 """`dpo-tutorial chat`: base and policy answer side by side, each in its own conversation; or a merged model alone."""
 
-from __future__ import annotations
-
 import sys
 import textwrap
 from collections.abc import Collection, Iterator

@@ -1,7 +1,5 @@
 """From a merged folder to GGUF, which llama.cpp and Ollama read, and the Modelfile that Ollama wants beside it."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import os

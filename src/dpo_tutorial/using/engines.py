@@ -1,7 +1,5 @@
 """What computes an export again: plain transformers, or llama.cpp itself where it can be imported."""
 
-from __future__ import annotations
-
 import importlib.util
 from pathlib import Path
 from typing import Protocol

@@ -1,7 +1,5 @@
 """Is what was exported still what was trained? The same held-out pairs, scored again by the export itself."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np

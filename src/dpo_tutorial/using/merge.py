@@ -1,7 +1,5 @@
 """The adapter added into its base: one model that any library loads."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from peft import PeftModel

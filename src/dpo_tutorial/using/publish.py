@@ -1,7 +1,5 @@
 """`dpo-tutorial publish --adapter DIR --to owner/name`: a trained model on a hub, with a card of what was measured."""
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path
