@@ -83,8 +83,6 @@ class Run:
     def adapter(self) -> Path:
         return self.dir / "adapter"
 
-    # --- small files ---
-
     def write_text(self, name: str | Path, text: str) -> Path:
         return write_text(self.dir / name, text)
 
@@ -105,8 +103,6 @@ class Run:
         figure.savefig(path)
         return path
 
-    # --- manifest ---
-
     def manifest(self) -> dict:
         path = self.dir / "manifest.json"
         return self.read_json("manifest.json") if path.exists() else {"steps": {}}
@@ -122,8 +118,6 @@ class Run:
             **values,
         }
         self.write_json("manifest.json", manifest)
-
-    # --- folders ---
 
     @staticmethod
     @contextmanager
@@ -150,8 +144,6 @@ class Run:
                 os.replace(old, folder)
             shutil.rmtree(work, ignore_errors=True)
             shutil.rmtree(old, ignore_errors=True)
-
-    # --- one at a time ---
 
     def lock(self, work: str = "training") -> None:
         """Claim the folder for one kind of work until `unlock`, or until this process ends, however it ends.

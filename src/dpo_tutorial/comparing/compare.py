@@ -22,8 +22,6 @@ from . import baselines, generation, stats, verdict
 
 EVERY_PAIR = 2**31 - 1  # the MAX_TEST of data given to judge an adapter on, where nobody sets one
 
-# --- the report ---------------------------------------------------------------------------------------------------
-
 
 def compare(
     config: Config, policy: PeftModel, tokenizer: PreTrainedTokenizerBase, splits, beta: float

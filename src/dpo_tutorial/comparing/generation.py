@@ -19,8 +19,6 @@ from ..machine import memory
 from ..training import scoring
 from . import instructions, stats
 
-# --- generation ---------------------------------------------------------------------------------------------------
-
 
 def generate(
     config: Config,

@@ -3,8 +3,6 @@
 from .. import show
 from . import stats
 
-# --- in words -----------------------------------------------------------------------------------------------------
-
 
 def verdict(
     held_out: dict,

@@ -8,8 +8,6 @@ from transformers import PreTrainedTokenizerBase
 
 from ..errors import DataError
 
-# --- its tokens ---------------------------------------------------------------------------------------------------
-
 
 def encode(tokenizer: PreTrainedTokenizerBase, prompt: list[dict], answer: list[dict]) -> tuple[list[int], list[int]]:
     """Token ids of prompt and answer under the chat template, cut exactly as `DPOTrainer` cuts them.
@@ -109,9 +107,6 @@ def longest_token(tokenizer: PreTrainedTokenizerBase) -> int:
 
 def short(text: str) -> str:
     return text if len(text) <= 160 else f"{text[:80]} … {text[-80:]}"
-
-
-# --- prepared data ------------------------------------------------------------------------------------------------
 
 
 def pieces(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[tuple[str, int]]:

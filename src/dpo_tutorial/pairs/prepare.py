@@ -14,8 +14,6 @@ from . import sources
 from .reasons import REASONS, fix_of
 from .row_checks import Audit, audit_split, prepared_row
 
-# --- the whole set ------------------------------------------------------------------------------------------------
-
 
 @dataclass(frozen=True)
 class Prepared:
@@ -94,9 +92,6 @@ def _nothing_left(where: str, found: Audit) -> DataError:
     shown += "".join(f" {reason}: {REASONS[reason]}." for reason, _ in most[:1])
     fix = fix_of(most[0][0] if most else "")
     return DataError(f"No usable pair is left in {where}: {dropped}.{shown}", fix)
-
-
-# --- the account --------------------------------------------------------------------------------------------------
 
 
 def report_rows(report: dict[str, dict]) -> list[dict]:

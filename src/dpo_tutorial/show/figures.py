@@ -14,9 +14,6 @@ from matplotlib.ticker import MaxNLocator
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#E69F00", "#009E73", "#808080"
 
 
-# --- figures ------------------------------------------------------------------------------------------------------
-
-
 def new_figure(
     width: float = 7.0, height: float = 3.2, columns: int = 1, rows: int = 1, alt: str = "", **axes_options
 ) -> tuple[Figure, np.ndarray]:

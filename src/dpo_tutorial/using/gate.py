@@ -21,9 +21,6 @@ PROMPTS, TOKENS = 8, 64
 LIMITS = {"margin_change_share": 0.14, "kl": 0.0093, "other_tokens": 0.10}
 
 
-# --- measuring ----------------------------------------------------------------------------------------------------
-
-
 @dataclass
 class Trained:
     """What the adapter on its 4-bit base makes of the held-out pairs: all that an export is compared with.
