@@ -18,9 +18,7 @@ from .footprint import FP32
 
 SHORTEST = 128  # tokens: advice goes no lower, an answer needs room
 LOWEST_RANK = 4
-HEAP = (
-    9  # of the widest tensors a block frees, torch asks for 64-byte alignment and glibc cannot give them again: at most
-)
+HEAP = 9  # widest tensors of a block that glibc cannot give again, since torch aligns to 64 bytes: at most
 WORKSPACE = 32 * 2**20  # bytes that cuBLAS holds on a Hopper GPU, the largest
 ROOM = 1.5  # times the plan must be free: batches of mixed lengths rise above it (`benchmarks/memory_plan.md`)
 
