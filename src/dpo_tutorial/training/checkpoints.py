@@ -145,15 +145,14 @@ class Seal(TrainerCallback):
     """
 
     def __init__(self, run: run_folder.Run, fingerprint: dict, seal: dict | None) -> None:
-        self.run, self.fingerprint, self.seal = run, fingerprint, seal
+        self.run, self.fingerprint, self.seal = run, fingerprint, dict(seal or {})
         self.order: torch.Tensor | None = None
         self.started = 0.0
-        self.went_on = False
 
     def seconds(self) -> float:
         """Seconds of training so far, those before the stop included."""
         here = time.perf_counter() - self.started if self.started else 0
-        return here + (self.seal["seconds"] if self.seal else 0)
+        return here + self.seal.get("seconds", 0)
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         self.started = time.perf_counter()
@@ -165,9 +164,9 @@ class Seal(TrainerCallback):
         self.order = torch.get_rng_state()
 
     def on_step_begin(self, args, state, control, **kwargs) -> None:
-        if self.seal and self.seal.get("random", self.seal["order"]) != self.seal["order"] and not self.went_on:
-            torch.set_rng_state(torch.frombuffer(bytearray.fromhex(self.seal["random"]), dtype=torch.uint8))
-        self.went_on = True
+        random = self.seal.pop("random", None)  # taken out: only the first step goes on from there
+        if random and random != self.seal["order"]:
+            torch.set_rng_state(torch.frombuffer(bytearray.fromhex(random), dtype=torch.uint8))
 
     def on_save(self, args, state, control, **kwargs) -> None:
         hardware.processes().wait_for_everyone()  # each process writes the state of its own random numbers
