@@ -67,7 +67,8 @@ def measure(model: Trained, exported: Exported) -> dict:
     rewards: dict[str, list[float]] = {"adapter": [], "exported": []}
     apart, other, same_prompt, one_eos = [], [], [], []
     for prompt, answer, ids, logits, base in tqdm(model.answers, desc="gate", leave=False):
-        ours = exported.encode(prompt, answer)
+        before = exported.ids(prompt, True)  # as `encoding.encode`, but a template that is wrong is to be measured
+        ours = before, exported.ids(prompt + answer)[len(before) :]
         rows = _rows(exported.logits(sum(ours, [])), ours)
         rewards["adapter"].append(model.beta * (_log_prob(logits, ids[1]) - base))
         rewards["exported"].append(model.beta * (_log_prob(rows, ours[1]) - base))
