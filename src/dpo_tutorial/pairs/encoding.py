@@ -109,18 +109,18 @@ def short(text: str) -> str:
     return text if len(text) <= 160 else f"{text[:80]} … {text[-80:]}"
 
 
-def pieces(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[tuple[str, int]]:
-    """The text that each token adds, and how many tokens it took: a character of several byte tokens is one piece.
+def pieces(tokenizer: PreTrainedTokenizerBase, ids: list[int], values: list[float]) -> list[tuple[str, float]]:
+    """The text that each token adds, and the token's value: a character of several byte tokens has their sum.
 
     Decoded as a growing whole, because some tokenizers decode a token alone without its leading space.
     """
-    found, shown, waiting = [], "", 0
-    for end in range(1, len(ids) + 1):
-        text, waiting = tokenizer.decode(ids[:end], clean_up_tokenization_spaces=False), waiting + 1
+    found, shown, waiting = [], "", 0.0
+    for end, value in enumerate(values, 1):
+        text, waiting = tokenizer.decode(ids[:end], clean_up_tokenization_spaces=False), waiting + value
         if text.endswith("\ufffd") and end < len(ids):  # half a character: the next token has the rest
             continue
         found.append((text[len(shown) :], waiting))
-        shown, waiting = text, 0
+        shown, waiting = text, 0.0
     return found
 
 

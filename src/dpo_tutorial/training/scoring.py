@@ -149,11 +149,8 @@ def collate(
         ids[row, :end] = torch.tensor(prompt + answer)
         attention[row, :end] = 1
         completion[row, len(prompt) : end] = 1
-    return {
-        "input_ids": ids.to(device),
-        "attention_mask": attention.to(device),
-        "completion_mask": completion.to(device),
-    }
+    batch = {"input_ids": ids, "attention_mask": attention, "completion_mask": completion}
+    return {name: numbers.to(device) for name, numbers in batch.items()}
 
 
 def noise_floor(
@@ -194,7 +191,6 @@ def token_rewards(tokenizer: PreTrainedTokenizerBase, pair: dict, record: dict) 
     """
     shown = {name: record[name] for name in ("reward_chosen", "reward_rejected")} | {"prompt": pair["prompt"]}
     for side in ("chosen", "rejected"):
-        rewards = iter(record[f"{side}_token_rewards"])
-        pieces = encoding.pieces(tokenizer, encoding.encode(tokenizer, pair["prompt"], pair[side])[1])
-        shown[side] = [(text, sum(next(rewards) for _ in range(n))) for text, n in pieces]
+        _, ids = encoding.encode(tokenizer, pair["prompt"], pair[side])
+        shown[side] = encoding.pieces(tokenizer, ids, record[f"{side}_token_rewards"])
     return shown
