@@ -4,7 +4,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-import bitsandbytes as bnb
 import peft.tuners.lora.torchao
 import peft.utils.quantization_utils
 import torch
@@ -230,9 +229,4 @@ def give_adapter(model: PreTrainedModel | PeftModel, adapter: str | Path) -> Non
 
 def trainable_share(model: PreTrainedModel | PeftModel) -> tuple[int, int]:
     """(trainable parameters, all parameters); a 4-bit weight is one parameter although it fills half a byte."""
-    trainable = total = 0
-    for parameter in model.parameters():
-        n = parameter.numel() * 2 if isinstance(parameter, bnb.nn.Params4bit) else parameter.numel()
-        total += n
-        trainable += n if parameter.requires_grad else 0
-    return trainable, total
+    return model.num_parameters(only_trainable=True), model.num_parameters()

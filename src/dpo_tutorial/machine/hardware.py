@@ -2,7 +2,6 @@
 
 import os
 import platform
-import random
 from datetime import timedelta
 
 DTYPES = ("bf16", "fp16", "fp32")
@@ -95,10 +94,7 @@ def processes():
 
 
 def seed_everything(seed: int) -> None:
-    """Seed python, numpy and torch (all devices)."""
-    import numpy
-    import torch
+    """Seed python, numpy and torch (all devices): transformers' `set_seed`."""
+    from transformers import set_seed
 
-    random.seed(seed)
-    numpy.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
+    set_seed(seed)
