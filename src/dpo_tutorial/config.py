@@ -57,9 +57,7 @@ def from_notebook(names: Mapping[str, object]) -> knobs.Config:
             small letters as long as no later cell can have made it.
     """
     known = known_parameters()
-    first = not any(
-        isinstance(value, knobs.Config) for value in names.values()
-    )  # a second time, later cells may have run
+    first = not any(isinstance(value, knobs.Config) for value in names.values())  # else later cells may have run
     stray = [
         name
         for name, value in names.items()

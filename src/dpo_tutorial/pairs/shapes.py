@@ -6,6 +6,7 @@ Nothing is rewritten: a text stays as it is, byte for byte. `docs/data.md` shows
 import os.path
 import re
 from collections.abc import Mapping
+from itertools import chain
 
 from ..errors import ConfigError
 from .row_checks import calls_tool, is_number
@@ -105,14 +106,7 @@ def left_alone(row: object, columns: Mapping[str, str] = {}) -> set[str]:
     if not isinstance(row, dict):
         return set()
     asked, _ = _prompt(row | {ours: row.get(theirs) for ours, theirs in columns.items()})
-    known = {
-        "prompt_id",
-        "id",
-        *SYSTEMS,
-        *columns,
-        *columns.values(),
-        *(n for names in ANSWERS + SCORES for n in names),
-    }
+    known = {"prompt_id", "id", *SYSTEMS, *columns, *columns.values(), *chain(*ANSWERS, *SCORES)}
     return set(row) - known - set(asked.removesuffix(".messages").split(" and "))
 
 
