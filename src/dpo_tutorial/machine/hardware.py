@@ -2,6 +2,7 @@
 
 import os
 import platform
+import re
 from datetime import timedelta
 
 DTYPES = ("bf16", "fp16", "fp32")
@@ -42,6 +43,15 @@ def cpu_bf16() -> str | None:
     flags = torch.cpu.get_capabilities()  # by CPUID, so on Windows too; public since torch 2.11
     names = {"avx512_bf16": "AVX512-BF16", "amx_bf16": "AMX-BF16"}
     return " and ".join(name for flag, name in names.items() if flags.get(flag)) or None
+
+
+def runs_on(capability: list[int], built: list[str]) -> bool:
+    """Whether a torch built for these holds code for a GPU: binary of its generation (sm), or one to compile (compute).
+
+    A list without either, as of AMD's cards, says nothing.
+    """
+    known = [(kind, [int(n[:-1]), int(n[-1])]) for kind, n in re.findall(r"(sm|compute)_(\d+)", " ".join(built))]
+    return not known or any(at <= capability and (kind == "compute" or at[0] == capability[0]) for kind, at in known)
 
 
 def pick_dtype(hardware: dict) -> tuple[str, str]:
