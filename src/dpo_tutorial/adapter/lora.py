@@ -43,8 +43,7 @@ pass_over_old_torchao()
 def lora_config(config: Config, model: PreTrainedModel | None = None) -> LoraConfig:
     """LoRA (Hu et al. 2021) on `config.lora_targets`; the default is every linear layer but the LM head.
 
-    Args:
-        model: the base the adapter is for; without one, PEFT is left to find "all-linear".
+    `model` is the base that the adapter is for; without one, PEFT is left to find "all-linear".
     """
     return LoraConfig(
         r=config.lora_r,

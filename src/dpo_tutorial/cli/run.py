@@ -169,9 +169,8 @@ def _summary(run: run_folder.Run, minutes: dict[str, float]) -> dict:
     }  # fmt: skip
     run.write_json("summary.json", summary)
     print(f"\nprofile    {summary['profile']} ({'; '.join(summary['why'])})")
-    print(
-        "minutes    " + ", ".join(f"{k} {v:.1f}" for k, v in minutes.items()) + f"; {sum(minutes.values()):.1f} in all"
-    )
+    each = ", ".join(f"{name} {taken:.1f}" for name, taken in minutes.items())
+    print(f"minutes    {each}; {sum(minutes.values()):.1f} in all")
     if peak:
         print(f"memory     {peak:.1f} GiB of main memory at the peak of the largest notebook")
     if "held_out" in summary:

@@ -22,9 +22,7 @@ NO_WORD_COUNTS = "Word counting was left out: it learns from a training split, a
 def save(run: run_folder.Run, training: dict, records: Sequence[dict], comparison: dict) -> list[Path]:
     """Write `records.json`, `comparison.json` and `report.html` into the run's folder.
 
-    Args:
-        training: the adapter's `training.json`.
-        records: as `scoring.score_pairs`; comparison: as `compare.derive`.
+    `training` is the adapter's `training.json`; the others are as `compare.compare` gives them.
     """
     whole = comparison | {
         "data": run.config.identity()["data"],

@@ -41,10 +41,9 @@ def encode(tokenizer: PreTrainedTokenizerBase, prompt: list[dict], answer: list[
 def template_problem(
     tokenizer: PreTrainedTokenizerBase, prompt: list[dict], answer: list[dict], after: list[int]
 ) -> str | None:
-    """What is wrong with the tokens that the completion mask covers: "template eos", "template mask" or None.
+    """What is wrong with the tokens that the completion mask covers (`after`, as `encode` cuts them).
 
-    Args:
-        after: the answer's ids, as `encode` cuts them.
+    "template eos", "template mask" or None.
     """
     if after.count(tokenizer.eos_token_id) != 1:
         return "template eos"

@@ -98,11 +98,7 @@ def to_pair(row: object, columns: Mapping[str, str] = {}) -> tuple[dict, str]:
 
 
 def left_alone(row: object, columns: Mapping[str, str] = {}) -> set[str]:
-    """The columns of a pair that `to_pair` does not read, such as a `history` of earlier turns.
-
-    Args:
-        columns: as `to_pair` takes them.
-    """
+    """The columns of a pair that `to_pair` does not read, such as a `history` of earlier turns."""
     if not isinstance(row, dict):
         return set()
     asked, _ = _prompt(row | {ours: row.get(theirs) for ours, theirs in columns.items()})

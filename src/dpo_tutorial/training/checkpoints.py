@@ -138,10 +138,7 @@ class Seal(TrainerCallback):
 
     transformers draws the order from torch's random numbers when an epoch begins, but keeps only their state at the
     checkpoint. So in any epoch but the first, a resumed run would skip as many batches of another order. And it finds
-    that state only where as many processes go on as had stopped.
-
-    Args:
-        seal: of the checkpoint that the training resumes from.
+    that state only where as many processes go on as had stopped. `seal` is that of the checkpoint resumed from.
     """
 
     def __init__(self, run: run_folder.Run, fingerprint: dict, seal: dict | None) -> None:

@@ -170,7 +170,6 @@ def choose_checkpointing(config: Config, available: float) -> tuple[Config, str]
     """Leave activations stored where memory has room for them, since making them again costs time.
 
     Args:
-        config: with `gradient_checkpointing` off it stays off.
         available: bytes of free memory.
 
     Returns:
@@ -191,11 +190,7 @@ def choose_checkpointing(config: Config, available: float) -> tuple[Config, str]
 
 
 def advice(planned: Plan, available: float) -> str:
-    """One sentence: it fits, or which knobs to turn, and to what.
-
-    Args:
-        available: bytes of free memory, for example `memory.free_memory_gib() * 2**30`.
-    """
+    """One sentence: whether it fits into so many bytes of free memory, or which knobs to turn, and to what."""
     needs = f"{planned.needed / 2**30:.1f} GiB needed, {available / 2**30:.1f} GiB free"
     found = fitting(planned, available)
     if found is None:
@@ -218,10 +213,9 @@ def _changes(config: Config) -> Iterator[Config]:
     sizes = [n for n in range(config.batch_size, 0, -1) if pairs % n == 0]
     for checkpointing in (False, True):
         if checkpointing or not config.gradient_checkpointing:
+            of_kind = dataclasses.replace(config, gradient_checkpointing=checkpointing)
             for n in sizes:
-                smallest = dataclasses.replace(
-                    config, batch_size=n, grad_accum=pairs // n, gradient_checkpointing=checkpointing
-                )
+                smallest = dataclasses.replace(of_kind, batch_size=n, grad_accum=pairs // n)
                 yield smallest
     for tokens in range((config.max_tokens - 1) // 32 * 32, SHORTEST - 1, -32):
         smallest = dataclasses.replace(smallest, max_tokens=tokens)

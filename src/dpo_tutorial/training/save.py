@@ -120,9 +120,6 @@ def saving(config: Config, run: run_folder.Run, trainer: DPOTrainer, seconds: fl
     """Save into the folder it gives; training record and model card are added, and all appears whole or not at all.
 
     The checkpoints go once it is saved, so that the next training starts anew, and the run's folder is free for it.
-
-    Args:
-        seconds: of training, for the record.
     """
     run.lock()
     where = models.source(config)

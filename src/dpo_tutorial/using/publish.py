@@ -31,8 +31,7 @@ def publish(adapter: Path, to: str, what: str = "adapter", report: Path | None =
     """Upload a trained adapter, or the merged model beside it, with its card; the repository is made if it is new.
 
     Args:
-        to: owner/name on the hub.
-        what: "adapter" or "merged".
+        to: owner/name; what: "adapter" or "merged".
         report: folder with `comparison.json`; default: the run's, where it has one.
         dry_run: upload nothing, and ask no network.
 
