@@ -130,11 +130,7 @@ def kl_from_base(
         encoded.append((ids, answer))
     nats = [along.sum().item() for along in scoring.answer_kl(config, model, tokenizer, encoded)]
     lengths = [len(answer) for answer in answers]
-    return {
-        "per_answer": stats.mean(nats),
-        "per_token": stats.ratio(nats, lengths),
-        "tokens": sum(lengths),
-    }
+    return {"per_answer": stats.mean(nats), "per_token": stats.ratio(nats, lengths), "tokens": sum(lengths)}
 
 
 def answers_of_both(

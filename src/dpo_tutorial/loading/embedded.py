@@ -153,14 +153,12 @@ def convert_gguf(gguf: Path, target: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    where = dict(gguf_file=gguf.name)
-    tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), trust_remote_code=False, **where)
+    where = dict(pretrained_model_name_or_path=str(gguf.parent), gguf_file=gguf.name, trust_remote_code=False)
+    tokenizer = AutoTokenizer.from_pretrained(**where)
     if not tokenizer.chat_template:
         raise ModelCorruptError("The GGUF file carries no chat template.", f"Fetch {REQUIREMENT} again.")
     set_special_tokens(tokenizer, gguf)
-    model = AutoModelForCausalLM.from_pretrained(
-        str(gguf.parent), dtype=torch.bfloat16, trust_remote_code=False, **where
-    )
+    model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.bfloat16)
     # transformers marks the model as GGUF-quantized and then refuses to save it, though its weights are plain now
     model.hf_quantizer, model.is_quantized = None, False
     vars(model.config).pop("quantization_config", None)  # transformers 5.15 notes it elsewhere

@@ -109,10 +109,7 @@ def check_held_out(adapter: Path, pairs: Dataset) -> None:
 def history(trainer: DPOTrainer) -> dict[str, list[dict]]:
     """The trainer's log in two tables: one row per optimizer step, one per evaluation."""
     log = trainer.state.log_history
-    return {
-        "train": [row for row in log if "loss" in row],
-        "eval": [row for row in log if "eval_loss" in row],
-    }
+    return {"train": [row for row in log if "loss" in row], "eval": [row for row in log if "eval_loss" in row]}
 
 
 @contextlib.contextmanager
