@@ -21,11 +21,7 @@ def known_parameters() -> list[str]:
 
 
 def check_names(names: Iterable[str], hint: str = "", prefix: str = "") -> None:
-    """Refuse names that are no knob.
-
-    Args:
-        hint: added to what is said to do about it.
-        prefix: what stood before each name where it was found.
+    """Refuse names that are no knob; `hint` is added to the fix, `prefix` is what stood before each name.
 
     Raises:
         ConfigError: names them, and lists the known ones.

@@ -56,10 +56,9 @@ def write_text(path: Path, text: str) -> Path:
 
 
 class Run:
-    """The artifacts of one profile: `<artifacts>/<profile>/` with `manifest.json`, data, adapter, figures, results.
+    """The artifacts of one profile: `manifest.json`, data, adapter, figures, results.
 
-    Args:
-        folder: another place for them.
+    They lie in `<artifacts>/<profile>/`, or in `folder`.
 
     Raises:
         ArtifactError: the folder cannot be made or written.

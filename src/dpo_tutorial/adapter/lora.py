@@ -88,8 +88,7 @@ def _barred(model: PreTrainedModel | PeftModel) -> tuple[str, ...]:
 def check_lora_targets(model: PreTrainedModel | PeftModel, config: Config) -> None:
     """Fail early, and with names, where `lora_targets` cannot carry an adapter, or carry one already.
 
-    Args:
-        model: with its weights or without (`models.load_empty`).
+    The model may be without its weights (`models.load_empty`).
 
     Raises:
         ModelUnsuitableError: an adapter is there, as when the cell that attaches one is run twice.

@@ -47,10 +47,7 @@ def notebooks(folder: Path | None = None) -> list[Path]:
 
 
 def run_all(parameters: dict[str, str], paths: list[Path] | None = None) -> dict:
-    """Execute the notebooks in order into `<artifacts>/<profile>/executed/`.
-
-    Args:
-        parameters: knobs by their names in capitals, as text; each notebook gets all of them and makes its config.
+    """Execute the notebooks in order into `<artifacts>/<profile>/executed/`; each gets all parameters, as text.
 
     Returns:
         The summary that is printed at the end and saved as `summary.json`.

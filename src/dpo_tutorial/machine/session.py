@@ -15,14 +15,12 @@ PACKAGES = (
     "torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate", "papermill", "numpy",
 )  # fmt: skip
 
-#: Module → distribution, of packages that cannot run half old and half new.
-_WHOLE = {
-    name: name
-    for name in (
-        "torch", "numpy", "pandas", "pyarrow", "scipy", "matplotlib", "statsmodels", "transformers", "tokenizers",
-        "safetensors", "huggingface_hub", "datasets", "accelerate", "peft", "trl", "bitsandbytes",
-    )
-} | {"PIL": "pillow", "sklearn": "scikit-learn"}  # fmt: skip
+#: Packages that cannot run half old and half new; the distribution of two has another name than the module.
+_WHOLE = (
+    "torch", "numpy", "pandas", "pyarrow", "scipy", "matplotlib", "statsmodels", "transformers", "tokenizers",
+    "safetensors", "huggingface_hub", "datasets", "accelerate", "peft", "trl", "bitsandbytes", "PIL", "sklearn",
+)  # fmt: skip
+_DISTRIBUTION = {"PIL": "pillow", "sklearn": "scikit-learn"}
 
 
 def versions(packages: Iterable[str] = PACKAGES) -> dict[str, str]:
@@ -49,11 +47,10 @@ def check_session() -> None:
     for module in _WHOLE:
         origin = Path(getattr(PathFinder.find_spec(module), "origin", None) or "")
         if here in (origin.parent, origin.parent.parent) and not list(here.glob("*.dist-info")):
-            raise SessionError(
-                f"{origin} would be imported in place of the package {module}.",
-                "Rename it, or work in another folder.",
-            )
-    for module, distribution in _WHOLE.items():
+            cause = f"{origin} would be imported in place of the package {module}."
+            raise SessionError(cause, "Rename it, or work in another folder.")
+    for module in _WHOLE:
+        distribution = _DISTRIBUTION.get(module, module)
         held = getattr(sys.modules.get(module), "__version__", None)
         if held is None:  # not imported yet: nothing to look up
             continue

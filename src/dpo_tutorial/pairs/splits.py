@@ -81,7 +81,6 @@ def choose_splits(raw: Mapping[str, Dataset], seed: int, judge: bool = False) ->
 
     Args:
         raw: by the names of the source; each with a column `chosen`, a conversation.
-        judge: as `load_preferences` has it.
 
     Raises:
         DataError: no training split, or too few prompts.

@@ -86,11 +86,8 @@ def answer_log_probs(
 def answer_kl(config: Config, model: PeftModel, tokenizer: PreTrainedTokenizerBase, encoded) -> list[Tensor]:
     """KL(policy ‖ base) of the next token, summed over the whole vocabulary, at each token of the answers.
 
-    Args:
-        encoded: (prompt ids, answer ids) each.
-
     Returns:
-        `[answer length]` each, nats, in the given order; none is below 0 but for rounding.
+        `[answer length]` each, nats, in the order of the (prompt ids, answer ids); below 0 only by rounding.
     """
     model.eval()
     order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i][0]) - len(encoded[i][1]))
@@ -164,10 +161,7 @@ def noise_floor(
     """How far rounding alone moves a margin: the first pairs scored again, in other batches and with other padding.
 
     In exact arithmetic padding changes nothing. In 16 bits, sums come out differently, and a log-probability of an
-    answer moves by tenths of a nat.
-
-    Args:
-        records: what `score_pairs` gave for all of `pairs`, in order.
+    answer moves by tenths of a nat. `records` are what `score_pairs` gave for all of `pairs`, in order.
 
     Returns:
         `spread`: root mean square of the differences between both margins; `floor`: 1.96 times that; `within`: how

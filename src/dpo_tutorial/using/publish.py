@@ -119,10 +119,7 @@ def _gated(folder: Path, adapter: Path) -> dict:
 def written(record: dict, to: str, comparison: dict | None, gated: dict | None) -> str:
     """The card: metadata for the hub, what the model is, what was measured, what it cost, how to load it.
 
-    Args:
-        record: `training.json` as it is published.
-        comparison: `comparison.json`; None: not judged.
-        gated: `GATE.json` of a merged model; None: an adapter.
+    Of `training.json`, of `comparison.json` where it was judged, and of `GATE.json` where the model is merged.
     """
     given: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value
