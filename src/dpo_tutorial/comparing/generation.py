@@ -10,7 +10,6 @@ from datasets import Dataset
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.integrations import dequantize_module_weight
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..knobs import Config
@@ -55,7 +54,6 @@ def _answer_ids(
     model.eval()
     always = models.generate_arguments(model, tokenizer)
     texts = [tokenizer.apply_chat_template(p, tokenize=False, add_generation_prompt=True) for p in prompts]
-    order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
     drawn: dict = dict(do_sample=True, temperature=1.0, top_k=0, top_p=1.0) | how
     how = dict(do_sample=False) if seed is None else drawn
     # On the left, so that every answer starts at the same column.
@@ -65,8 +63,7 @@ def _answer_ids(
     with torch.random.fork_rng(devices=range(torch.cuda.device_count()), enabled=seed is not None):
         if seed is not None:
             torch.manual_seed(seed)
-        for start in tqdm(range(0, len(order), 24), desc="generating", leave=False):
-            chosen = order[start : start + 24]
+        for chosen in scoring.batches([*map(len, texts)], 24, "generating"):
             batch = tokenizer([texts[i] for i in chosen], **padded)
             with precision:
                 out = model.generate(**batch.to(model.device), **always | how, max_new_tokens=limit)

@@ -49,12 +49,11 @@ def check_session() -> None:
         if here in (origin.parent, origin.parent.parent) and not list(here.glob("*.dist-info")):
             cause = f"{origin} would be imported in place of the package {module}."
             raise SessionError(cause, "Rename it, or work in another folder.")
-    for module in _WHOLE:
-        distribution = _DISTRIBUTION.get(module, module)
         held = getattr(sys.modules.get(module), "__version__", None)
         if held is None:  # not imported yet: nothing to look up
             continue
         try:  # base versions, because the local part (+cu128) may be missing on one side
+            distribution = _DISTRIBUTION.get(module, module)
             there = importlib.metadata.version(distribution)
             if Version(Version(held).base_version) != Version(Version(there).base_version):
                 replaced.append(f"{distribution} {there} (this session still holds {held})")

@@ -1,6 +1,6 @@
 """Log-probabilities and implicit rewards of pairs, under the policy and under the reference."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -63,16 +63,12 @@ def answer_log_probs(
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Log-probabilities of the answer's tokens, `[answer length]` each, of (prompt ids, answer ids) in the given order.
 
-    Sorted by length so that little is padding, the longest first: memory peaks at once, and later batches fit into
-    what earlier ones gave back. Policy and reference see the same batches, so that their difference is free of padding
-    noise.
+    Policy and reference see the same batches, so that their difference is free of padding noise.
     """
     model.eval()
-    order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i][0]) - len(encoded[i][1]))
     policy, reference = ([torch.empty(0)] * len(encoded) for _ in range(2))
     size = 2 * config.batch_size  # of similar length and without gradients: twice the training batch fits
-    for start in tqdm(range(0, len(order), size), desc="scoring", leave=False):
-        chosen = order[start : start + size]
+    for chosen in batches([sum(map(len, ids)) for ids in encoded], size, "scoring"):
         batch = collate([encoded[i] for i in chosen], tokenizer.pad_token_id, model.device, padding)
         found = log_probs_of(logits_of(config, model, batch), batch)
         with reference_of(model):
@@ -90,11 +86,9 @@ def answer_kl(config: Config, model: PeftModel, tokenizer: PreTrainedTokenizerBa
         `[answer length]` each, nats, in the order of the (prompt ids, answer ids); below 0 only by rounding.
     """
     model.eval()
-    order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i][0]) - len(encoded[i][1]))
     found = [torch.empty(0)] * len(encoded)
     size = config.batch_size  # logits of two models at once
-    for start in tqdm(range(0, len(order), size), desc="measuring KL", leave=False):
-        chosen = order[start : start + size]
+    for chosen in batches([sum(map(len, ids)) for ids in encoded], size, "measuring KL"):
         batch = collate([encoded[i] for i in chosen], tokenizer.pad_token_id, model.device)
         ours = logits_of(config, model, batch)
         with model.disable_adapter():
@@ -104,6 +98,16 @@ def answer_kl(config: Config, model: PeftModel, tokenizer: PreTrainedTokenizerBa
             p, q = (logits[:-1][before].float().log_softmax(-1) for logits in (row, other))
             found[i] = (p.exp() * (p - q)).sum(-1).double().cpu()
     return found
+
+
+def batches(lengths: Sequence[int], size: int, what: str) -> Iterator[list[int]]:
+    """Places of sequences in batches of similar length, so that little is padding; with a progress bar.
+
+    The longest come first: memory peaks at once, and later batches fit into what earlier ones gave back.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    for start in tqdm(range(0, len(order), size), desc=what, leave=False):
+        yield order[start : start + size]
 
 
 def reference_of(model: PeftModel):
