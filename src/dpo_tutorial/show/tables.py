@@ -1,11 +1,8 @@
 """Tables, conversations and answers as HTML for a notebook."""
 
-import ast
 import html
-import inspect
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from IPython.display import HTML
 
@@ -148,19 +145,6 @@ def requests_table(requests: Sequence[dict], answers: dict, followed: dict) -> H
         for row, answer, good in zip(rows, answers[when], followed[when], strict=True):
             row[column] = ("followed: " if good else "not followed: ") + answer_text(answer)
     return table(rows)
-
-
-def source(*functions: Callable) -> str:
-    """The code of functions without their docstrings, to be read beside an equation."""
-    shown = []
-    for function in functions:
-        lines = inspect.getsource(function).splitlines()
-        parsed: Any = ast.parse(inspect.getsource(function)).body[0]
-        first = parsed.body[0]
-        if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
-            del lines[first.lineno - 1 : first.end_lineno]
-        shown.append("\n".join(lines))
-    return "\n\n".join(shown)
 
 
 def config_table(config) -> HTML:
