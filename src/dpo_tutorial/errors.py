@@ -8,9 +8,7 @@ from collections.abc import Callable
 class TutorialError(Exception):
     """Base of every error this package raises on purpose.
 
-    Args:
-        cause: what is wrong, in one sentence that names the value found.
-        fix: what to do about it.
+    `cause` is what is wrong, in one sentence that names the value found; `fix` is what to do about it.
     """
 
     def __init__(self, cause: str, fix: str) -> None:

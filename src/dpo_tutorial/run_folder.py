@@ -67,20 +67,13 @@ class Run:
     def __init__(self, config: Config, folder: Path | None = None) -> None:
         self.config = config
         self.dir = folder or config.run_dir
+        self.figures, self.adapter = self.dir / "figures", self.dir / "adapter"
         try:
             self.figures.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=self.dir):
                 pass
         except OSError as error:
             raise unwritable(self.dir, error) from error
-
-    @property
-    def figures(self) -> Path:
-        return self.dir / "figures"
-
-    @property
-    def adapter(self) -> Path:
-        return self.dir / "adapter"
 
     def write_text(self, name: str | Path, text: str) -> Path:
         return write_text(self.dir / name, text)
