@@ -170,6 +170,7 @@ def choose_checkpointing(config: Config, available: float) -> tuple[Config, str]
     """Leave activations stored where memory has room for them, since making them again costs time.
 
     Args:
+        config: with `gradient_checkpointing` off it stays off.
         available: bytes of free memory.
 
     Returns:
