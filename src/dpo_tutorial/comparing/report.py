@@ -46,7 +46,7 @@ def page(records: Sequence[dict], comparison: dict) -> str:
     before, after = ([row[when] for row in c["answers"]] for when in ("before", "after"))
     checked = c["instructions"]
     sections = {
-        "In words": _list(c["verdict"]),
+        "In words": "<ul>" + "".join(f"<li>{html.escape(line)}</li>" for line in c["verdict"]) + "</ul>",
         "Held-out pairs": show.held_out_table(held_out["before"], held_out["after"]).data
         + _text(
             f"Scoring the same pairs with other padding moves a margin by {noise['spread']:.2g} (root mean square, "
@@ -91,10 +91,6 @@ def page(records: Sequence[dict], comparison: dict) -> str:
 
 def _text(words: str) -> str:
     return f"<p>{html.escape(words)}</p>"
-
-
-def _list(lines: Sequence[str]) -> str:
-    return "<ul>" + "".join(f"<li>{html.escape(line)}</li>" for line in lines) + "</ul>"
 
 
 def _picture(figure) -> str:
