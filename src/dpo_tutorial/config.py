@@ -1,7 +1,5 @@
 """How the knobs get their values: profile, environment, command line, papermill, a notebook's cell."""
 
-from __future__ import annotations
-
 import dataclasses
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -23,11 +21,7 @@ def known_parameters() -> list[str]:
 
 
 def check_names(names: Iterable[str], hint: str = "", prefix: str = "") -> None:
-    """Refuse names that are no knob.
-
-    Args:
-        hint: added to what is said to do about it.
-        prefix: what stood before each name where it was found.
+    """Refuse names that are no knob; `hint` is added to the fix, `prefix` is what stood before each name.
 
     Raises:
         ConfigError: names them, and lists the known ones.
@@ -59,9 +53,7 @@ def from_notebook(names: Mapping[str, object]) -> knobs.Config:
             small letters as long as no later cell can have made it.
     """
     known = known_parameters()
-    first = not any(
-        isinstance(value, knobs.Config) for value in names.values()
-    )  # a second time, later cells may have run
+    first = not any(isinstance(value, knobs.Config) for value in names.values())  # else later cells may have run
     stray = [
         name
         for name, value in names.items()

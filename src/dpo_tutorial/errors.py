@@ -1,7 +1,5 @@
 """What can be wrong: each error names the cause and the fix."""
 
-from __future__ import annotations
-
 import errno
 import sys
 from collections.abc import Callable
@@ -10,9 +8,7 @@ from collections.abc import Callable
 class TutorialError(Exception):
     """Base of every error this package raises on purpose.
 
-    Args:
-        cause: what is wrong, in one sentence that names the value found.
-        fix: what to do about it.
+    `cause` is what is wrong, in one sentence that names the value found; `fix` is what to do about it.
     """
 
     def __init__(self, cause: str, fix: str) -> None:

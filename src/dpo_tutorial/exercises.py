@@ -1,7 +1,5 @@
 """A check for an exercise that lets the notebook go on while the exercise is still to do."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 

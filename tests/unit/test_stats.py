@@ -307,6 +307,19 @@ def test_rules_hold_the_rates_and_the_paired_change():
 REWARD = {"mean": -1.0, "low": -1.5, "high": -0.5}
 
 
+def told(held_out, rules, **measured):
+    """The verdict where all but this was measured and nothing else moved."""
+    same, at_rest = [answer("a")], {"p": 1.0, "smallest": significance.smallest_change(2, 0)}
+    nothing = {
+        "noise": {"spread": 0.0, "floor": 0.0, "within": 0},
+        "against": {"shorter": {"share": stats.rate(1, 2), "difference": {"difference": 0.1, "low": 0.0, "high": 0.2}}},
+        "kl": {"inside": {"per_answer": {"mean": 0.0, "low": 0.0, "high": 0.0}, "per_token": {"mean": 0.0}}},
+        "form": stats.form(same, same), "same_length": stats.rules(same, same, {}), "same_form": stats.form(same, same),
+        "instructions": dict.fromkeys(("before", "after"), stats.rate(1, 2)) | dict(gained=0, lost=0) | at_rest,
+    }  # fmt: skip
+    return verdict.verdict({"held_out": {"after": held_out}, "rules": rules} | nothing | measured)
+
+
 @pytest.mark.parametrize(
     ("hits", "words"), [(58, "tells chosen from rejected"), (30, "No effect"), (5, "swapped labels")]
 )
@@ -321,10 +334,10 @@ def test_the_verdict_follows_the_numbers(hits, words):
             "no opener": {"low": 0.7, "high": 1.0, "p": 1e-6}, "plain words": {"low": -0.1, "high": 0.2, "p": 1.0},
         },
     }  # fmt: skip
-    said = verdict.verdict(held_out, rules, {"spread": 0.0255, "floor": 0.05, "within": 3})
-    assert words in said[0] and "3 of 60 margins" in said[1] and "Both sides became less likely" in said[2]
-    assert "no opener 8% → 96%" in said[3] and "plain words" not in said[3] and "plain words" in said[4]
-    assert len(verdict.verdict(held_out, rules)) == 4, "nothing is said of noise that was not measured"
+    said = told(held_out, rules, noise={"spread": 0.0255, "floor": 0.05, "within": 3})
+    assert words in said[0] and "3 of 60 margins" in said[2] and "Both sides became less likely" in said[3]
+    assert "no opener 8% → 96%" in said[5] and "plain words" not in said[5] and "plain words" in said[7]
+    assert len(said) == 8, "nothing is said of what did not move"
 
 
 HELD_OUT = {
@@ -345,8 +358,7 @@ HELD_OUT = {
 )
 def test_a_reward_moves_only_where_its_interval_leaves_zero_out(chosen, words):
     found = HELD_OUT | {"reward_chosen": {"mean": 0.4} | chosen}
-    said = verdict.verdict(found, stats.rules([answer("a")], [answer("a")], {"a": bool}))
-    assert words in said[1]
+    assert words in told(found, stats.rules([answer("a")], [answer("a")], {"a": bool}))[3]
 
 
 @pytest.mark.parametrize(
@@ -366,16 +378,16 @@ def test_the_verdict_names_the_judges_the_distance_and_what_is_left_at_equal_len
         "word counts": {"share": stats.rate(50, 60), "difference": {"difference": 0.25, "low": 0.1, "high": 0.4}},
         "shorter": {"share": stats.rate(52, 60), "difference": {"difference": 0.1, "low": low, "high": 0.2}},
     }
-    said = verdict.verdict(
+    said = told(
         HELD_OUT, stats.rules(base, trained, checks), against=against,
-        kl={"per_answer": {"mean": 9.0, "low": 6.0, "high": 12.0}, "per_token": {"mean": 0.1}},
+        kl={"inside": {"per_answer": {"mean": 9.0, "low": 6.0, "high": 12.0}, "per_token": {"mean": 0.1}}},
         form=stats.form(base, trained),
         same_length=stats.rules(*stats.equal_length(base, trained), checks),
     )  # fmt: skip
     assert said[1].startswith("Simple judges of the same pairs: word counts 0.83, shorter 0.87.") and words in said[1]
-    assert "9.0 nats from the base (6.0 to 12.0), 0.10 a token" in said[3]
-    assert "one paragraph 0% → 100%" in said[4] and said[5] == "Answers became shorter: 80 → 40 tokens."
-    assert said[6] == "At equal length, no change is shown for: one paragraph 100% → 100%." and "says one" in said[7]
+    assert "9.0 nats from the base (6.0 to 12.0), 0.10 a token" in said[4]
+    assert "one paragraph 0% → 100%" in said[5] and said[6] == "Answers became shorter: 80 → 40 tokens."
+    assert said[7] == "At equal length, no change is shown for: one paragraph 100% → 100%." and "says one" in said[9]
 
 
 @pytest.mark.parametrize(
@@ -393,7 +405,7 @@ def test_the_verdict_says_what_training_cost_in_following_instructions(changed, 
     p, smallest = significance.sign_test(before, after), significance.smallest_change(40, len(changed))
     found = {"before": stats.share(before), "after": stats.share(after), "gained": sum(changed), "p": p}
     found |= {"lost": len(changed) - sum(changed), "smallest": smallest}
-    said = verdict.verdict(HELD_OUT, stats.rules([answer("a")], [answer("a")], {"a": bool}), instructions=found)
+    said = told(HELD_OUT, stats.rules([answer("a")], [answer("a")], {"a": bool}), instructions=found)
     assert said[-2].startswith("Of 40 requests that a program can check the ") and words in said[-2]
 
 
@@ -402,7 +414,7 @@ def test_more_repetition_at_equal_length_is_said():
     trained = [answer("a b c a b c a b c a")] * 7 + [answer("a b a b a b a b a b")]
     checks = {"says a": lambda a: "a" in a["text"]}
     cut = stats.equal_length(base, trained)
-    said = verdict.verdict(HELD_OUT, stats.rules(base, trained, checks), same_form=stats.form(*cut))
+    said = told(HELD_OUT, stats.rules(base, trained, checks), same_form=stats.form(*cut))
     assert any(s.startswith("At equal length the policy repeats itself more: its longest repeat is +") for s in said)
-    again = verdict.verdict(HELD_OUT, stats.rules(base, base, checks), same_form=stats.form(base, base))
+    again = told(HELD_OUT, stats.rules(base, base, checks), same_form=stats.form(base, base))
     assert not any("repeats itself" in s for s in again)

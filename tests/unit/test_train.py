@@ -13,12 +13,13 @@ from conftest import TEXTS, pair
 from datasets import Dataset, concatenate_datasets
 from safetensors.torch import load_file, save_file
 from test_families import tiny
+from test_stats import told
 from transformers import TrainerCallback
 from trl import DPOTrainer
 
 from dpo_tutorial import config, run_folder
 from dpo_tutorial.adapter import lora
-from dpo_tutorial.comparing import stats, verdict
+from dpo_tutorial.comparing import stats
 from dpo_tutorial.errors import ArtifactError, TrainingError
 from dpo_tutorial.loading import models
 from dpo_tutorial.machine import hardware
@@ -295,7 +296,7 @@ def test_a_policy_taught_swapped_labels_fails_on_pairs_it_has_not_seen(cfg, toke
     found = stats.summarise(scoring.score_pairs(longer, trainer.model, tokenizer, test))
     assert found["accuracy"]["high"] < 0.3
     nothing = {when: {"rule": stats.rate(1, 2)} for when in ("before", "after")}
-    said = verdict.verdict(found, nothing | {"change": {"rule": {"p": 1.0}}})
+    said = told(found, nothing | {"change": {"rule": {"p": 1.0}}})
     assert "swapped labels" in said[0]
 
 

@@ -254,9 +254,9 @@ def test_what_llama_cpp_puts_before_a_text_is_there_once(trained, merged_folder,
     opened = engines.Transformers(merged_folder, trained.config)
     opened.bos = opened.tokenizer.convert_tokens_to_ids(["<|endoftext|>"])
     prompt, answer = CONVERSATIONS[0], [{"role": "assistant", "content": "Ho"}]
-    plain = [opened.encode(prompt, answer)]
+    plain = opened.ids(prompt, True), opened.ids(prompt + answer)
     opened.tokenizer.chat_template = before + opened.tokenizer.chat_template
-    assert [opened.encode(prompt, answer)] == plain and plain[0][0].count(opened.bos[0]) == 1
+    assert (opened.ids(prompt, True), opened.ids(prompt + answer)) == plain and plain[1].count(opened.bos[0]) == 1
 
 
 def test_llama_cpp_and_transformers_read_the_same_from_a_gguf_file(trained, merged_folder, tmp_path):

@@ -1,12 +1,9 @@
 """LoRA adapters: their configuration, the layers they sit on, and loading a trained one."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-import bitsandbytes as bnb
 import peft.tuners.lora.torchao
 import peft.utils.quantization_utils
 import torch
@@ -46,8 +43,7 @@ pass_over_old_torchao()
 def lora_config(config: Config, model: PreTrainedModel | None = None) -> LoraConfig:
     """LoRA (Hu et al. 2021) on `config.lora_targets`; the default is every linear layer but the LM head.
 
-    Args:
-        model: the base the adapter is for; without one, PEFT is left to find "all-linear".
+    `model` is the base that the adapter is for; without one, PEFT is left to find "all-linear".
     """
     return LoraConfig(
         r=config.lora_r,
@@ -92,8 +88,7 @@ def _barred(model: PreTrainedModel | PeftModel) -> tuple[str, ...]:
 def check_lora_targets(model: PreTrainedModel | PeftModel, config: Config) -> None:
     """Fail early, and with names, where `lora_targets` cannot carry an adapter, or carry one already.
 
-    Args:
-        model: with its weights or without (`models.load_empty`).
+    The model may be without its weights (`models.load_empty`).
 
     Raises:
         ModelUnsuitableError: an adapter is there, as when the cell that attaches one is run twice.
@@ -232,9 +227,4 @@ def give_adapter(model: PreTrainedModel | PeftModel, adapter: str | Path) -> Non
 
 def trainable_share(model: PreTrainedModel | PeftModel) -> tuple[int, int]:
     """(trainable parameters, all parameters); a 4-bit weight is one parameter although it fills half a byte."""
-    trainable = total = 0
-    for parameter in model.parameters():
-        n = parameter.numel() * 2 if isinstance(parameter, bnb.nn.Params4bit) else parameter.numel()
-        total += n
-        trainable += n if parameter.requires_grad else 0
-    return trainable, total
+    return model.num_parameters(only_trainable=True), model.num_parameters()

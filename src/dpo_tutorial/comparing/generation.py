@@ -1,7 +1,5 @@
 """What the two models write: greedy answers of both, and how far the policy is from the reference."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -12,7 +10,6 @@ from datasets import Dataset
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.integrations import dequantize_module_weight
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..knobs import Config
@@ -20,8 +17,6 @@ from ..loading import models
 from ..machine import memory
 from ..training import scoring
 from . import instructions, stats
-
-# --- generation ---------------------------------------------------------------------------------------------------
 
 
 def generate(
@@ -59,7 +54,6 @@ def _answer_ids(
     model.eval()
     always = models.generate_arguments(model, tokenizer)
     texts = [tokenizer.apply_chat_template(p, tokenize=False, add_generation_prompt=True) for p in prompts]
-    order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
     drawn: dict = dict(do_sample=True, temperature=1.0, top_k=0, top_p=1.0) | how
     how = dict(do_sample=False) if seed is None else drawn
     # On the left, so that every answer starts at the same column.
@@ -69,8 +63,7 @@ def _answer_ids(
     with torch.random.fork_rng(devices=range(torch.cuda.device_count()), enabled=seed is not None):
         if seed is not None:
             torch.manual_seed(seed)
-        for start in tqdm(range(0, len(order), 24), desc="generating", leave=False):
-            chosen = order[start : start + 24]
+        for chosen in scoring.batches([*map(len, texts)], 24, "generating"):
             batch = tokenizer([texts[i] for i in chosen], **padded)
             with precision:
                 out = model.generate(**batch.to(model.device), **always | how, max_new_tokens=limit)
@@ -134,11 +127,7 @@ def kl_from_base(
         encoded.append((ids, answer))
     nats = [along.sum().item() for along in scoring.answer_kl(config, model, tokenizer, encoded)]
     lengths = [len(answer) for answer in answers]
-    return {
-        "per_answer": stats.mean(nats),
-        "per_token": stats.ratio(nats, lengths),
-        "tokens": sum(lengths),
-    }
+    return {"per_answer": stats.mean(nats), "per_token": stats.ratio(nats, lengths), "tokens": sum(lengths)}
 
 
 def answers_of_both(

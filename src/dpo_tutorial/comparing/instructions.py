@@ -4,8 +4,6 @@ The kinds of request are those of IFEval (Zhou et al. 2023, "Instruction-Followi
 Models", arXiv 2311.07911); the requests are this project's own. Form is checked, not whether an answer is true.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Callable, Sequence

@@ -1,7 +1,5 @@
 """One report of a comparison: JSON for programs, and an HTML page for people that needs nothing beside it."""
 
-from __future__ import annotations
-
 import base64
 import html
 from collections.abc import Sequence
@@ -24,9 +22,7 @@ NO_WORD_COUNTS = "Word counting was left out: it learns from a training split, a
 def save(run: run_folder.Run, training: dict, records: Sequence[dict], comparison: dict) -> list[Path]:
     """Write `records.json`, `comparison.json` and `report.html` into the run's folder.
 
-    Args:
-        training: the adapter's `training.json`.
-        records: as `scoring.score_pairs`; comparison: as `compare.derive`.
+    `training` is the adapter's `training.json`; the others are as `compare.compare` gives them.
     """
     whole = comparison | {
         "data": run.config.identity()["data"],
@@ -50,7 +46,7 @@ def page(records: Sequence[dict], comparison: dict) -> str:
     before, after = ([row[when] for row in c["answers"]] for when in ("before", "after"))
     checked = c["instructions"]
     sections = {
-        "In words": _list(c["verdict"]),
+        "In words": "<ul>" + "".join(f"<li>{html.escape(line)}</li>" for line in c["verdict"]) + "</ul>",
         "Held-out pairs": show.held_out_table(held_out["before"], held_out["after"]).data
         + _text(
             f"Scoring the same pairs with other padding moves a margin by {noise['spread']:.2g} (root mean square, "
@@ -95,10 +91,6 @@ def page(records: Sequence[dict], comparison: dict) -> str:
 
 def _text(words: str) -> str:
     return f"<p>{html.escape(words)}</p>"
-
-
-def _list(lines: Sequence[str]) -> str:
-    return "<ul>" + "".join(f"<li>{html.escape(line)}</li>" for line in lines) + "</ul>"
 
 
 def _picture(figure) -> str:

@@ -1,7 +1,5 @@
 """Is a change over the same items more than chance? Tests of paired shares and means, by statsmodels and scipy."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

@@ -3,8 +3,6 @@
 Nothing here runs a model. Every figure comes with an interval; the formulas are those of scipy and statsmodels.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -85,12 +83,9 @@ def paired_difference(before: Numbers, after: Numbers) -> dict:
 
 
 def corrected(*comparisons: dict[str, dict]) -> list[dict[str, dict]]:
-    """The same comparisons, each change with `corrected`: its p after Holm's correction over all of them together.
+    """The `rules` and `form` given, each change with `corrected`: its p after Holm's correction over all together.
 
     Holm (1979), by statsmodels: the chance of even one false finding among all that were tested stays below 5%.
-
-    Args:
-        comparisons: as `rules` and `form` give them.
     """
     ps = [change["p"] for comparison in comparisons for change in comparison["change"].values()]
     after = iter(multipletests(ps, method="holm")[1].tolist())

@@ -1,33 +1,12 @@
 """One paragraph that says what the numbers show, and what they do not."""
 
-from __future__ import annotations
-
 from .. import show
 from . import stats
 
-# --- in words -----------------------------------------------------------------------------------------------------
 
-
-def verdict(
-    held_out: dict,
-    rules: dict[str, dict],
-    noise: dict | None = None,
-    against: dict[str, dict] | None = None,
-    kl: dict | None = None,
-    form: dict[str, dict] | None = None,
-    same_length: dict[str, dict] | None = None,
-    same_form: dict[str, dict] | None = None,
-    instructions: dict | None = None,
-) -> list[str]:
-    """What changed and what did not, one sentence each, drawn from the numbers; nothing of what was not measured.
-
-    Args:
-        held_out: as `summarise`; rules: as `rules`; noise: as `scoring.noise_floor`; form: as `form`.
-        against: as `baselines.against`.
-        kl: as `generation.kl_from_base`.
-        instructions: as `instructions.summary`.
-        same_length, same_form: as `rules` and `form`, of the answers that `equal_length` gives.
-    """
+def verdict(found: dict) -> list[str]:
+    """What changed and what did not, one sentence each, drawn from the numbers of `compare.derive`."""
+    held_out, rules, noise = found["held_out"]["after"], found["rules"], found["noise"]
     a, chosen, rejected = held_out["accuracy"], held_out["reward_chosen"], held_out["reward_rejected"]
     span = f"{a['rate']:.2f} (95% interval {a['low']:.2f} to {a['high']:.2f}, {a['n']} pairs)"
     if a["low"] > 0.5:
@@ -36,23 +15,21 @@ def verdict(
         said = [f"The policy prefers the rejected answers: accuracy {span}. Look for swapped labels."]
     else:
         said = [f"No effect is shown on held-out pairs: accuracy {span} includes 0.50."]
-    if against:
-        scores = ", ".join(f"{name} {found['share']['rate']:.2f}" for name, found in against.items())
-        gaps = {name: found["difference"] for name, found in against.items()}
-        told = {name: f"{gap['difference']:+.2f}, {show.span(gap, '+.2f')}" for name, gap in gaps.items()}
-        unbeaten = [f"{name} ({told[name]})" for name, gap in gaps.items() if gap["low"] <= 0]
-        nearest = min(gaps, key=lambda name: gaps[name]["difference"])
-        judged = (
-            f"As a judge the policy is not shown to be better than {', '.join(unbeaten)}."
-            if unbeaten
-            else f"As a judge the policy is better than each of them, and least so than {nearest} ({told[nearest]})."
-        )
-        said.append(f"Simple judges of the same pairs: {scores}. {judged}")
-    if noise:
-        said.append(
-            f"Rounding alone moves a margin by {noise['spread']:.2g} (root mean square). Below {noise['floor']:.2g} "
-            f"its sign is not certain: so it is with {noise['within']} of {a['n']} margins."
-        )
+    scores = ", ".join(f"{name} {judge['share']['rate']:.2f}" for name, judge in found["against"].items())
+    gaps = {name: judge["difference"] for name, judge in found["against"].items()}
+    told = {name: f"{name} ({gap['difference']:+.2f}, {show.span(gap, '+.2f')})" for name, gap in gaps.items()}
+    unbeaten = [told[name] for name, gap in gaps.items() if not gap["low"] > 0]
+    nearest = told[min(gaps, key=lambda name: gaps[name]["difference"])]
+    judged = (
+        f"As a judge the policy is not shown to be better than {', '.join(unbeaten)}."
+        if unbeaten
+        else f"As a judge the policy is better than each of them, and least so than {nearest}."
+    )
+    said.append(f"Simple judges of the same pairs: {scores}. {judged}")
+    said.append(
+        f"Rounding alone moves a margin by {noise['spread']:.2g} (root mean square). Below {noise['floor']:.2g} "
+        f"its sign is not certain: so it is with {noise['within']} of {a['n']} margins."
+    )
     rewards = f"chosen {chosen['mean']:+.2f}, rejected {rejected['mean']:+.2f}"
     if chosen["low"] > 0 > rejected["high"]:
         said.append(f"Chosen answers became more likely and rejected ones less: mean rewards {rewards}.")
@@ -65,12 +42,11 @@ def verdict(
         said.append(f"Both sides became more likely: mean rewards {rewards}.")
     else:
         said.append(f"Mean rewards: {rewards}. For at least one of them no change is shown.")
-    if kl:
-        nats = kl["per_answer"]
-        said.append(
-            f"On answers of its own the policy is {nats['mean']:.1f} nats from the base "
-            f"({show.span(nats, '.1f')}), {kl['per_token']['mean']:.2f} a token."
-        )
+    nats, a_token = found["kl"]["inside"]["per_answer"], found["kl"]["inside"]["per_token"]["mean"]
+    said.append(
+        f"On answers of its own the policy is {nats['mean']:.1f} nats from the base "
+        f"({show.span(nats, '.1f')}), {a_token:.2f} a token."
+    )
     lines = {
         name: f"{name} {old['rate']:.0%} → {rules['after'][name]['rate']:.0%}" for name, old in rules["before"].items()
     }
@@ -79,21 +55,20 @@ def verdict(
     n = next(iter(rules["before"].values()))["n"]
     if shifted:
         said.append(f"In {n} generated answers the rate moved beyond chance for: {'; '.join(shifted)}.")
-    if form and stats.moved(form["change"]["tokens"]):
-        old, new = (form[when]["tokens"]["mean"] for when in ("before", "after"))
+    if stats.moved(found["form"]["change"]["tokens"]):
+        old, new = (found["form"][when]["tokens"]["mean"] for when in ("before", "after"))
         said.append(f"Answers became {'shorter' if new < old else 'longer'}: {old:.0f} → {new:.0f} tokens.")
-    for name, change in same_length["change"].items() if same_length else ():
-        if same_length and stats.moved(rules["change"][name]):
-            old, new = (same_length[when][name]["rate"] for when in ("before", "after"))
+    for name, change in found["same_length"]["change"].items():
+        if stats.moved(rules["change"][name]):
+            old, new = (found["same_length"][when][name]["rate"] for when in ("before", "after"))
             shown = "it moved too" if stats.moved(change) else "no change is shown"
             said.append(f"At equal length, {shown} for: {name} {old:.0%} → {new:.0%}.")
-    if same_form and stats.moved(repeat := same_form["change"]["longest repeat (words)"]):
+    if stats.moved(repeat := found["same_form"]["change"]["longest repeat (words)"]):
         said.append(
             f"At equal length the policy repeats itself {'more' if repeat['difference'] > 0 else 'less'}: its longest "
             f"repeat is {repeat['difference']:+.1f} words ({repeat['low']:+.1f} to {repeat['high']:+.1f})."
         )
-    if instructions:
-        said.append(_instructions(instructions))
+    said.append(_instructions(found["instructions"]))
     said.append(
         f"Not shown to move with {n} answers: {'; '.join(still)}."
         if still

@@ -1,7 +1,5 @@
 """The reader votes, blind: which of two answers is better?"""
 
-from __future__ import annotations
-
 import html
 import os
 import random
@@ -56,8 +54,7 @@ class BlindVote:
         said = prompt[-1]["content"] if len(turns) < 2 else "\n\n".join(f"{m['role']}: {m['content']}" for m in turns)
         self._head.value = _text(f"{done + 1} of {n}") + _text(said)
         for box, letter, name in zip(self._sides, "AB", names, strict=True):
-            cut = "" if answers[name]["finished"] else " […cut at the token limit]"
-            box.value = f"<b>{letter}</b>" + _text(answers[name]["text"] + cut)
+            box.value = f"<b>{letter}</b>" + _text(show.tables.answer_text(answers[name]))
 
     def _outcome(self) -> str:
         found = self.result()

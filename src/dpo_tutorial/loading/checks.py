@@ -1,7 +1,5 @@
 """What a checkpoint is, and why it cannot be trained here: by names, config and headers, before weights are read."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Iterator
@@ -68,9 +66,7 @@ def _json(path: Path) -> dict:
 def check_config(model: str, found: PretrainedConfig, path: str) -> None:
     """Refuse weights that are quantized already, unless in NF4, and layers that cannot compute with packed ones.
 
-    Args:
-        found: what transformers makes of the checkpoint's config.json.
-        path: where it was found: a folder, or a hub id.
+    `path` is where the config was found: a folder, or a hub id.
 
     Raises:
         ModelUnsuitableError: quantized in another way, or not as it claims; or a Mamba.

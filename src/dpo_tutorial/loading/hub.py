@@ -1,19 +1,26 @@
 """Why something could not be had from the hub: the network, the token, the name, the disk, told apart."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 
 import huggingface_hub
 from huggingface_hub import errors
 
+from .. import knobs
 from ..errors import disk_error, first_line
+from . import embedded
 
 
 def cache_folder(kind: str = "", name: str = "") -> Path:
     """The hub's cache, or in it the folder of this "model" or "dataset"."""
     return Path(huggingface_hub.constants.HF_HUB_CACHE, f"{kind}s--{name.replace('/', '--')}" if kind else "")
+
+
+def model_here(model: str) -> bool:
+    """Whether the weights of this MODEL are on this machine."""
+    if model == knobs.EMBEDDED:
+        return embedded.model_folder().exists()
+    return Path(model).expanduser().exists() or any(cache_folder("model", model).glob("snapshots/*/*.safetensors"))
 
 
 def why(error: BaseException) -> tuple[str, str]:

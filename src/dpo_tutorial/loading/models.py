@@ -1,7 +1,5 @@
 """Base model and tokenizer: where they come from, and how the weights are loaded in 4 bits."""
 
-from __future__ import annotations
-
 import functools
 import os
 import re

@@ -1,7 +1,5 @@
 """The layers that are stored in 4 bits, and how many bytes the weights take, predicted and measured."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import bitsandbytes as bnb
@@ -45,11 +43,7 @@ def becomes_nf4(name: str, keep: Sequence[str] = ()) -> bool:
 
 
 def linear_weights(model: PreTrainedModel | PeftModel, keep: Sequence[str] = ()) -> tuple[int, int]:
-    """(weights that NF4 quantizes; all other weights), of a 16- or 32-bit model.
-
-    Args:
-        keep: as `config.keep_16bit`.
-    """
+    """(weights that NF4 quantizes; all other weights), of a 16- or 32-bit model; `keep` as `config.keep_16bit`."""
     inside = sum(m.weight.numel() for n, m in linear_layers(model).items() if becomes_nf4(n, keep))
     return inside, sum(p.numel() for p in model.parameters()) - inside
 

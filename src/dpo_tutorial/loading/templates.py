@@ -1,7 +1,5 @@
 """What a chat template leaves open, settled once: which token ends a turn, whether the model thinks, what day it is."""
 
-from __future__ import annotations
-
 import re
 from datetime import datetime
 

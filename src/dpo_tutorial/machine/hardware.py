@@ -1,10 +1,8 @@
 """What this machine is: its devices, the type it computes in, one process among several, seeds."""
 
-from __future__ import annotations
-
 import os
 import platform
-import random
+import re
 from datetime import timedelta
 
 DTYPES = ("bf16", "fp16", "fp32")
@@ -45,6 +43,15 @@ def cpu_bf16() -> str | None:
     flags = torch.cpu.get_capabilities()  # by CPUID, so on Windows too; public since torch 2.11
     names = {"avx512_bf16": "AVX512-BF16", "amx_bf16": "AMX-BF16"}
     return " and ".join(name for flag, name in names.items() if flags.get(flag)) or None
+
+
+def runs_on(capability: list[int], built: list[str]) -> bool:
+    """Whether a torch built for these holds code for a GPU: binary of its generation (sm), or one to compile (compute).
+
+    A list without either, as of AMD's cards, says nothing.
+    """
+    known = [(kind, [int(n[:-1]), int(n[-1])]) for kind, n in re.findall(r"(sm|compute)_(\d+)", " ".join(built))]
+    return not known or any(at <= capability and (kind == "compute" or at[0] == capability[0]) for kind, at in known)
 
 
 def pick_dtype(hardware: dict) -> tuple[str, str]:
@@ -97,10 +104,7 @@ def processes():
 
 
 def seed_everything(seed: int) -> None:
-    """Seed python, numpy and torch (all devices)."""
-    import numpy
-    import torch
+    """Seed python, numpy and torch (all devices): transformers' `set_seed`."""
+    from transformers import set_seed
 
-    random.seed(seed)
-    numpy.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
+    set_seed(seed)

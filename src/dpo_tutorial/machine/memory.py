@@ -1,12 +1,11 @@
 """Memory of this machine: what is free, what was used at most, and how little of it to hold on to."""
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import gc
 import sys
 import threading
+from typing import Self
 
 from . import hardware
 
@@ -90,7 +89,7 @@ class PeakMemory:
     gib: float = 0.0
     total_gib: float = 0.0
 
-    def __enter__(self) -> PeakMemory:
+    def __enter__(self) -> Self:
         import torch
 
         self._cuda = torch.cuda.is_available()

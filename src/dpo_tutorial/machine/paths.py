@@ -1,7 +1,5 @@
 """Where things lie on this machine, and how to print a text without naming its folders."""
 
-from __future__ import annotations
-
 import os
 import re
 from pathlib import Path

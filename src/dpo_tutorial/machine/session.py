@@ -1,7 +1,5 @@
 """Versions of the packages, and whether this session still holds what pip has replaced."""
 
-from __future__ import annotations
-
 import importlib.metadata
 import platform
 import sys
@@ -17,14 +15,12 @@ PACKAGES = (
     "torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate", "papermill", "numpy",
 )  # fmt: skip
 
-#: Module → distribution, of packages that cannot run half old and half new.
-_WHOLE = {
-    name: name
-    for name in (
-        "torch", "numpy", "pandas", "pyarrow", "scipy", "matplotlib", "statsmodels", "transformers", "tokenizers",
-        "safetensors", "huggingface_hub", "datasets", "accelerate", "peft", "trl", "bitsandbytes",
-    )
-} | {"PIL": "pillow", "sklearn": "scikit-learn"}  # fmt: skip
+#: Packages that cannot run half old and half new; the distribution of two has another name than the module.
+_WHOLE = (
+    "torch", "numpy", "pandas", "pyarrow", "scipy", "matplotlib", "statsmodels", "transformers", "tokenizers",
+    "safetensors", "huggingface_hub", "datasets", "accelerate", "peft", "trl", "bitsandbytes", "PIL", "sklearn",
+)  # fmt: skip
+_DISTRIBUTION = {"PIL": "pillow", "sklearn": "scikit-learn"}
 
 
 def versions(packages: Iterable[str] = PACKAGES) -> dict[str, str]:
@@ -51,15 +47,13 @@ def check_session() -> None:
     for module in _WHOLE:
         origin = Path(getattr(PathFinder.find_spec(module), "origin", None) or "")
         if here in (origin.parent, origin.parent.parent) and not list(here.glob("*.dist-info")):
-            raise SessionError(
-                f"{origin} would be imported in place of the package {module}.",
-                "Rename it, or work in another folder.",
-            )
-    for module, distribution in _WHOLE.items():
+            cause = f"{origin} would be imported in place of the package {module}."
+            raise SessionError(cause, "Rename it, or work in another folder.")
         held = getattr(sys.modules.get(module), "__version__", None)
         if held is None:  # not imported yet: nothing to look up
             continue
         try:  # base versions, because the local part (+cu128) may be missing on one side
+            distribution = _DISTRIBUTION.get(module, module)
             there = importlib.metadata.version(distribution)
             if Version(Version(held).base_version) != Version(Version(there).base_version):
                 replaced.append(f"{distribution} {there} (this session still holds {held})")

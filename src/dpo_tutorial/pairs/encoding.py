@@ -1,7 +1,5 @@
 """From messages to tokens: prompt and answer through the chat template, and where the border lies."""
 
-from __future__ import annotations
-
 import functools
 import re
 
@@ -9,8 +7,6 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import DataError
-
-# --- its tokens ---------------------------------------------------------------------------------------------------
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, prompt: list[dict], answer: list[dict]) -> tuple[list[int], list[int]]:
@@ -45,10 +41,9 @@ def encode(tokenizer: PreTrainedTokenizerBase, prompt: list[dict], answer: list[
 def template_problem(
     tokenizer: PreTrainedTokenizerBase, prompt: list[dict], answer: list[dict], after: list[int]
 ) -> str | None:
-    """What is wrong with the tokens that the completion mask covers: "template eos", "template mask" or None.
+    """What is wrong with the tokens that the completion mask covers (`after`, as `encode` cuts them).
 
-    Args:
-        after: the answer's ids, as `encode` cuts them.
+    "template eos", "template mask" or None.
     """
     if after.count(tokenizer.eos_token_id) != 1:
         return "template eos"
@@ -113,21 +108,18 @@ def short(text: str) -> str:
     return text if len(text) <= 160 else f"{text[:80]} … {text[-80:]}"
 
 
-# --- prepared data ------------------------------------------------------------------------------------------------
-
-
-def pieces(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[tuple[str, int]]:
-    """The text that each token adds, and how many tokens it took: a character of several byte tokens is one piece.
+def pieces(tokenizer: PreTrainedTokenizerBase, ids: list[int], values: list[float]) -> list[tuple[str, float]]:
+    """The text that each token adds, and the token's value: a character of several byte tokens has their sum.
 
     Decoded as a growing whole, because some tokenizers decode a token alone without its leading space.
     """
-    found, shown, waiting = [], "", 0
-    for end in range(1, len(ids) + 1):
-        text, waiting = tokenizer.decode(ids[:end], clean_up_tokenization_spaces=False), waiting + 1
+    found, shown, waiting = [], "", 0.0
+    for end, value in enumerate(values, 1):
+        text, waiting = tokenizer.decode(ids[:end], clean_up_tokenization_spaces=False), waiting + value
         if text.endswith("\ufffd") and end < len(ids):  # half a character: the next token has the rest
             continue
         found.append((text[len(shown) :], waiting))
-        shown, waiting = text, 0
+        shown, waiting = text, 0.0
     return found
 
 

@@ -1,7 +1,5 @@
 """The house style that the repository's own preference set teaches, and the rules of it that a program can check."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable
 

@@ -1,7 +1,5 @@
 """Prepared pairs: every row checked (`row_checks`), shuffled, subsampled, and an account of what was dropped."""
 
-from __future__ import annotations
-
 from collections import Counter
 from dataclasses import dataclass
 
@@ -15,8 +13,6 @@ from ..loading import templates
 from . import sources
 from .reasons import REASONS, fix_of
 from .row_checks import Audit, audit_split, prepared_row
-
-# --- the whole set ------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -96,9 +92,6 @@ def _nothing_left(where: str, found: Audit) -> DataError:
     shown += "".join(f" {reason}: {REASONS[reason]}." for reason, _ in most[:1])
     fix = fix_of(most[0][0] if most else "")
     return DataError(f"No usable pair is left in {where}: {dropped}.{shown}", fix)
-
-
-# --- the account --------------------------------------------------------------------------------------------------
 
 
 def report_rows(report: dict[str, dict]) -> list[dict]:

@@ -1,7 +1,5 @@
 """Read a file of rows as it is: one row at a time, each with its place, no type guessed from other rows."""
 
-from __future__ import annotations
-
 import codecs
 import csv
 import gzip
@@ -56,10 +54,8 @@ def _member(path: Path) -> str:
 def rows(path: Path, numbers: Collection[str] = ()) -> Iterator[tuple[str, object]]:
     """Every row of a file with its place, such as ("pairs.jsonl, line 7", {…}). Lines and rows count from 1.
 
-    What cannot be read is a row too, a `NotAPair` of reason "unreadable line". Blank lines are no rows.
-
-    Args:
-        numbers: columns of a table of text whose cells are numbers.
+    What cannot be read is a row too, a `NotAPair` of reason "unreadable line". Blank lines are no rows. Of a table of
+    text, cells in the columns `numbers` are numbers.
 
     Raises:
         DataError: no file of a known format, none that may be read, or no data in it.

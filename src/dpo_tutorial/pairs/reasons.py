@@ -1,7 +1,5 @@
 """Why a row is dropped, and what to do where most rows are dropped for one reason."""
 
-from __future__ import annotations
-
 #: Reasons a row is dropped, in the order they are checked. One row has one reason.
 REASONS = {
     "unreadable line": "this place of the source holds no row: no JSON, not UTF-8, or cut short",

@@ -1,7 +1,5 @@
 """Is a row fit to train on? One validator for every source; each dropped row is counted under one reason."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math
@@ -184,7 +182,8 @@ def audit_split(
             prompts.add(key)
             problem, excerpt = encoding.token_problem(tokenizer, example, max_tokens, controls)
         if problem is None:
-            sound.append((index, key, _content_hash(example), name))
+            content = hashlib.sha256(json.dumps(example, sort_keys=True).encode()).digest()
+            sound.append((index, key, content, name))
             continue
         drop(problem, name)
         if excerpt and len(shown := decoded.setdefault(problem, [])) < 3:
@@ -217,7 +216,3 @@ def prepared_row(tokenizer: PreTrainedTokenizerBase, row: dict) -> dict:
     problem, _ = encoding.token_problem(tokenizer, example, max_tokens=2**62)
     assert problem is None, problem
     return example
-
-
-def _content_hash(example: dict) -> bytes:
-    return hashlib.sha256(json.dumps(example, sort_keys=True).encode()).digest()

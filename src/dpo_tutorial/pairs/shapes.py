@@ -3,11 +3,10 @@
 Nothing is rewritten: a text stays as it is, byte for byte. `docs/data.md` shows each layout and what it becomes.
 """
 
-from __future__ import annotations
-
 import os.path
 import re
 from collections.abc import Mapping
+from itertools import chain
 
 from ..errors import ConfigError
 from .row_checks import calls_tool, is_number
@@ -99,22 +98,11 @@ def to_pair(row: object, columns: Mapping[str, str] = {}) -> tuple[dict, str]:
 
 
 def left_alone(row: object, columns: Mapping[str, str] = {}) -> set[str]:
-    """The columns of a pair that `to_pair` does not read, such as a `history` of earlier turns.
-
-    Args:
-        columns: as `to_pair` takes them.
-    """
+    """The columns of a pair that `to_pair` does not read, such as a `history` of earlier turns."""
     if not isinstance(row, dict):
         return set()
     asked, _ = _prompt(row | {ours: row.get(theirs) for ours, theirs in columns.items()})
-    known = {
-        "prompt_id",
-        "id",
-        *SYSTEMS,
-        *columns,
-        *columns.values(),
-        *(n for names in ANSWERS + SCORES for n in names),
-    }
+    known = {"prompt_id", "id", *SYSTEMS, *columns, *columns.values(), *chain(*ANSWERS, *SCORES)}
     return set(row) - known - set(asked.removesuffix(".messages").split(" and "))
 
 

@@ -1,7 +1,5 @@
 """Read preference pairs from a file, a folder, a hub id or the package, and choose its splits."""
 
-from __future__ import annotations
-
 import json
 import re
 import secrets

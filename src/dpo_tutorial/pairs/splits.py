@@ -1,7 +1,5 @@
 """The splits of a source: found by their usual names among files or splits, and cut by prompt where one is missing."""
 
-from __future__ import annotations
-
 import hashlib
 import re
 from collections.abc import Collection, Mapping
@@ -83,7 +81,6 @@ def choose_splits(raw: Mapping[str, Dataset], seed: int, judge: bool = False) ->
 
     Args:
         raw: by the names of the source; each with a column `chosen`, a conversation.
-        judge: as `load_preferences` has it.
 
     Raises:
         DataError: no training split, or too few prompts.

@@ -1,7 +1,5 @@
 """The prepared pairs on disk: one folder for each config, made once and read back."""
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import json

@@ -1,11 +1,6 @@
 """Tables, coloured tokens and figures for every notebook: `show.table(rows)`, `show.picture(figure)`."""
 
 from .figures import (  # noqa: F401
-    BLUE,
-    GREEN,
-    GREY,
-    ORANGE,
-    PIPELINE,
     alt_text,
     bars,
     dropped_rows,
@@ -42,7 +37,6 @@ from .tables import (  # noqa: F401
     requests_table,
     samples,
     share,
-    source,
     span,
     table,
 )

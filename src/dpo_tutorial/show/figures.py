@@ -1,7 +1,5 @@
 """Figures of the model, the data and the plan, and how a figure is shown with its text."""
 
-from __future__ import annotations
-
 import io
 from collections.abc import Sequence
 
@@ -14,9 +12,6 @@ from matplotlib.ticker import MaxNLocator
 
 # Okabe and Ito's colours: told apart with any colour vision, and visible on light and dark pages.
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#E69F00", "#009E73", "#808080"
-
-
-# --- figures ------------------------------------------------------------------------------------------------------
 
 
 def new_figure(
@@ -59,9 +54,8 @@ def pipeline() -> Figure:
         axis.text(place, 0.62, f"{number}\n{title}", ha="center", va="center", fontsize=8, color="black", bbox=box)
         axis.text(place, 0.08, gives.replace(", ", ",\n", 1), ha="center", va="center", fontsize=7, color=GREY)
         if place:
-            axis.annotate(
-                "", (place - 0.40, 0.62), (place - 0.60, 0.62), arrowprops={"arrowstyle": "->", "color": ORANGE}
-            )
+            arrow = {"arrowstyle": "->", "color": ORANGE}
+            axis.annotate("", (place - 0.40, 0.62), (place - 0.60, 0.62), arrowprops=arrow)
     axis.set(xlim=(-0.5, len(PIPELINE) - 0.5), ylim=(-0.1, 1.1), xticks=[], yticks=[])
     axis.set(xlabel="what each hands on to the next", title="Six notebooks, one pipeline")
     axis.spines[:].set_visible(False)
@@ -127,11 +121,7 @@ def lengths(values: Sequence[int], limit: int) -> Figure:
 
 
 def ultrafeedback(counts: dict) -> Figure:
-    """What UltraFeedback's pairs are like: how far apart their scores lie, and how long both answers are.
-
-    Args:
-        counts: as `sources.ultrafeedback_counts`.
-    """
+    """What UltraFeedback's pairs are like: how far apart scores lie, how long answers are (`ultrafeedback_counts`)."""
     rows, words, tied = counts["rows"], counts["words"], counts["tied"]
     medians = ", ".join(f"{side} {n:.0f}" for side, n in counts["median_words"].items())
     figure, (left, right) = new_figure(
@@ -160,11 +150,8 @@ def nf4_levels(weights: np.ndarray, levels: np.ndarray) -> Figure:
     axis.hist(weights, bins=80, color=BLUE, density=True)
     for level in levels:
         axis.axvline(level, color=ORANGE, linewidth=1)
-    axis.set(
-        xlabel="weight / largest |weight| of its block",
-        ylabel="density",
-        title="NF4: 16 levels, dense where weights are",
-    )
+    axis.set(xlabel="weight / largest |weight| of its block", ylabel="density")
+    axis.set_title("NF4: 16 levels, dense where weights are")
     return figure
 
 
@@ -193,11 +180,7 @@ def lora_shapes(name: str, d_out: int, d_in: int, rank: int, alpha: int) -> Figu
 
 
 def dropped_rows(report: dict[str, dict]) -> Figure:
-    """What became of every row, by split: kept beside dropped (left), and the dropped ones by reason (right).
-
-    Args:
-        report: `prepare.Prepared.report`.
-    """
+    """What became of every row of `Prepared.report`, by split: kept beside dropped, and the dropped ones by reason."""
     reasons = list(dict.fromkeys(reason for found in report.values() for reason in found["dropped"]))
     rows, kept = ([found[what] for found in report.values()] for what in ("rows", "kept"))
     said = [

@@ -1,7 +1,5 @@
 """Tokens in colour: the completion mask, and each token's share of the implicit reward."""
 
-from __future__ import annotations
-
 import html
 import re
 from collections.abc import Sequence
@@ -40,10 +38,8 @@ def heat_map(shown: dict) -> HTML:
     """Where in a sentence the preference lives: beta times the log-ratio of each token, policy against reference.
 
     Blue tokens (solid scale) became likelier, orange ones (underlined with dots) less likely; both answers share one
-    scale. The values of an answer add up to its reward.
-
-    Args:
-        shown: as `scoring.token_rewards` makes it; answers of other names than "chosen" and "rejected" are shown too.
+    scale. The values of an answer add up to its reward. `shown` is as `scoring.token_rewards` makes it; its answers may
+    have other names than "chosen" and "rejected".
     """
     largest = _largest(shown)
     parts = [f"<p class='dpo-tokens'>{_shaded('less likely', -largest, largest)} · 0 · "

@@ -1,7 +1,5 @@
 """Figures of training and of held-out pairs."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 
@@ -84,9 +82,8 @@ def loss_curve(beta: float) -> Figure:
     axis.plot(x, -torch.nn.functional.logsigmoid(x), color=figures.BLUE, label="loss = −log σ(margin)")
     axis.plot(x, torch.sigmoid(-x), color=figures.ORANGE, label="gradient weight = σ(−margin)")
     axis.plot([0], [math.log(2)], "o", color=figures.BLUE)
-    axis.annotate(
-        "step 0: ln 2", (0, math.log(2)), xytext=(0.6, 1.6), arrowprops={"arrowstyle": "->", "color": figures.GREY}
-    )
+    arrow = {"arrowstyle": "->", "color": figures.GREY}
+    axis.annotate("step 0: ln 2", (0, math.log(2)), xytext=(0.6, 1.6), arrowprops=arrow)
     axis.set(xlabel=f"margin (rewards, β = {beta:g})", title="What one pair contributes")
     axis.legend()
     return figure

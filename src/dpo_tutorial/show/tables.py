@@ -1,13 +1,8 @@
 """Tables, conversations and answers as HTML for a notebook."""
 
-from __future__ import annotations
-
-import ast
 import html
-import inspect
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from IPython.display import HTML
 
@@ -148,21 +143,8 @@ def requests_table(requests: Sequence[dict], answers: dict, followed: dict) -> H
     rows = [{"request": request["prompt"]} for request in requests]
     for column, when in (("base", "before"), ("after DPO", "after")):
         for row, answer, good in zip(rows, answers[when], followed[when], strict=True):
-            row[column] = ("followed: " if good else "not followed: ") + _answer(answer)
+            row[column] = ("followed: " if good else "not followed: ") + answer_text(answer)
     return table(rows)
-
-
-def source(*functions: Callable) -> str:
-    """The code of functions without their docstrings, to be read beside an equation."""
-    shown = []
-    for function in functions:
-        lines = inspect.getsource(function).splitlines()
-        parsed: Any = ast.parse(inspect.getsource(function)).body[0]
-        first = parsed.body[0]
-        if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
-            del lines[first.lineno - 1 : first.end_lineno]
-        shown.append("\n".join(lines))
-    return "\n\n".join(shown)
 
 
 def config_table(config) -> HTML:
@@ -186,7 +168,7 @@ def answers(prompts, before, after, rejected_label="base", chosen_label="after D
         return (f"[question {turns} of a conversation] " if turns > 1 else "") + prompt[-1]["content"]
 
     rows = [
-        {"prompt": asked(p), rejected_label: _answer(b), chosen_label: _answer(a)}
+        {"prompt": asked(p), rejected_label: answer_text(b), chosen_label: answer_text(a)}
         for p, b, a in zip(prompts, before, after, strict=True)
     ]
     return table(rows, "Same prompts, same greedy decoding")
@@ -196,10 +178,11 @@ def samples(lines: Sequence[dict]) -> HTML:
     """`tracking.read_samples` as a strip: a row per step, a column per prompt."""
     rows: dict[int, dict] = {}
     for line in lines:
-        text = _answer({"text": line["answer"], "finished": line["finished"]})
+        text = answer_text({"text": line["answer"], "finished": line["finished"]})
         rows.setdefault(line["step"], {"step": line["step"]})[line["prompt"]] = text
     return table(list(rows.values()), "Greedy answers while it trained")
 
 
-def _answer(answer: dict) -> str:
+def answer_text(answer: dict) -> str:
+    """An answer as `generation.generate` gives it; that it was cut is said."""
     return answer["text"] + ("" if answer["finished"] else " […cut at the token limit]")

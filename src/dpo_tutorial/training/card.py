@@ -1,7 +1,5 @@
 """The adapter's README: what it is, how it was made, and how to load it without this package."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from .. import knobs

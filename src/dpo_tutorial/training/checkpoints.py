@@ -4,8 +4,6 @@ transformers writes checkpoints and resumes from them; this module adds a seal. 
 `whole.json`, written last and in one step, with the SHA-256 of every other file. What a kill tore has no valid seal.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import shutil
@@ -140,22 +138,18 @@ class Seal(TrainerCallback):
 
     transformers draws the order from torch's random numbers when an epoch begins, but keeps only their state at the
     checkpoint. So in any epoch but the first, a resumed run would skip as many batches of another order. And it finds
-    that state only where as many processes go on as had stopped.
-
-    Args:
-        seal: of the checkpoint that the training resumes from.
+    that state only where as many processes go on as had stopped. `seal` is that of the checkpoint resumed from.
     """
 
     def __init__(self, run: run_folder.Run, fingerprint: dict, seal: dict | None) -> None:
-        self.run, self.fingerprint, self.seal = run, fingerprint, seal
+        self.run, self.fingerprint, self.seal = run, fingerprint, dict(seal or {})
         self.order: torch.Tensor | None = None
         self.started = 0.0
-        self.went_on = False
 
     def seconds(self) -> float:
         """Seconds of training so far, those before the stop included."""
         here = time.perf_counter() - self.started if self.started else 0
-        return here + (self.seal["seconds"] if self.seal else 0)
+        return here + self.seal.get("seconds", 0)
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         self.started = time.perf_counter()
@@ -167,9 +161,9 @@ class Seal(TrainerCallback):
         self.order = torch.get_rng_state()
 
     def on_step_begin(self, args, state, control, **kwargs) -> None:
-        if self.seal and self.seal.get("random", self.seal["order"]) != self.seal["order"] and not self.went_on:
-            torch.set_rng_state(torch.frombuffer(bytearray.fromhex(self.seal["random"]), dtype=torch.uint8))
-        self.went_on = True
+        random = self.seal.pop("random", None)  # taken out: only the first step goes on from there
+        if random and random != self.seal["order"]:
+            torch.set_rng_state(torch.frombuffer(bytearray.fromhex(random), dtype=torch.uint8))
 
     def on_save(self, args, state, control, **kwargs) -> None:
         hardware.processes().wait_for_everyone()  # each process writes the state of its own random numbers

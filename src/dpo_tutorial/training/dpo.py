@@ -1,7 +1,5 @@
 """The DPO loss in plain torch (Rafailov et al. 2023, "Direct Preference Optimization", eq. 7)."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor

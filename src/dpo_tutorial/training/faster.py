@@ -1,7 +1,5 @@
 """`DPOTrainer` with less work: a pair's prompt computed once, on a CPU a smaller head, and a clock beside it."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext

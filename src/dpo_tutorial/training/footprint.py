@@ -4,8 +4,6 @@ The block is Llama's (Mistral and Qwen2 have the same). What autograd keeps of i
 `torch.autograd.graph.saved_tensors_hooks`, under torch 2.13, transformers 5.23, PEFT 0.21, TRL 1.16.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 from dataclasses import dataclass
@@ -18,6 +16,7 @@ from ..knobs import Config
 from ..loading import models
 from ..loading import sizes as sizes_of
 from ..machine import hardware
+from . import prefix
 
 FP32 = 4
 TILE = {"cuda": (4096, 32768), "cpu": (512, 4096)}  # tokens x words of logits that TRL's head makes at a time
@@ -68,7 +67,7 @@ def _not_planned(model: str, why: str) -> ModelUnsuitableError:
 @functools.lru_cache(maxsize=8)  # advice plans many times over
 def _read_shape(model: str, revision: str | None, keep: tuple[str, ...]) -> Shape:
     found = models.load_config(Config(model=model, model_revision=revision))
-    if getattr(found, "num_local_experts", None) or getattr(found, "num_experts", None):
+    if prefix.has_experts(found):
         raise _not_planned(model, "it is a mixture of experts")
     try:
         width = getattr(found, "head_dim", None) or found.hidden_size // found.num_attention_heads

@@ -4,8 +4,6 @@ A sum of counted tensors (`footprint`), but for two terms: what the process hold
 of a CPU keeps is a bound. No run in `benchmarks/memory_plan.md` and `gpu.jsonl` took more than the sum.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,9 +18,7 @@ from .footprint import FP32
 
 SHORTEST = 128  # tokens: advice goes no lower, an answer needs room
 LOWEST_RANK = 4
-HEAP = (
-    9  # of the widest tensors a block frees, torch asks for 64-byte alignment and glibc cannot give them again: at most
-)
+HEAP = 9  # widest tensors of a block that glibc cannot give again, since torch aligns to 64 bytes: at most
 WORKSPACE = 32 * 2**20  # bytes that cuBLAS holds on a Hopper GPU, the largest
 ROOM = 1.5  # times the plan must be free: batches of mixed lengths rise above it (`benchmarks/memory_plan.md`)
 
@@ -195,11 +191,7 @@ def choose_checkpointing(config: Config, available: float) -> tuple[Config, str]
 
 
 def advice(planned: Plan, available: float) -> str:
-    """One sentence: it fits, or which knobs to turn, and to what.
-
-    Args:
-        available: bytes of free memory, for example `memory.free_memory_gib() * 2**30`.
-    """
+    """One sentence: whether it fits into so many bytes of free memory, or which knobs to turn, and to what."""
     needs = f"{planned.needed / 2**30:.1f} GiB needed, {available / 2**30:.1f} GiB free"
     found = fitting(planned, available)
     if found is None:
@@ -222,10 +214,9 @@ def _changes(config: Config) -> Iterator[Config]:
     sizes = [n for n in range(config.batch_size, 0, -1) if pairs % n == 0]
     for checkpointing in (False, True):
         if checkpointing or not config.gradient_checkpointing:
+            of_kind = dataclasses.replace(config, gradient_checkpointing=checkpointing)
             for n in sizes:
-                smallest = dataclasses.replace(
-                    config, batch_size=n, grad_accum=pairs // n, gradient_checkpointing=checkpointing
-                )
+                smallest = dataclasses.replace(of_kind, batch_size=n, grad_accum=pairs // n)
                 yield smallest
     for tokens in range((config.max_tokens - 1) // 32 * 32, SHORTEST - 1, -32):
         smallest = dataclasses.replace(smallest, max_tokens=tokens)

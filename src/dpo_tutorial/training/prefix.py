@@ -5,8 +5,6 @@ before it. So the prompt may be computed once with both answers behind it, as lo
 (Wang and Hegde 2024, "Accelerating Direct Preference Optimization with Prefix Sharing", arXiv 2410.20305).
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import math
@@ -14,15 +12,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from inspect import signature
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from ..errors import first_line
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,5 @@
 """Several processes that train together, started and watched by torch's own launcher."""
 
-from __future__ import annotations
-
 import logging
 import os
 import sys
@@ -17,9 +15,7 @@ _TOLD = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORC
 def train(parameters: dict[str, str], asked: int | None = None) -> int:
     """`dpo-tutorial train`: in this process, in `asked` new ones, or as the one of several that this process is.
 
-    Args:
-        parameters: knobs by their names in capitals, as text.
-        asked: processes in all; None: one, or as many as torchrun has started.
+    Where `asked` is None, that is one process, or as many as torchrun has started.
 
     Returns:
         The exit code. What stopped one of the new processes is printed once.

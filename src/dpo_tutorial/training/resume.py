@@ -1,9 +1,7 @@
 """Train, or go on from the newest whole checkpoint of the same training."""
 
-from __future__ import annotations
-
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from transformers import TrainerState
@@ -23,11 +21,7 @@ class Start:
 
     checkpoint: str | None  # of one that was stopped; what `trainer.train(resume_from_checkpoint=…)` takes
     finished: bool  # stopped between the last step and saving: the trainer has the adapter, nothing is left to train
-    seal: checkpoints.Seal
-
-    def seconds(self) -> float:
-        """Seconds of training so far, those before the stop included."""
-        return self.seal.seconds()
+    seconds: Callable[[], float]  # of training so far, those before the stop included
 
 
 @contextlib.contextmanager
@@ -82,7 +76,7 @@ def _start(trainer: DPOTrainer, config: Config, run: run_folder.Run, now: dict, 
     hardware.seed_everything(config.seed)  # the order of the batches follows the seed, whatever was drawn before
     # The adapter in a checkpoint is safetensors; optimizer, scheduler and random numbers are files of torch.save, which
     # transformers reads with weights_only. They are this run's own, sealed by it, and never come from a download.
-    return Start(checkpoint and str(checkpoint), finished, sealing)
+    return Start(checkpoint and str(checkpoint), finished, sealing.seconds)
 
 
 def resume_or_start(trainer: DPOTrainer, config: Config, run: run_folder.Run) -> float:

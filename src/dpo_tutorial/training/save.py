@@ -1,7 +1,5 @@
 """Save the adapter with its training record and model card, and read them again."""
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import json
@@ -111,10 +109,7 @@ def check_held_out(adapter: Path, pairs: Dataset) -> None:
 def history(trainer: DPOTrainer) -> dict[str, list[dict]]:
     """The trainer's log in two tables: one row per optimizer step, one per evaluation."""
     log = trainer.state.log_history
-    return {
-        "train": [row for row in log if "loss" in row],
-        "eval": [row for row in log if "eval_loss" in row],
-    }
+    return {"train": [row for row in log if "loss" in row], "eval": [row for row in log if "eval_loss" in row]}
 
 
 @contextlib.contextmanager
@@ -122,9 +117,6 @@ def saving(config: Config, run: run_folder.Run, trainer: DPOTrainer, seconds: fl
     """Save into the folder it gives; training record and model card are added, and all appears whole or not at all.
 
     The checkpoints go once it is saved, so that the next training starts anew, and the run's folder is free for it.
-
-    Args:
-        seconds: of training, for the record.
     """
     run.lock()
     where = models.source(config)

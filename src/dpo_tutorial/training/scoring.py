@@ -1,8 +1,6 @@
 """Log-probabilities and implicit rewards of pairs, under the policy and under the reference."""
 
-from __future__ import annotations
-
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -65,16 +63,12 @@ def answer_log_probs(
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Log-probabilities of the answer's tokens, `[answer length]` each, of (prompt ids, answer ids) in the given order.
 
-    Sorted by length so that little is padding, the longest first: memory peaks at once, and later batches fit into
-    what earlier ones gave back. Policy and reference see the same batches, so that their difference is free of padding
-    noise.
+    Policy and reference see the same batches, so that their difference is free of padding noise.
     """
     model.eval()
-    order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i][0]) - len(encoded[i][1]))
     policy, reference = ([torch.empty(0)] * len(encoded) for _ in range(2))
     size = 2 * config.batch_size  # of similar length and without gradients: twice the training batch fits
-    for start in tqdm(range(0, len(order), size), desc="scoring", leave=False):
-        chosen = order[start : start + size]
+    for chosen in batches([sum(map(len, ids)) for ids in encoded], size, "scoring"):
         batch = collate([encoded[i] for i in chosen], tokenizer.pad_token_id, model.device, padding)
         found = log_probs_of(logits_of(config, model, batch), batch)
         with reference_of(model):
@@ -88,18 +82,13 @@ def answer_log_probs(
 def answer_kl(config: Config, model: PeftModel, tokenizer: PreTrainedTokenizerBase, encoded) -> list[Tensor]:
     """KL(policy ‖ base) of the next token, summed over the whole vocabulary, at each token of the answers.
 
-    Args:
-        encoded: (prompt ids, answer ids) each.
-
     Returns:
-        `[answer length]` each, nats, in the given order; none is below 0 but for rounding.
+        `[answer length]` each, nats, in the order of the (prompt ids, answer ids); below 0 only by rounding.
     """
     model.eval()
-    order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i][0]) - len(encoded[i][1]))
     found = [torch.empty(0)] * len(encoded)
     size = config.batch_size  # logits of two models at once
-    for start in tqdm(range(0, len(order), size), desc="measuring KL", leave=False):
-        chosen = order[start : start + size]
+    for chosen in batches([sum(map(len, ids)) for ids in encoded], size, "measuring KL"):
         batch = collate([encoded[i] for i in chosen], tokenizer.pad_token_id, model.device)
         ours = logits_of(config, model, batch)
         with model.disable_adapter():
@@ -109,6 +98,16 @@ def answer_kl(config: Config, model: PeftModel, tokenizer: PreTrainedTokenizerBa
             p, q = (logits[:-1][before].float().log_softmax(-1) for logits in (row, other))
             found[i] = (p.exp() * (p - q)).sum(-1).double().cpu()
     return found
+
+
+def batches(lengths: Sequence[int], size: int, what: str) -> Iterator[list[int]]:
+    """Places of sequences in batches of similar length, so that little is padding; with a progress bar.
+
+    The longest come first: memory peaks at once, and later batches fit into what earlier ones gave back.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    for start in tqdm(range(0, len(order), size), desc=what, leave=False):
+        yield order[start : start + size]
 
 
 def reference_of(model: PeftModel):
@@ -151,11 +150,8 @@ def collate(
         ids[row, :end] = torch.tensor(prompt + answer)
         attention[row, :end] = 1
         completion[row, len(prompt) : end] = 1
-    return {
-        "input_ids": ids.to(device),
-        "attention_mask": attention.to(device),
-        "completion_mask": completion.to(device),
-    }
+    batch = {"input_ids": ids, "attention_mask": attention, "completion_mask": completion}
+    return {name: numbers.to(device) for name, numbers in batch.items()}
 
 
 def noise_floor(
@@ -169,10 +165,7 @@ def noise_floor(
     """How far rounding alone moves a margin: the first pairs scored again, in other batches and with other padding.
 
     In exact arithmetic padding changes nothing. In 16 bits, sums come out differently, and a log-probability of an
-    answer moves by tenths of a nat.
-
-    Args:
-        records: what `score_pairs` gave for all of `pairs`, in order.
+    answer moves by tenths of a nat. `records` are what `score_pairs` gave for all of `pairs`, in order.
 
     Returns:
         `spread`: root mean square of the differences between both margins; `floor`: 1.96 times that; `within`: how
@@ -196,7 +189,6 @@ def token_rewards(tokenizer: PreTrainedTokenizerBase, pair: dict, record: dict) 
     """
     shown = {name: record[name] for name in ("reward_chosen", "reward_rejected")} | {"prompt": pair["prompt"]}
     for side in ("chosen", "rejected"):
-        rewards = iter(record[f"{side}_token_rewards"])
-        pieces = encoding.pieces(tokenizer, encoding.encode(tokenizer, pair["prompt"], pair[side])[1])
-        shown[side] = [(text, sum(next(rewards) for _ in range(n))) for text, n in pieces]
+        _, ids = encoding.encode(tokenizer, pair["prompt"], pair[side])
+        shown[side] = encoding.pieces(tokenizer, ids, record[f"{side}_token_rewards"])
     return shown

@@ -1,7 +1,5 @@
 """Where the seconds of a training go: policy, reference, backward, optimizer, evaluation, the rest."""
 
-from __future__ import annotations
-
 import time
 from collections import defaultdict
 from collections.abc import Iterator

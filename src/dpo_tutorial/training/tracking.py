@@ -1,7 +1,5 @@
 """Watch a training from outside: a tracker that keeps its curves, and a strip of samples, written as it goes."""
 
-from __future__ import annotations
-
 import functools
 import importlib.util
 import json
@@ -57,12 +55,10 @@ def arguments(config: Config) -> dict:
 class Samples(TrainerCallback):
     """Answer the same prompts greedily, at the start and at each checkpoint, into `samples.jsonl` of the run's folder.
 
-    A line is `{"step", "prompt", "answer", "finished"}`; `finished` is False where the answer was cut at 48 tokens. A
-    resumed training keeps the lines up to its checkpoint. Training itself is left as it is: greedy decoding draws no
-    random numbers, and `models.load_base` has switched off what an evaluation would do to 4-bit weights.
-
-    Args:
-        prompts: conversations; the last message of each is what a line calls its prompt.
+    A line is `{"step", "prompt", "answer", "finished"}`; `prompt` is the last message of a conversation, `finished` is
+    False where the answer was cut at 48 tokens. A resumed training keeps the lines up to its checkpoint. Training
+    itself is left as it is: greedy decoding draws no random numbers, and `models.load_base` has switched off what an
+    evaluation would do to 4-bit weights.
     """
 
     def __init__(self, config: Config, run: run_folder.Run, trainer: DPOTrainer, prompts: Sequence[list[dict]]) -> None:
@@ -70,9 +66,8 @@ class Samples(TrainerCallback):
         self.lines: list[dict] = []
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
-        self.lines = [
-            line for line in read_samples(self.run) if line["step"] <= state.global_step and state.global_step
-        ]
+        earlier = read_samples(self.run) if state.global_step else []
+        self.lines = [line for line in earlier if line["step"] <= state.global_step]
         if not self.lines:
             self.on_save(args, state, control, **kwargs)
 

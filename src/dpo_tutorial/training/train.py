@@ -1,7 +1,5 @@
 """Build the DPO trainer and train the adapter. `dpo-tutorial train` does it without a notebook."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

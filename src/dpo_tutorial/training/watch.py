@@ -1,7 +1,5 @@
 """What a loss says of a training: at once that it means nothing, or at its end that it is worse than it began."""
 
-from __future__ import annotations
-
 import math
 
 from transformers import TrainerCallback
@@ -29,13 +27,12 @@ class LossWatch(TrainerCallback):
 
 
 def check_first(logs: dict, args: DPOConfig) -> float:
-    """The loss before the first update. Policy and reference are one model then: the margin is 0, DPO's loss ln 2.
+    """The loss before the first update, of what TRL logs at that step: `loss`, and the mean margin `rewards/margins`.
+
+    Policy and reference are one model then: the margin is 0, DPO's loss ln 2.
 
     A reference computed before training saw other batches, which in 16 bits round differently: an answer's log π by up
     to a nat or so, which beta scales. Else both saw the same batch, and a loss shows nothing between them.
-
-    Args:
-        logs: of the first step, as TRL writes them: `loss`, and the mean margin `rewards/margins`.
 
     Raises:
         TrainingError: they are not; then the reference is wrong, and the training means nothing.

@@ -1,7 +1,5 @@
 """`dpo-tutorial chat`: base and policy answer side by side, each in its own conversation; or a merged model alone."""
 
-from __future__ import annotations
-
 import sys
 import textwrap
 from collections.abc import Collection, Iterator
@@ -95,9 +93,8 @@ class Chat:
         ours, theirs = scoring.answer_log_probs(self.config, self.policy, self.tokenizer, answers)
         found = {}
         for who, (_, ids), a, b in zip(self.last, answers, ours, theirs, strict=True):
-            rewards = iter(dpo.implicit_reward(a, b, self.config.beta).tolist())
-            pieces = encoding.pieces(self.tokenizer, ids)
-            found[who] = [(text, sum(next(rewards) for _ in range(n))) for text, n in pieces]
+            rewards = dpo.implicit_reward(a, b, self.config.beta).tolist()
+            found[who] = encoding.pieces(self.tokenizer, ids, rewards)
         return found
 
 

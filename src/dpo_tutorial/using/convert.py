@@ -1,7 +1,5 @@
 """From a merged folder to GGUF, which llama.cpp and Ollama read, and the Modelfile that Ollama wants beside it."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import os
@@ -102,10 +100,7 @@ def modelfile(tokenizer: PreTrainedTokenizerBase, gguf: str) -> str:
     """Ollama's Modelfile for a chat template that writes ChatML, as those of SmolLM2 and Qwen2.5 do.
 
     Ollama has templates in a language of its own and does not read the one in the GGUF. Whether ours says the same is
-    tried on conversations, with and without a system turn.
-
-    Args:
-        gguf: name of the file beside it.
+    tried on conversations, with and without a system turn. `gguf` is the name of the file beside it.
 
     Raises:
         ModelUnsuitableError: the tokenizer's template writes something else.

@@ -1,7 +1,5 @@
 """`dpo-tutorial demo --adapter DIR`: a page on this machine with two blind answers, a vote, and the token rewards."""
 
-from __future__ import annotations
-
 import importlib.util
 import os
 import random

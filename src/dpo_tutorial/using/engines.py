@@ -1,10 +1,7 @@
 """What computes an export again: plain transformers, or llama.cpp itself where it can be imported."""
 
-from __future__ import annotations
-
 import importlib.util
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from peft import PeftModel
@@ -16,45 +13,13 @@ from ..knobs import Config
 from ..machine import hardware
 
 
-class Exported(Protocol):
-    """An export, opened; its answers end at the tokens `eos`."""
-
-    engine: str
-    eos: frozenset[int]
-
-    def ids(self, messages: list[dict], answering: bool = False) -> list[int]:
-        """Token ids of a conversation by the export's own template; `answering` opens the assistant's next turn."""
-
-    def logits(self, ids: list[int]) -> Tensor:
-        """As `logits_of`."""
-
-    def encode(self, prompt: list[dict], answer: list[dict]) -> tuple[list[int], list[int]]:
-        """As `encoding.encode`, which refuses a template that is wrong: here that is to be measured."""
-        before = self.ids(prompt, True)
-        return before, self.ids(prompt + answer)[len(before) :]
-
-
-def opened(path: Path, config: Config) -> Exported:
-    """A merged folder or a GGUF file. llama.cpp computes the latter where `llama_cpp` is installed.
-
-    Raises:
-        ModelUnsuitableError: what is to open it cannot read it.
-    """
-    try:
-        by_llama_cpp = path.suffix == ".gguf" and importlib.util.find_spec("llama_cpp")
-        return LlamaCpp(path, config) if by_llama_cpp else Transformers(path, config)
-    except (ValueError, KeyError, RuntimeError, NotImplementedError) as error:
-        cause = f"{path.name} cannot be scored again: {first_line(error)}"
-        raise ModelUnsuitableError(cause, "Export the merged folder instead.") from error
-
-
 @torch.no_grad()
 def logits_of(model: PreTrainedModel | PeftModel, ids: list[int]) -> Tensor:
     """`[length, vocabulary]` in float32 on the CPU; row t predicts token t + 1."""
     return model(input_ids=torch.tensor([ids], device=model.device), use_cache=False).logits[0].float().cpu()
 
 
-class Transformers(Exported):
+class Transformers:
     """A merged folder, or a GGUF file: its weights dequantized, so that llama.cpp's own arithmetic is not seen."""
 
     def __init__(self, path: Path, config: Config) -> None:
@@ -77,6 +42,7 @@ class Transformers(Exported):
         self.eos = frozenset(eos if isinstance(eos, list) else [eos])
 
     def ids(self, messages: list[dict], answering: bool = False) -> list[int]:
+        """Token ids of a conversation by the export's own template; `answering` opens the assistant's next turn."""
         how = dict(add_generation_prompt=answering, tokenize=True, return_dict=False)
         ids = self.tokenizer.apply_chat_template(messages, **how)
         return ids if ids[:1] == self.bos else self.bos + ids  # llama.cpp's rule: never two
@@ -85,7 +51,7 @@ class Transformers(Exported):
         return logits_of(self.model, ids)
 
 
-class LlamaCpp(Exported):
+class LlamaCpp:
     """A GGUF file, computed by llama.cpp on the CPU: its kernels, its tokenizer, and the template in the file."""
 
     def __init__(self, path: Path, config: Config) -> None:
@@ -111,3 +77,20 @@ class LlamaCpp(Exported):
         self.model.reset()
         self.model.eval(ids)
         return torch.from_numpy(self.model.scores[: len(ids)].copy())
+
+
+Exported = Transformers | LlamaCpp  # opened: its answers end at the tokens `eos`
+
+
+def opened(path: Path, config: Config) -> Exported:
+    """A merged folder or a GGUF file. llama.cpp computes the latter where `llama_cpp` is installed.
+
+    Raises:
+        ModelUnsuitableError: what is to open it cannot read it.
+    """
+    try:
+        by_llama_cpp = path.suffix == ".gguf" and importlib.util.find_spec("llama_cpp")
+        return LlamaCpp(path, config) if by_llama_cpp else Transformers(path, config)
+    except (ValueError, KeyError, RuntimeError, NotImplementedError) as error:
+        cause = f"{path.name} cannot be scored again: {first_line(error)}"
+        raise ModelUnsuitableError(cause, "Export the merged folder instead.") from error

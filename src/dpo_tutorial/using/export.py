@@ -1,7 +1,5 @@
 """`dpo-tutorial export --adapter DIR --to merged|gguf|ollama`: written, then scored again, then named."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import tempfile

@@ -1,7 +1,5 @@
 """Is what was exported still what was trained? The same held-out pairs, scored again by the export itself."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,9 +19,6 @@ PROMPTS, TOKENS = 8, 64
 
 #: Twice what Q8_0 measured in llama.cpp, the least exact export that keeps the model (`benchmarks/export.md`).
 LIMITS = {"margin_change_share": 0.14, "kl": 0.0093, "other_tokens": 0.10}
-
-
-# --- measuring ----------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -72,7 +67,8 @@ def measure(model: Trained, exported: Exported) -> dict:
     rewards: dict[str, list[float]] = {"adapter": [], "exported": []}
     apart, other, same_prompt, one_eos = [], [], [], []
     for prompt, answer, ids, logits, base in tqdm(model.answers, desc="gate", leave=False):
-        ours = exported.encode(prompt, answer)
+        before = exported.ids(prompt, True)  # as `encoding.encode`, but a template that is wrong is to be measured
+        ours = before, exported.ids(prompt + answer)[len(before) :]
         rows = _rows(exported.logits(sum(ours, [])), ours)
         rewards["adapter"].append(model.beta * (_log_prob(logits, ids[1]) - base))
         rewards["exported"].append(model.beta * (_log_prob(rows, ours[1]) - base))

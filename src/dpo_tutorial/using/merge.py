@@ -1,7 +1,5 @@
 """The adapter added into its base: one model that any library loads."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from peft import PeftModel
@@ -16,11 +14,9 @@ from ..training import save as saving
 
 
 def config_of(adapter: str | Path, parameters: dict[str, str], dtype: str = "") -> Config:
-    """The settings that an adapter was trained with, out of its record.
+    """The settings that an adapter was trained with, out of its record; knobs set now come first.
 
-    Args:
-        parameters: knobs set now; they come first.
-        dtype: compute type where these do not set one; "" for the machine's.
+    `dtype` is the compute type where these do not set one; "" for the machine's.
 
     Raises:
         ArtifactError: as `lora.check_adapter`.

@@ -1,7 +1,5 @@
 """`dpo-tutorial pairs --adapter DIR --out PLACE`: new pairs from the policy's own answers, best and worst of n."""
 
-from __future__ import annotations
-
 import json
 import math
 import re

@@ -1,7 +1,5 @@
 """`dpo-tutorial publish --adapter DIR --to owner/name`: a trained model on a hub, with a card of what was measured."""
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path
@@ -33,8 +31,7 @@ def publish(adapter: Path, to: str, what: str = "adapter", report: Path | None =
     """Upload a trained adapter, or the merged model beside it, with its card; the repository is made if it is new.
 
     Args:
-        to: owner/name on the hub.
-        what: "adapter" or "merged".
+        to: owner/name; what: "adapter" or "merged".
         report: folder with `comparison.json`; default: the run's, where it has one.
         dry_run: upload nothing, and ask no network.
 
@@ -122,10 +119,7 @@ def _gated(folder: Path, adapter: Path) -> dict:
 def written(record: dict, to: str, comparison: dict | None, gated: dict | None) -> str:
     """The card: metadata for the hub, what the model is, what was measured, what it cost, how to load it.
 
-    Args:
-        record: `training.json` as it is published.
-        comparison: `comparison.json`; None: not judged.
-        gated: `GATE.json` of a merged model; None: an adapter.
+    Of `training.json`, of `comparison.json` where it was judged, and of `GATE.json` where the model is merged.
     """
     given: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value

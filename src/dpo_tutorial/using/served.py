@@ -1,7 +1,5 @@
 """`dpo-tutorial chat --url URL`: talk to a model that a server answers for, over the OpenAI API."""
 
-from __future__ import annotations
-
 import contextlib
 import http.client
 import json
