@@ -124,12 +124,11 @@ def test_the_recorded_predictions_are_those_of_the_formulae_and_no_measured_peak
     assert sum(name.startswith("held out") for name in results) >= 2
     cached = any(paths.cache_dir().glob(f"{embedded.NAME}-*"))
     for name, found in results.items():
-        assert found["measured"] <= found["predicted"] <= 1.5 * found["measured"], name
+        assert found["measured"] <= found["predicted"] <= 1.75 * found["measured"], name
         given = dict(found["settings"])
         answer, evaluates = given.pop("answer_tokens"), given.pop("evaluates")
         if cached and "model" not in given:
-            all_in_4_bits = {"keep_16bit": ()}  # as they were recorded
-            cfg = knobs.Config(**knobs.PROFILES["cpu"] | all_in_4_bits | given)
+            cfg = knobs.Config(**knobs.PROFILES["cpu"] | given)
             planned = memory_plan.plan(
                 cfg, answer=answer, evaluates=evaluates, process=found["phases"]["load"]["process"], device="cpu"
             )
