@@ -16,7 +16,7 @@ CALLS = {
     "02": ["BitsAndBytesConfig(", "AutoTokenizer.from_pretrained(", "AutoModelForCausalLM.from_pretrained("],
     "03": ["LoraConfig(", "get_peft_model(", ".gradient_checkpointing_enable(", ".disable_adapter("],
     "04": ["load_dataset(", ".apply_chat_template(", ".map(", ".filter(", ".shuffle(", ".select("],
-    "05": ["logsigmoid(", "DPOConfig(", "DPOTrainer(", ".train()", ".save_pretrained("],
+    "05": ["logsigmoid(", "DPOConfig(", "DPOTrainer(", ".train(", ".save_pretrained("],
     "06": ["PeftModel.from_pretrained(", ".generate(", ".log_softmax(", ".merge_and_unload("],
 }
 
