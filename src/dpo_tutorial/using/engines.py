@@ -17,10 +17,11 @@ from ..machine import hardware
 
 
 class Exported(Protocol):
-    """An export, opened; its answers end at the tokens `eos`."""
+    """An export, opened; its answers end at the tokens `eos`, and `turn_end` is the one that its tokenizer names."""
 
     engine: str
     eos: frozenset[int]
+    turn_end: int | None
 
     def ids(self, messages: list[dict], answering: bool = False) -> list[int]:
         """Token ids of a conversation by the export's own template; `answering` opens the assistant's next turn."""
@@ -75,6 +76,7 @@ class Transformers(Exported):
             if "ggml.add_bos_token" in fields and fields["ggml.add_bos_token"].contents():
                 self.bos = [fields["ggml.bos_token_id"].contents()]
         self.eos = frozenset(eos if isinstance(eos, list) else [eos])
+        self.turn_end = eos if gguf else self.tokenizer.eos_token_id
 
     def ids(self, messages: list[dict], answering: bool = False) -> list[int]:
         how = dict(add_generation_prompt=answering, tokenize=True, return_dict=False)
@@ -98,6 +100,7 @@ class LlamaCpp(Exported):
         vocab = llama_cpp.llama_model_get_vocab(self.model.model)
         self.eos = frozenset(i for i in range(self.model.n_vocab()) if llama_cpp.llama_vocab_is_eog(vocab, i))
         bos, eos = self.model.token_bos(), self.model.token_eos()
+        self.turn_end = eos
         text = {i: self.model.detokenize([i], special=True).decode() if i >= 0 else "" for i in (bos, eos)}
         self.bos = text[bos] if llama_cpp.llama_vocab_get_add_bos(vocab) else ""  # what its tokenizer puts before
         words = self.model.metadata["tokenizer.chat_template"], text[eos], text[bos]
