@@ -320,3 +320,11 @@ def test_training_under_accelerate_launch_fails_where_it_should():
 def test_a_module_run_by_its_path_says_how_to_run_it():
     done = subprocess.run([sys.executable, cli.__file__, "doctor"], capture_output=True, text=True)
     assert done.returncode == 1 and "python -m dpo_tutorial" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_an_interrupted_command_ends_in_a_word_and_130(capsys):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    assert errors.exit_code(interrupted) == 130
+    assert capsys.readouterr().err == "\nInterrupted.\n"
