@@ -4,6 +4,7 @@ from pathlib import Path
 
 from .. import knobs
 from ..knobs import Config
+from ..loading import models
 from ..loading.embedded import GGUF_NAME, REQUIREMENT
 from ..machine import hardware
 
@@ -61,7 +62,8 @@ def loading_lines(config: Config, base: dict, adapter: str = ".") -> str:
     embedded = config.model == knobs.EMBEDDED
     name, revision = ("base" if embedded else base["name"]), base["revision"]
     dtype, nf4 = hardware.torch_dtype(config.dtype), base["storage"] == "NF4"
-    kept = f"    llm_int8_skip_modules={[*config.keep_16bit, 'lm_head']},\n" if config.keep_16bit else ""
+    skipped = models.quantization_config(config).llm_int8_skip_modules
+    kept = f"    llm_int8_skip_modules={skipped},\n" if config.keep_16bit else ""
     quantized = f"""nf4 = BitsAndBytesConfig(
     load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype={dtype},
 {kept})

@@ -58,10 +58,8 @@ class FastDPOTrainer(timing.Timed, DPOTrainer):
         return sampler
 
     def training_step(self, *args, **kwargs):
-        with (
-            self._head(),
-            self._inputs(),
-        ):  # the backward pass makes logits and checkpointed blocks anew, in the same way
+        # around the backward pass too, which makes logits and checkpointed blocks anew, in the same way
+        with self._head(), self._inputs():
             return super().training_step(*args, **kwargs)
 
     def compute_loss(self, model: PreTrainedModel, inputs, *args, **kwargs):  # an evaluation comes here too

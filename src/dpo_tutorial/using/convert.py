@@ -12,6 +12,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import ArtifactError, ConfigError, ModelUnsuitableError
+from . import gate
 
 #: The converter knows a tokenizer by a fingerprint of its ids. It has none of the embedded model's, whose regex is
 #: GPT-2's own, and takes it for SentencePiece because `byte_fallback` is set, as transformers does on reading GGUF.
@@ -70,9 +71,8 @@ def _run(command: list, target: Path) -> None:
     offline = os.environ | {"HF_HUB_OFFLINE": "1"}
     done = subprocess.run([*map(str, command)], capture_output=True, text=True, env=offline)
     if done.returncode:
-        told = [
-            line for line in re.split(r"[\r\n]", done.stderr) if line.strip() and "%|" not in line
-        ]  # no progress bars
+        # a progress bar is drawn again and again on its line, often last
+        told = [line for line in re.split(r"[\r\n]", done.stderr) if line.strip() and "%|" not in line]
         said = (told or ["it gave no reason"])[-1]
         if re.search(r"Errno (5|13|27|28|30|122)\b|No space left|requested and \d+ written", done.stderr):
             raise ArtifactError(f"{target.name} could not be written ({said}).", "Free space, or give another --out.")
@@ -105,8 +105,7 @@ def modelfile(tokenizer: PreTrainedTokenizerBase, gguf: str) -> str:
     Raises:
         ModelUnsuitableError: the tokenizer's template writes something else.
     """
-    user, answer = {"role": "user", "content": "One?"}, {"role": "assistant", "content": "Two."}
-    system = {"role": "system", "content": "Be brief."}
+    user = {"role": "user", "content": "One?"}
 
     def written(messages: list[dict]) -> str:
         return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
@@ -114,8 +113,8 @@ def modelfile(tokenizer: PreTrainedTokenizerBase, gguf: str) -> str:
     alone = written([user])
     default = alone.removesuffix(chatml([user])).removeprefix("<|im_start|>system\n").removesuffix("<|im_end|>\n")
     before = [{"role": "system", "content": default}] if default else []
-    tried = [[user], [user, answer, user], [system, user], [system, user, answer, user]]
-    same = all(written(m) == chatml(m if m[0] == system else before + m) for m in tried)
+    tried = [[user], *gate.CONVERSATIONS]
+    same = all(written(m) == chatml(m if m[0]["role"] == "system" else before + m) for m in tried)
     if not same or '"""' in default or tokenizer.eos_token != "<|im_end|>":
         raise ModelUnsuitableError(
             "The chat template of this model is not ChatML, the only one that is translated for Ollama.",

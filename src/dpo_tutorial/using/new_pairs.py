@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from peft import PeftModel
+from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from .. import run_folder
@@ -81,7 +82,7 @@ def scores_of(rank: str, prompts: Sequence[list[dict]], answers: Sequence[Sequen
 
 def _marks(url: str, prompts: Sequence[list[dict]], answers: Sequence[Sequence[dict]]) -> list[list[float]]:
     marks, said = [], ""
-    for prompt, of_one in zip(prompts, answers, strict=True):
+    for prompt, of_one in tqdm(list(zip(prompts, answers, strict=True)), desc="asking for marks", leave=False):
         marks.append([])
         for answer in of_one:
             said = "".join(served.stream(url, "", [{"role": "user", "content": _asking(prompt, answer["text"])}], 8))
