@@ -112,7 +112,7 @@ def resolve(recorded: Mapping[str, Any] | None = None, /, **parameters) -> knobs
     values |= {name: value if value is None else _coerce(fields[name], value) for name, value in recorded.items()}
     for name in ("model", "data"):  # another model or dataset does not share the pinned commit of the default
         if name in given:
-            values[f"{name}_revision"] = None
+            values[f"{name}_revision"] = knobs.PINNED.get(given[name][0])
     for name, (value, why) in given.items():
         values[name] = value
         reasons.append(f"{name} = {','.join(value) if isinstance(value, tuple) else value}: {why}")

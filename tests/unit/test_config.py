@@ -102,6 +102,14 @@ def test_a_revision_is_read_after_the_at_sign_and_never_carried_to_another_model
     assert (resolved.data, resolved.data_revision) == ("someone/pairs", None)
 
 
+def test_an_id_that_a_profile_pins_keeps_its_commit_in_every_profile():
+    name, commit = knobs.ULTRAFEEDBACK
+    assert config.resolve(profile="cpu", data=name).data_revision == commit
+    assert config.resolve(profile="t4", data=name).data_revision == commit
+    assert config.resolve(profile="cpu", data=f"{name}@main").data_revision == "main"
+    assert config.resolve(profile="cpu", data=name, data_revision="abc123").data_revision == "abc123"
+
+
 def test_hub_profiles_pin_model_and_data_to_a_commit():
     for name, values in knobs.PROFILES.items():
         if "model" in values:

@@ -334,10 +334,14 @@ def test_the_verdict_follows_the_numbers(hits, words):
             "no opener": {"low": 0.7, "high": 1.0, "p": 1e-6}, "plain words": {"low": -0.1, "high": 0.2, "p": 1.0},
         },
     }  # fmt: skip
-    said = told(held_out, rules, noise={"spread": 0.0255, "floor": 0.05, "within": 3})
+    noise = {"spread": 0.0255, "floor": 0.05, "within": 3, "dtype": "bf16"}
+    said = told(held_out, rules, noise=noise)
     assert words in said[0] and "3 of 60 margins" in said[2] and "Both sides became less likely" in said[3]
     assert "no opener 8% → 96%" in said[5] and "plain words" not in said[5] and "plain words" in said[7]
     assert len(said) == 8, "nothing is said of what did not move"
+    for within, dtype, advised in ((3, "bf16", False), (16, "bf16", True), (16, "fp32", False)):
+        said = told(held_out, rules, noise=noise | {"within": within, "dtype": dtype})
+        assert ("DTYPE=fp32" in said[2]) is advised, (within, dtype)
 
 
 HELD_OUT = {

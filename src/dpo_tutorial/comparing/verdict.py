@@ -26,9 +26,11 @@ def verdict(found: dict) -> list[str]:
         else f"As a judge the policy is better than each of them, and least so than {nearest}."
     )
     said.append(f"Simple judges of the same pairs: {scores}. {judged}")
+    within = noise["within"]
     said.append(
-        f"Rounding alone moves a margin by {noise['spread']:.2g} (root mean square). Below {noise['floor']:.2g} "
-        f"its sign is not certain: so it is with {noise['within']} of {a['n']} margins."
+        f"Rounding alone moves a margin by {noise['spread']:.2g} (root mean square). The sign of a margin nearer to 0 "
+        f"than {noise['floor']:.2g} is not certain: so it is with {within} of {a['n']} margins."
+        + (" Judge these pairs in float32 (DTYPE=fp32)." if within > a["n"] / 4 and noise["dtype"] != "fp32" else "")
     )
     rewards = f"chosen {chosen['mean']:+.2f}, rejected {rejected['mean']:+.2f}"
     if chosen["low"] > 0 > rejected["high"]:

@@ -238,9 +238,8 @@ def or_hub(model: str = "", data: str = "") -> tuple[tuple[str, str | None], tup
     gpu = hardware.device() == "cuda"
     model = model or (knobs.QWEN_SMALL[0] if gpu else knobs.EMBEDDED)
     data = data or (knobs.ULTRAFEEDBACK[0] if gpu else knobs.EMBEDDED)
-    commits = dict([knobs.QWEN_SMALL, knobs.ULTRAFEEDBACK])
     if model == knobs.EMBEDDED:
         model = str(embedded.ensure_embedded_model())
     if data == knobs.EMBEDDED:
         data = str(embedded_file("train_prefs").parent)
-    return (model, commits.get(model)), (data, commits.get(data))
+    return (model, knobs.PINNED.get(model)), (data, knobs.PINNED.get(data))
