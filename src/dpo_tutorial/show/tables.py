@@ -39,7 +39,7 @@ def html_table(rows: Sequence[dict], caption: str = "") -> str:
 
 def _cell(value: object) -> str:
     if isinstance(value, float):
-        return f"{value:.4g}"
+        return f"{value + 0.0:.4g}"  # no -0
     if isinstance(value, (list, tuple)):
         return ", ".join(map(str, value))
     return str(value)
