@@ -159,9 +159,11 @@ def code(run: Run) -> str:
 
     Of a remedy that sets knobs, these alone: what is done to its pairs is done to those of its fault.
     """
+    pairs = 1000 if run.pairs else run.most  # what a function leaves is cut to `most` after it
     knobs = "".join(f" -p {name.upper()} {value}" for name, value in run.knobs.items())
     does = [inspect.getsource(part) for part in (run.pairs, run.trainer) if part and (run.remedy or not knobs)]
-    command = [f"dpo-tutorial train -p PROFILE cpu -p MAX_STEPS {STEPS}{knobs}"] if knobs or not does else []
+    words = f"dpo-tutorial train -p PROFILE cpu -p SFT_WEIGHT 0 -p MAX_TRAIN {pairs} -p MAX_STEPS {STEPS}{knobs}"
+    command = [words] if knobs or not does else []
     parts = [f"```\n{line}\n```" for line in command] + [f"```python\n{source.rstrip()}\n```" for source in does]
     return "\n\n".join(parts)
 

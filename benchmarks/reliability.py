@@ -96,7 +96,7 @@ def row(i: int, **changes) -> dict:
 
 def sources(folder: Path) -> None:
     """What the faults read."""
-    (folder / "pairs.csv").write_text("prompt,chosen,rejected\nHello,Hi,Go\n", encoding="utf-8")
+    (folder / "pairs.csv").write_text("prompt,chosen\nHello,Hi\n", encoding="utf-8")
     (folder / "broken.whl").write_bytes(b"not a wheel")
     (folder / "file").write_text("", encoding="utf-8")
     for name, rows in {
@@ -151,7 +151,7 @@ def each_fault(folder: Path) -> Iterator[tuple[str, dict]]:
     no_hub = {"HF_ENDPOINT": nowhere, "HF_HOME": str(folder)}
     fresh = {"DPO_TUTORIAL_CACHE": str(folder / "cache")}
     no_index = fresh | {"PIP_INDEX_URL": nowhere, "PIP_RETRIES": "0"}
-    yield "a CSV file", run(DATA=folder / "pairs.csv")
+    yield "a table without rejected answers", run(DATA=folder / "pairs.csv")
     yield "columns of another schema", run(DATA=folder / "other.jsonl")
     yield "no such file", run(DATA=folder / "nothing.jsonl")
     yield "every pair tied", train(DATA=folder / "ties.jsonl")

@@ -81,7 +81,7 @@ def memory_table(folder: Path) -> str:
 
 
 def measured(lines: list[dict]) -> dict[str, tuple[float, float]]:
-    """Model → (pairs, tokens) a second on UltraFeedback's rows: our trainer, 8 pairs at a time; the newest record."""
+    """Model → (pairs, tokens) a second on UltraFeedback's rows: a trial of ours, 8 pairs at a time; the newest record."""
     chosen = {}
     for line in lines:
         ours = line["name"] == "training" and line["who"] == "ours, attention apart" and "pairs_per_second" in line

@@ -113,6 +113,9 @@ def resolve(recorded: Mapping[str, Any] | None = None, /, **parameters) -> knobs
     for name in ("model", "data"):  # another model or dataset does not share the pinned commit of the default
         if name in given:
             values[f"{name}_revision"] = knobs.PINNED.get(given[name][0])
+    another = given.get("model", (knobs.EMBEDDED,))[0] != knobs.EMBEDDED
+    if another and "keep_16bit" not in {*given, *recorded} and values.pop("keep_16bit", ()):
+        reasons.append("keep_16bit = none: the profile's choice is for the embedded model")
     for name, (value, why) in given.items():
         values[name] = value
         reasons.append(f"{name} = {','.join(value) if isinstance(value, tuple) else value}: {why}")

@@ -110,6 +110,16 @@ def test_an_id_that_a_profile_pins_keeps_its_commit_in_every_profile():
     assert config.resolve(profile="cpu", data=name, data_revision="abc123").data_revision == "abc123"
 
 
+def test_layers_chosen_for_the_embedded_model_are_not_kept_of_another():
+    kept = config.resolve(profile="cpu").keep_16bit
+    assert kept and config.resolve(profile="cpu", model="embedded").keep_16bit == kept
+    other = config.resolve(profile="cpu", model="someone/model")
+    assert other.keep_16bit == () and any("embedded model" in reason for reason in other.reasons)
+    assert config.resolve(profile="cpu", model="someone/model", keep_16bit="v_proj").keep_16bit == ("v_proj",)
+    recorded = {"model": "someone/model", "keep_16bit": ["down_proj"]}
+    assert config.resolve(recorded, profile="cpu", model="moved/model").keep_16bit == ("down_proj",)
+
+
 def test_hub_profiles_pin_model_and_data_to_a_commit():
     for name, values in knobs.PROFILES.items():
         if "model" in values:
