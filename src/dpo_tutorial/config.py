@@ -127,6 +127,10 @@ def resolve(recorded: Mapping[str, Any] | None = None, /, **parameters) -> knobs
         if at and not Path(values[name]).expanduser().exists():
             values[name], values[f"{name}_revision"] = spec, revision
     made = knobs.Config(profile=profile, **values, reasons=tuple(reasons))
+    if made.dtype == "fp16" and not facts["cuda"]:
+        raise ConfigError(
+            "DTYPE=fp16 needs a CUDA GPU, and there is none.", "Set DTYPE to bf16 or fp32, or leave it out."
+        )
     print(f"dpo-tutorial profile '{made.profile}', model {made.model}, data {made.data}")
     for reason in reasons:
         print(f"  {reason}")

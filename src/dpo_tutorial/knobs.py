@@ -44,7 +44,7 @@ _SHARE = (lambda v: 0 <= v < 1, "a number from 0 up to, but not including, 1")
 
 #: Knob → (is this value right?, the right ones in words).
 RANGES = {
-    "keep_16bit": (lambda v: all(map(_compiles, v)), "ends of layers' names or regular expressions, or none"),
+    "keep_16bit": (lambda v: all(v) and all(map(_compiles, v)), "ends of layers' names or regular expressions"),
     "dtype": (lambda v: v in hardware.DTYPES, "bf16, fp16 or fp32"),
     "lora_r": _COUNT,
     "lora_alpha": _COUNT,

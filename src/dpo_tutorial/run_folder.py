@@ -128,7 +128,7 @@ class Run:
                 os.replace(folder, old)
             os.replace(work, folder)
         except Exception as error:
-            if isinstance(error, OSError) or disk_error(error):
+            if disk_error(error):
                 raise unwritable(folder, error) from error
             raise
         finally:

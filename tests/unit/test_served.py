@@ -84,7 +84,7 @@ def test_text_of_a_served_model_never_controls_the_terminal(server, monkeypatch,
     [
         (404, "answered 404"),
         ([chunk("half")], "stopped in the middle"),
-        ([chunk("half"), {"error": {"message": "full"}}], "did not answer"),
+        ([chunk("half"), {"error": {"message": "full"}}], "full"),
     ],
 )
 def test_a_server_that_fails_is_told_in_one_sentence(server, says, cause, monkeypatch, capsys):

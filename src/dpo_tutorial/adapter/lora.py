@@ -135,6 +135,8 @@ def check_adapter(config: Config, adapter: str | Path) -> None:
             base |= dict(run_folder.read_json(folder / "training.json"))["base"]
     where = models.source(config, fetch=False)
     here = {"name": where.name, "revision": where.revision, "digest": "digest" in base and where.digest}
+    if "digest" not in base and base["revision"] is None:  # of another tool, which noted no commit
+        here["revision"] = None
     if len({known.get("digest") or (known["name"], known["revision"]) for known in (base, here)}) > 1:
         raise ArtifactError(
             f"The adapter in {folder} was trained on {_said(base)}, not on {_said(here)}.",

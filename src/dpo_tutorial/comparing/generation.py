@@ -158,8 +158,8 @@ def instruction_check(config: Config, policy: PeftModel, tokenizer: PreTrainedTo
         the reference on these requests, as `kl_from_base`.
     """
     requests = instructions.load()
-    step = max(1, len(requests) // config.instructions)
-    requests = requests[::step][: config.instructions]
+    n = min(config.instructions, len(requests))
+    requests = [requests[i * len(requests) // n] for i in range(n)]
     prompts = [[{"role": "user", "content": request["prompt"]}] for request in requests]
     answers = dict(zip(("before", "after"), answers_of_both(config, policy, tokenizer, prompts), strict=True))
     followed = {when: instructions.followed(requests, given) for when, given in answers.items()}

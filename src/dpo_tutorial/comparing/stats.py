@@ -8,7 +8,6 @@ import re
 from collections.abc import Callable, Sequence
 
 import numpy as np
-import scipy.sparse
 import scipy.special
 import scipy.stats
 from statsmodels.stats.multitest import multipletests

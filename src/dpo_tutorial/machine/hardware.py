@@ -40,7 +40,7 @@ def cpu_bf16() -> str | None:
     """
     import torch
 
-    flags = torch.cpu.get_capabilities()  # by CPUID, so on Windows too; public since torch 2.11
+    flags = getattr(torch.cpu, "get_capabilities", dict)()  # by CPUID, so on Windows too; public since torch 2.11
     names = {"avx512_bf16": "AVX512-BF16", "amx_bf16": "AMX-BF16"}
     return " and ".join(name for flag, name in names.items() if flags.get(flag)) or None
 

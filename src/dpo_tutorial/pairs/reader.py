@@ -23,7 +23,7 @@ PACKED = (".gz", ".zst", ".zip")
 SUFFIXES = TEXT + BINARY + PACKED
 FORMATS = f"Known are {', '.join(TEXT + BINARY)}; each may be packed as {', '.join(PACKED)}."
 
-_BROKEN = (OSError, EOFError, zlib.error, zipfile.BadZipFile, pa.ArrowException)
+_BROKEN = (OSError, EOFError, zlib.error, zipfile.BadZipFile, pa.ArrowException, RuntimeError)  # the last: encrypted
 _HEAD = 1024  # bytes that tell what a file is
 _BATCH = 256  # rows that are made Python objects at once
 
@@ -170,7 +170,7 @@ def _document(data: bytes, name: str) -> Iterator[tuple[str, object]]:
 def _cells(stream: io.BufferedReader, name: str, delimiter: str, numbers: Collection[str]) -> Iterator:
     """A table of text: a header, then one row a line; a cell may hold line breaks in quotes."""
     csv.field_size_limit(2**31 - 1)
-    head = re.split(rb"[\r\n]", stream.peek(_HEAD), maxsplit=1)[0]
+    head = re.split(rb"[\r\n]", stream.peek(_HEAD).lstrip(b"\r\n"), maxsplit=1)[0]
     if b"," not in head:  # spreadsheets write semicolons or tabs in some countries
         delimiter = ";" if b";" in head else "\t"
     text = io.TextIOWrapper(stream, encoding="utf-8", errors="surrogateescape", newline="")

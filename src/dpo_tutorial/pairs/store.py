@@ -25,24 +25,23 @@ def data_dir(run: run_folder.Run) -> Path:
     return run.dir / f"data-{hashlib.sha256(identity.encode()).hexdigest()[:10]}"
 
 
-def save_data(run: run_folder.Run, prepared: prepare.Prepared) -> Path:
+def save_data(run: run_folder.Run, prepared: prepare.Prepared, target: Path | None = None) -> Path:
     """Save the splits as JSONL beside `report.json`; the audit as `data_report.json` in the run's folder."""
-    with run.replacing(data_dir(run)) as folder:
+    target = target or data_dir(run)
+    with run.replacing(target) as folder:
         for name, split in prepared.splits.items():
             with (folder / f"{name}.jsonl").open("w", encoding="utf-8") as stream:
                 for row in split:
                     stream.write(json.dumps(row, ensure_ascii=False) + "\n")
         report = {"report": prepared.report, "choices": prepared.choices}
         (folder / "report.json").write_text(json.dumps(report, indent=2), encoding="utf-8")
-    _write_data_report(run, prepared)
-    return data_dir(run)
+    _write_data_report(run, prepared, target)
+    return target
 
 
-def _write_data_report(run: run_folder.Run, prepared: prepare.Prepared) -> None:
-    if not hardware.processes().is_main_process:  # of several, the first writes it
-        return
-    folder = {"prepared": data_dir(run).name}  # a run's folder may hold the prepared data of several configs
-    run.write_json("data_report.json", folder | prepare.data_report(run.config, prepared))
+def _write_data_report(run: run_folder.Run, prepared: prepare.Prepared, folder: Path) -> None:
+    if hardware.processes().is_main_process:  # a run's folder may hold the prepared data of several configs
+        run.write_json("data_report.json", {"prepared": folder.name} | prepare.data_report(run.config, prepared))
 
 
 def ensure_data(run: run_folder.Run, tokenizer: PreTrainedTokenizerBase) -> prepare.Prepared:
@@ -51,7 +50,7 @@ def ensure_data(run: run_folder.Run, tokenizer: PreTrainedTokenizerBase) -> prep
     if not (folder / "report.json").exists():
         print("No prepared data of this config yet: making it now, as 04_prepare_ultrafeedback does.")
         prepared = prepare.prepare(run.config, tokenizer)
-        save_data(run, prepared)
+        save_data(run, prepared, folder)
         return prepared
     report, splits = run.read_json(f"{folder.name}/report.json"), {}
     for name in report["report"]:
@@ -64,7 +63,7 @@ def ensure_data(run: run_folder.Run, tokenizer: PreTrainedTokenizerBase) -> prep
         if not whole:
             raise ArtifactError(f"{folder / name}.jsonl is missing or damaged.", f"Delete {folder} and run again.")
     prepared = prepare.Prepared(DatasetDict(splits), report["report"], report["choices"])
-    _write_data_report(run, prepared)
+    _write_data_report(run, prepared, folder)
     if run.config.strict:
         prepare.refuse_dropped(prepared.report)
     return prepared

@@ -43,8 +43,8 @@ class Shape:
 
     def adapted(self, config: Config) -> list[tuple[str, int, int]]:
         """The layers that get an adapter, of all blocks."""
-        every = config.lora_targets == (knobs.ALL_LINEAR,)
-        return [(name, i, o) for name, i, o in self.linears if every or name in config.lora_targets]
+        every, ends = config.lora_targets == (knobs.ALL_LINEAR,), {t.rsplit(".", 1)[-1] for t in config.lora_targets}
+        return [(name, i, o) for name, i, o in self.linears if every or name in ends]
 
 
 def read_shape(config: Config) -> Shape:

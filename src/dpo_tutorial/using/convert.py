@@ -59,7 +59,11 @@ def to_gguf(folder: Path, target: Path, kind: str = "q8_0") -> Path:
         tool = shutil.which("llama-quantize")
         _run([tool, whole, target, kind] if tool else [sys.executable, "-c", _QUANTIZE, whole, target], target)
         return target
-    cut = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["pre_tokenizer"] or {}
+    fast = folder / "tokenizer.json"
+    if not fast.is_file():
+        cause = "The tokenizer has no tokenizer.json: it is one without a fast form."
+        raise ModelUnsuitableError(cause, "Use --to merged, and llama.cpp's own script on what it writes.")
+    cut = json.loads(fast.read_text(encoding="utf-8"))["pre_tokenizer"] or {}
     of_gpt2 = cut.get("type") == "ByteLevel" and cut.get("use_regex", True)
     code = (_OF_GPT2 if of_gpt2 else "") + _CONVERT
     named = ["--outfile", target, "--outtype", kind, "--model-name", target.stem]

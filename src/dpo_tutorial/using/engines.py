@@ -94,6 +94,6 @@ def opened(path: Path, config: Config) -> Exported:
     try:
         by_llama_cpp = path.suffix == ".gguf" and importlib.util.find_spec("llama_cpp")
         return LlamaCpp(path, config) if by_llama_cpp else Transformers(path, config)
-    except (ValueError, KeyError, RuntimeError, NotImplementedError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, NotImplementedError) as error:
         cause = f"{path.name} cannot be scored again: {first_line(error)}"
         raise ModelUnsuitableError(cause, "Export the merged folder instead.") from error

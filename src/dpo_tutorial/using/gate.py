@@ -129,7 +129,7 @@ def _rows(logits: Tensor, ids: tuple[list[int], list[int]]) -> Tensor:
 
 
 def _log_prob(rows: Tensor, answer: list[int]) -> float:
-    return rows.log_softmax(-1).gather(-1, torch.tensor(answer)[:, None]).double().sum().item()
+    return rows.log_softmax(-1).gather(-1, torch.tensor(answer, dtype=torch.long)[:, None]).double().sum().item()
 
 
 def _greedy(model: Trained, exported: Exported) -> dict:

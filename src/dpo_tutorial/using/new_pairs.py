@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 import shlex
 import subprocess
@@ -67,14 +68,16 @@ def scores_of(rank: str, prompts: Sequence[list[dict]], answers: Sequence[Sequen
         return _marks(rank, prompts, answers)
     asked = [{"prompt": p, "answers": [a["text"] for a in of_one]} for p, of_one in zip(prompts, answers, strict=True)]
     try:
-        done = subprocess.run(shlex.split(rank), input=_lines(asked).encode(), stdout=subprocess.PIPE, check=True)
+        done = subprocess.run(
+            shlex.split(rank, posix=os.name != "nt"), input=_lines(asked).encode(), stdout=subprocess.PIPE, check=True
+        )
         lines = [line.strip(" []").replace(",", " ").split() for line in done.stdout.decode().splitlines()]
         if len(lines) != len(asked):
             raise ValueError(f"it wrote {len(lines)} lines for {len(asked)} prompts")
         for words, of_one in zip(lines, answers, strict=True):
             if len(words) != len(of_one) or not all(map(math.isfinite, map(float, words))):
                 raise ValueError(f"it wrote “{' '.join(words)[:80]}” for {len(of_one)} answers, not as many numbers")
-    except (OSError, ValueError, IndexError, subprocess.CalledProcessError) as error:
+    except (OSError, ValueError, subprocess.CalledProcessError) as error:
         cause = f"The ranking {rank!r} gives no scores: {first_line(error).rstrip('.')}."
         raise ConfigError(cause, "Mend the program; docs/using.md shows one.") from error
     return [list(map(float, words)) for words in lines]

@@ -31,7 +31,11 @@ def stream(url: str, model: str, turns: list[dict], max_tokens: int) -> Iterator
         with urllib.request.urlopen(request, timeout=WAIT) as lines:  # server-sent events
             for line in lines:
                 if line.startswith((b"data: {", b"error: {")):
-                    (choice, *_) = json.loads(line.partition(b": ")[2])["choices"] or [{}]
+                    found = json.loads(line.partition(b": ")[2])
+                    if "choices" not in found:
+                        said = chat.plain(str(found.get("error", found)))[:500]
+                        raise ServerError(f"{url} answered with an error: {said}", "Check --model and the server.")
+                    (choice, *_) = found["choices"] or [{}]
                     yield choice.get("delta", {}).get("content") or ""
                     if choice.get("finish_reason"):
                         return
