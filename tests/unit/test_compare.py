@@ -232,6 +232,17 @@ def test_few_requests_are_taken_evenly_from_all_kinds(cfg, policy, tokenizer):
     )
 
 
+def test_of_many_requests_no_kind_is_left_out(cfg, policy, tokenizer, monkeypatch):
+    monkeypatch.setattr(
+        generation, "answers_of_both", lambda *a: ([{"text": "", "tokens": 0, "finished": True}] * len(a[3]),) * 2
+    )
+    monkeypatch.setattr(generation, "kl_from_base", lambda *_: {})
+    kinds = {request["kind"] for request in instructions.load()}
+    for n in (50, 84, 100, 126, 1000):
+        asked = generation.instruction_check(dataclasses.replace(cfg, instructions=n), policy, tokenizer)["requests"]
+        assert {request["kind"] for request in asked} == kinds and len(asked) == min(n, 126), n
+
+
 def test_chosen_answers_are_judged_as_generated_ones(tokenizer, pairs):
     found = generation.chosen_answers(tokenizer, pairs, 2)
     assert [a["text"] for a in found] == [TEXTS[0][1], TEXTS[1][1]] and all(a["finished"] for a in found)

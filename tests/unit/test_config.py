@@ -1,5 +1,6 @@
 """`resolve()`: precedence, reasons, and errors that list what is known."""
 
+import dataclasses
 import importlib.metadata
 import os
 import subprocess
@@ -102,6 +103,17 @@ def test_a_revision_is_read_after_the_at_sign_and_never_carried_to_another_model
     assert (resolved.data, resolved.data_revision) == ("someone/pairs", None)
 
 
+@pytest.mark.parametrize("keep", ["k_proj,", "a,,b"])
+def test_an_empty_name_among_the_kept_layers_would_keep_all_and_is_refused(keep):
+    with pytest.raises(ConfigError, match="KEEP_16BIT"):
+        config.resolve(keep_16bit=keep)
+
+
+def test_fp16_without_cuda_is_refused_before_a_model_is_loaded():
+    with pytest.raises(ConfigError, match="fp16 needs a CUDA GPU"):
+        config.resolve(profile="cpu", dtype="fp16")
+
+
 def test_an_id_that_a_profile_pins_keeps_its_commit_in_every_profile():
     name, commit = knobs.ULTRAFEEDBACK
     assert config.resolve(profile="cpu", data=name).data_revision == commit
@@ -129,7 +141,7 @@ def test_hub_profiles_pin_model_and_data_to_a_commit():
 @pytest.mark.parametrize("profile", knobs.PROFILES)
 @pytest.mark.parametrize("dtype", hardware.DTYPES)
 def test_every_profile_builds_the_real_library_configs(profile, dtype, tmp_path):
-    resolved = config.resolve(profile=profile, dtype=dtype)
+    resolved = dataclasses.replace(config.resolve(profile=profile), dtype=dtype)
     arguments = train.dpo_config(resolved, tmp_path)
     assert arguments.beta == resolved.beta and arguments.loss_type[0] == "sigmoid"
     assert (arguments.bf16, arguments.fp16) == (dtype == "bf16", dtype == "fp16")

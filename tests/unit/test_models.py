@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 import shutil
+from types import SimpleNamespace
 
 import bitsandbytes as bnb
 import peft
@@ -16,7 +17,7 @@ from test_families import tiny
 from dpo_tutorial import config, knobs, run_folder
 from dpo_tutorial.adapter import lora
 from dpo_tutorial.errors import ArtifactError, ConfigError, ModelCorruptError, ModelFetchError, ModelUnsuitableError
-from dpo_tutorial.loading import digests, embedded, models, sizes
+from dpo_tutorial.loading import digests, embedded, hub, models, sizes
 from dpo_tutorial.training import card, footprint, train
 
 SEVEN = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -218,6 +219,17 @@ def test_an_unreachable_hub_gives_one_sentence_with_a_fix(cfg, monkeypatch):
     assert "PROFILE=cpu" in error.value.fix
 
 
+@pytest.mark.parametrize(
+    ("error", "cause", "fix"),
+    [(503, "too busy", "Try again"), (429, "too busy", "Try again"), ("Config name is missing.", "several", "DATA")],
+)
+def test_a_hub_that_answers_something_else_is_told_as_what_it_is(error, cause, fix):
+    raised = ValueError(str(error))
+    raised.response = SimpleNamespace(status_code=error)
+    said, advice = hub.why(raised)
+    assert cause in said and fix in advice
+
+
 def test_a_tokenizer_without_template_is_refused(cfg, tiny_folder, tmp_path):
     import shutil
 
@@ -226,6 +238,15 @@ def test_a_tokenizer_without_template_is_refused(cfg, tiny_folder, tmp_path):
     (folder / "chat_template.jinja").unlink()
     with pytest.raises(ModelUnsuitableError, match="chat template"):
         models.load_tokenizer(dataclasses.replace(cfg, model=str(folder)))
+
+
+def test_an_adapter_of_another_tool_names_no_commit_and_fits_any(cfg, tmp_path):
+    policy = get_peft_model(models.load_base(cfg), lora.lora_config(cfg))
+    policy.peft_config["default"].base_model_name_or_path = "someone/model"
+    policy.save_pretrained(tmp_path, save_embedding_layers=False)
+    lora.check_adapter(dataclasses.replace(cfg, model="someone/model", model_revision="a" * 40), tmp_path)
+    with pytest.raises(ArtifactError, match="someone/model"):
+        lora.check_adapter(dataclasses.replace(cfg, model="another/model", model_revision="a" * 40), tmp_path)
 
 
 def test_an_adapter_of_another_base_is_refused(cfg, tmp_path):

@@ -233,6 +233,13 @@ def test_a_merged_model_goes_with_what_the_gate_found_or_not_at_all(judged, hub,
         gate.write_text(kept)
 
 
+def test_an_adapter_that_went_on_from_another_is_published_too(run_copy):
+    path = run_copy / "adapter" / "training.json"
+    change(path, config=json.loads(path.read_text())["config"] | {"start_from": "adapter"})
+    (run_copy / "comparison.json").unlink()  # of another training now
+    assert "training.json" in publish.publish(run_copy / "adapter", "some/one", dry_run=True)
+
+
 # --- what is refused ----
 
 
@@ -249,6 +256,11 @@ def a_folder_inside(folder):
     change(folder / "adapter" / "tokenizer_config.json", cache=str(folder / "secret"))
 
 
+def a_place_as_json_writes_it(folder):
+    change(folder / "places.json", data="/home/jörg/pairs.jsonl")
+    change(folder / "adapter" / "tokenizer_config.json", cache="/home/jörg/pairs.jsonl")
+
+
 def a_word_inside(name, word):
     def spoil(folder):
         with (folder / "adapter" / name).open("a") as file:
@@ -263,6 +275,7 @@ def a_word_inside(name, word):
         (spoil_base, [], "was trained on"),
         (another_training, [], "comparison.json is of another training"),
         (a_folder_inside, [], "tokenizer_config.json has a folder of this machine in it"),
+        (a_place_as_json_writes_it, [], "tokenizer_config.json has a folder of this machine in it"),
         (a_word_inside("chat_template.jinja", ""), [], "chat_template.jinja has a folder of this machine in it"),
         (a_word_inside("chat_template.jinja", TOKEN), [], "chat_template.jinja has a folder of this machine in it, or"),
         (a_word_inside("merges.txt", ""), [], "merges.txt has a folder of this machine in it"),

@@ -7,6 +7,7 @@ import dataclasses
 import gzip
 import io
 import json
+import re
 import zipfile
 
 import pyarrow as pa
@@ -50,6 +51,15 @@ def zipped(name, data):
         archive.writestr("__MACOSX/._it", "")
         archive.writestr(name, data)
     return packed.getvalue()
+
+
+def encrypted(packed):
+    """The same archive with the flags of one that asks for a password."""
+    data = bytearray(packed)
+    for mark, at in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
+        for found in re.finditer(re.escape(mark), bytes(packed)):
+            data[found.start() + at] |= 1
+    return bytes(data)
 
 
 def zstd(data):
@@ -118,6 +128,11 @@ def test_every_format_is_prepared_end_to_end_and_no_text_is_changed(cfg, tokeniz
     assert f"read as: {SHAPE}: {len(ROWS)} rows" in said
     made = prepare.prepare(at(cfg, path), tokenizer)
     assert sum(split["kept"] for split in made.report.values()) == len(ROWS)
+
+
+def test_blank_lines_before_the_header_of_a_table_are_no_header(cfg, tmp_path):
+    path = write(tmp_path / "a.csv", b"\r\n\nprompt,chosen,rejected\na,b,c\n")
+    assert [list(row.values()) for row, _, _ in sources.read(at(cfg, path))] == [["a", "b", "c"]]
 
 
 @pytest.mark.parametrize("name", ["pairs.csv", "pairs.TSV", "pairs.csv.gz"])
@@ -269,6 +284,7 @@ def test_any_bytes_are_rows_or_an_error_with_cause_and_fix(tmp_path, data, suffi
         ("pairs.jsonl.gz", SOUND, "could not be read"),
         ("pairs.zip", b"PK and no more", "could not be read"),
         ("pairs.zip", zipped("a.txt", b"a"), "no known format"),
+        ("pairs.zip", encrypted(zipped("a.jsonl", SOUND)), "could not be read"),
         ("pairs.xlsx", b"PK", "no known format"),
         ("pairs", SOUND, "no known format"),
         ("pairs.jsonl", b"{not json\n" * 3, "3 unreadable line. pairs.jsonl, line 1: no JSON"),
