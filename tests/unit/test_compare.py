@@ -1,6 +1,7 @@
 """Scoring, generation, KL, rounding noise and the report, on a tiny model."""
 
 import dataclasses
+import itertools
 import json
 import re
 import shutil
@@ -226,10 +227,20 @@ def test_a_policy_equal_to_its_reference_has_zero_everywhere(cfg, tokenizer, pai
 
 def test_few_requests_are_taken_evenly_from_all_kinds(cfg, policy, tokenizer):
     few = generation.instruction_check(dataclasses.replace(cfg, instructions=6), policy, tokenizer)["requests"]
-    assert (
-        len({request["kind"] for request in few}) == 6
-        and few == instructions.load()[:: len(instructions.load()) // 6][:6]
-    )
+    every = instructions.load()
+    at = [every.index(request) for request in few]
+    assert len({request["kind"] for request in few}) == 6 and at[0] == 0
+    assert {b - a for a, b in itertools.pairwise([*at, len(every)])} == {len(every) // 6}
+
+
+def test_requests_are_answered_by_the_base_before_and_by_the_policy_after(cfg, policy, tokenizer, monkeypatch):
+    with policy.disable_adapter():
+        base = generation.instruction_check(cfg, policy, tokenizer)["answers"]["after"]
+    monkeypatch.setattr(instructions, "followed", lambda requests, answers: [answers == base] * len(answers))
+    found = generation.instruction_check(cfg, policy, tokenizer)
+    prompts = [[{"role": "user", "content": request["prompt"]}] for request in found["requests"]]
+    assert found["answers"] == {"before": base, "after": generation.generate(cfg, policy, tokenizer, prompts)}
+    assert (found["before"]["rate"], found["after"]["rate"]) == (1, 0), "the two differ"
 
 
 def test_chosen_answers_are_judged_as_generated_ones(tokenizer, pairs):
