@@ -59,6 +59,14 @@ def test_answers_come_back_in_order_whatever_the_batching(cfg, policy, tokenizer
     assert tokenizer.padding_side == "right", "generate puts the padding side back"
 
 
+def test_a_penalty_that_a_checkpoint_brings_along_does_not_change_the_answers(
+    cfg, policy, tokenizer, pairs, monkeypatch
+):
+    plain = generation.generate(cfg, policy, tokenizer, pairs["prompt"])
+    monkeypatch.setattr(policy.generation_config, "repetition_penalty", 9.0)
+    assert generation.generate(cfg, policy, tokenizer, pairs["prompt"]) == plain
+
+
 def test_an_answer_that_hits_the_limit_is_not_finished(cfg, policy, tokenizer, pairs):
     answers = generation.generate(cfg, policy, tokenizer, pairs["prompt"], max_new_tokens=1)
     assert all(a["tokens"] == (0 if a["finished"] else 1) for a in answers)
