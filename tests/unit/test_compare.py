@@ -15,12 +15,14 @@ from conftest import TEXTS, pair, tiny_config, trained_run
 from datasets import Dataset
 from peft import get_peft_model
 
+from dpo_tutorial import config
 from dpo_tutorial.adapter import lora
 from dpo_tutorial.cli import main as cli
 from dpo_tutorial.comparing import compare, generation, instructions, report, stats
 from dpo_tutorial.loading import models
+from dpo_tutorial.machine import hardware
 from dpo_tutorial.pairs import encoding, house_style, sources, store
-from dpo_tutorial.training import scoring, train
+from dpo_tutorial.training import save, scoring, train
 
 
 @pytest.fixture(scope="module")
@@ -333,6 +335,11 @@ def test_of_the_settings_of_the_training_what_is_given_now_and_the_environment_c
     assert (seen[1].profile, seen[1].model, seen[1].data) == ("t4", trained.config.model, trained.config.data)
     assert (seen[0].max_new_tokens, seen[0].compare_prompts, seen[0].lora_r) == (5, 3, trained.config.lora_r)
     assert (seen[0].data, seen[0].model, seen[0].model_revision) == (trained.config.data, "someone/model", None)
+
+
+def test_an_adapter_is_judged_in_the_compute_type_of_this_machine(trained, monkeypatch):
+    monkeypatch.setattr(hardware, "pick_dtype", lambda facts: ("bf16", "as here"))
+    assert config.resolve(save.recorded(trained.adapter)).dtype == "bf16" != trained.config.dtype
 
 
 def judged(trained, out, *options):
