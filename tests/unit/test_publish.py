@@ -136,6 +136,15 @@ def test_what_is_sent_is_what_the_dry_run_lists_and_no_byte_of_it_is_private(jud
     assert sent["README.md"].decode() in listed
 
 
+def test_other_files_in_the_adapters_folder_stay_there(run_copy):
+    others = {"optimizer.bin", "rows.jsonl", "notes.md", "state.pt", "ref/notes.md"}
+    (run_copy / "adapter" / "ref").mkdir()
+    for name in others:
+        (run_copy / "adapter" / name).write_text("mine")
+    files = publish.publish(run_copy / "adapter", "some/one", dry_run=True)
+    assert "adapter_model.safetensors" in files and not others & set(files)
+
+
 def test_a_public_report_goes_along(public_run):
     files = publish.publish(public_run / "adapter", "some/one", dry_run=True)
     assert files["report.html"].read_bytes() and b"datasets:\n- some/pairs" in files["README.md"]
