@@ -258,6 +258,14 @@ def a_folder_inside(folder):
     change(folder / "adapter" / "tokenizer_config.json", cache=str(folder / "secret"))
 
 
+def a_place_inside(knob):
+    def spoil(folder):
+        place = json.loads((folder / "places.json").read_text())[knob]
+        change(folder / "adapter" / "tokenizer_config.json", cache=f"{place}/cache")
+
+    return spoil
+
+
 def a_word_inside(name, word):
     def spoil(folder):
         with (folder / "adapter" / name).open("a") as file:
@@ -272,6 +280,8 @@ def a_word_inside(name, word):
         (spoil_base, [], "was trained on"),
         (another_training, [], "comparison.json is of another training"),
         (a_folder_inside, [], "tokenizer_config.json has a folder of this machine in it"),
+        (a_place_inside("model"), [], "tokenizer_config.json has a folder of this machine in it"),
+        (a_place_inside("data"), [], "tokenizer_config.json has a folder of this machine in it"),
         (a_word_inside("chat_template.jinja", ""), [], "chat_template.jinja has a folder of this machine in it"),
         (a_word_inside("chat_template.jinja", TOKEN), [], "chat_template.jinja has a folder of this machine in it, or"),
         (a_word_inside("merges.txt", ""), [], "merges.txt has a folder of this machine in it"),
