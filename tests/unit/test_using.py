@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -289,6 +290,12 @@ def test_the_limits_let_pass_what_keeps_the_model_and_nothing_else(stage, fails,
     found = {line["name"]: line for line in lines}
     passes = {name for name, line in found.items() if not gate.judge(line)}
     assert set(found) - passes == {name for name in found if fails in name} and len(passes) == passing
+
+
+@pytest.mark.parametrize("name", gate.LIMITS)
+def test_what_is_no_number_passes_no_limit(name):
+    found = dict.fromkeys(gate.LIMITS, 0.0) | {"prompts_equal": 1, "one_eos": True}
+    assert gate.judge(found) == [] and len(gate.judge(found | {name: math.nan})) == 1
 
 
 def test_the_limits_are_twice_what_q8_0_measured_in_llama_cpp_when_they_were_set():
