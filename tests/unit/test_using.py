@@ -519,6 +519,18 @@ def test_both_stream_the_greedy_answers_that_generate_gives(trained, policy, tok
     assert sum(r for _, r in heat["policy"]) > sum(r for _, r in heat["base"]), "each likes its own answer better"
 
 
+def test_each_goes_on_in_a_conversation_of_its_own(trained, policy, tokenizer):
+    talk = chat.Chat(trained.config, policy, tokenizer)
+    *_, (first, _) = talk.ask("Why is the sky blue?")
+    list(talk.ask("And at night?"))
+    assert first["base"] != first["policy"]
+    for who, answer in first.items():
+        words = zip(("user", "assistant", "user"), ("Why is the sky blue?", answer, "And at night?"), strict=True)
+        turns = [{"role": role, "content": text} for role, text in words]
+        asked = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=True, return_dict=False)
+        assert talk.last[who][0] == asked
+
+
 def test_an_answer_ends_at_each_token_that_the_checkpoint_names(trained, policy, tokenizer, monkeypatch):
     talk = chat.Chat(trained.config, policy, tokenizer)
     list(talk.ask("Why is the sky blue?"))
