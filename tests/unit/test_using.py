@@ -437,6 +437,7 @@ def test_the_modelfile_writes_what_the_chat_template_writes(tokenizer, tiny_fold
     right = own.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     assert as_ollama_writes(made, messages) == right
     assert 'PARAMETER stop "<|im_end|>"' in made
+    assert "PARAMETER repeat_penalty 1\n" in made, "else Ollama's own acts"
 
 
 @pytest.mark.parametrize(
