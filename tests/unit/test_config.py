@@ -1,5 +1,6 @@
 """`resolve()`: precedence, reasons, and errors that list what is known."""
 
+import dataclasses
 import importlib.metadata
 import os
 import subprocess
@@ -110,10 +111,22 @@ def test_an_id_that_a_profile_pins_keeps_its_commit_in_every_profile():
     assert config.resolve(profile="cpu", data=name, data_revision="abc123").data_revision == "abc123"
 
 
-def test_hub_profiles_pin_model_and_data_to_a_commit():
-    for name, values in knobs.PROFILES.items():
-        if "model" in values:
-            assert len(values["model_revision"]) == 40 and len(values["data_revision"]) == 40, name
+def test_a_path_that_exists_is_taken_whole_though_there_is_an_at_sign_in_it(tmp_path):
+    path = tmp_path / "me@work" / "rows@home.jsonl"
+    path.parent.mkdir()
+    path.touch()
+    resolved = config.resolve(profile="cpu", model=str(path.parent), data=str(path))
+    assert (resolved.model, resolved.model_revision) == (str(path.parent), None)
+    assert (resolved.data, resolved.data_revision) == (str(path), None)
+
+
+def test_a_training_resumes_whatever_these_knobs_say_and_no_others():
+    every = {field.name for field in dataclasses.fields(knobs.Config)}
+    assert every - set(knobs.Config().training_identity()) == {
+        "model", "model_revision", "data", "data_revision",  # what they hold counts, not what they are called
+        "gradient_checkpointing", "compare_prompts", "instructions", "max_new_tokens", "adapter", "train_if_missing",
+        "artifacts", "save_steps", "fresh", "strict", "reasons", "report_to", "watch_prompts",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("profile", knobs.PROFILES)
