@@ -506,10 +506,6 @@ def test_progress_is_written_line_by_line(cfg, tokenizer, pairs):
     assert [r["step"] for r in lines if "loss" in r] == [1, 2]
 
 
-def test_the_dtype_is_the_torch_dtype():
-    assert hardware.torch_dtype("bf16") is torch.bfloat16
-
-
 def on_cuda(cfg, dtype):
     if dtype == "bf16" and torch.cuda.get_device_capability()[0] < 8:
         pytest.skip("this card has no native bfloat16")
