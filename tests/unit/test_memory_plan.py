@@ -167,7 +167,7 @@ def test_checkpointing_keeps_less_and_makes_one_block_again(cfg):
 
 def test_a_longer_sequence_costs_more_than_in_proportion_because_of_the_mask(cfg):
     shape = footprint.read_shape(cfg)
-    once, twice = (footprint.activation_bytes(shape, cfg, 4, n, False) for n in (100, 200))
+    once, twice = (footprint.activation_bytes(shape, cfg, 4, n) for n in (100, 200))
     assert twice - 2 * once == 4 * 4 * (200**2 - 2 * 100**2)
 
 
