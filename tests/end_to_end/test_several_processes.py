@@ -112,7 +112,8 @@ def test_a_run_with_a_killed_process_goes_on_with_as_many_or_with_one(given, alo
     )
 
 
-def test_two_go_on_where_one_was_stopped(given, alone, tmp_path, monkeypatch):
+def test_two_go_on_where_one_was_stopped_and_share_the_reference_they_compute(given, alone, tmp_path, monkeypatch):
+    given = given | {"PRECOMPUTE_REFERENCE": "true"}
     with monkeypatch.context() as patch:
         seal = checkpoints.Seal.on_save
 

@@ -1,6 +1,7 @@
 """Scoring, generation, KL, rounding noise and the report, on a tiny model."""
 
 import dataclasses
+import itertools
 import json
 import re
 import shutil
@@ -14,12 +15,14 @@ from conftest import TEXTS, pair, tiny_config, trained_run
 from datasets import Dataset
 from peft import get_peft_model
 
+from dpo_tutorial import config
 from dpo_tutorial.adapter import lora
 from dpo_tutorial.cli import main as cli
 from dpo_tutorial.comparing import compare, generation, instructions, report, stats
 from dpo_tutorial.loading import models
+from dpo_tutorial.machine import hardware
 from dpo_tutorial.pairs import encoding, house_style, sources, store
-from dpo_tutorial.training import scoring, train
+from dpo_tutorial.training import save, scoring, train
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +59,14 @@ def test_answers_come_back_in_order_whatever_the_batching(cfg, policy, tokenizer
     assert together == alone
     assert all(a["tokens"] <= cfg.max_new_tokens for a in together)
     assert tokenizer.padding_side == "right", "generate puts the padding side back"
+
+
+def test_a_penalty_that_a_checkpoint_brings_along_does_not_change_the_answers(
+    cfg, policy, tokenizer, pairs, monkeypatch
+):
+    plain = generation.generate(cfg, policy, tokenizer, pairs["prompt"])
+    monkeypatch.setattr(policy.generation_config, "repetition_penalty", 9.0)
+    assert generation.generate(cfg, policy, tokenizer, pairs["prompt"]) == plain
 
 
 def test_an_answer_that_hits_the_limit_is_not_finished(cfg, policy, tokenizer, pairs):
@@ -226,10 +237,20 @@ def test_a_policy_equal_to_its_reference_has_zero_everywhere(cfg, tokenizer, pai
 
 def test_few_requests_are_taken_evenly_from_all_kinds(cfg, policy, tokenizer):
     few = generation.instruction_check(dataclasses.replace(cfg, instructions=6), policy, tokenizer)["requests"]
-    assert (
-        len({request["kind"] for request in few}) == 6
-        and few == instructions.load()[:: len(instructions.load()) // 6][:6]
-    )
+    every = instructions.load()
+    at = [every.index(request) for request in few]
+    assert len({request["kind"] for request in few}) == 6 and at[0] == 0
+    assert {b - a for a, b in itertools.pairwise([*at, len(every)])} == {len(every) // 6}
+
+
+def test_requests_are_answered_by_the_base_before_and_by_the_policy_after(cfg, policy, tokenizer, monkeypatch):
+    with policy.disable_adapter():
+        base = generation.instruction_check(cfg, policy, tokenizer)["answers"]["after"]
+    monkeypatch.setattr(instructions, "followed", lambda requests, answers: [answers == base] * len(answers))
+    found = generation.instruction_check(cfg, policy, tokenizer)
+    prompts = [[{"role": "user", "content": request["prompt"]}] for request in found["requests"]]
+    assert found["answers"] == {"before": base, "after": generation.generate(cfg, policy, tokenizer, prompts)}
+    assert (found["before"]["rate"], found["after"]["rate"]) == (1, 0), "the two differ"
 
 
 def test_of_many_requests_no_kind_is_left_out(cfg, policy, tokenizer, monkeypatch):
@@ -325,6 +346,11 @@ def test_of_the_settings_of_the_training_what_is_given_now_and_the_environment_c
     assert (seen[1].profile, seen[1].model, seen[1].data) == ("t4", trained.config.model, trained.config.data)
     assert (seen[0].max_new_tokens, seen[0].compare_prompts, seen[0].lora_r) == (5, 3, trained.config.lora_r)
     assert (seen[0].data, seen[0].model, seen[0].model_revision) == (trained.config.data, "someone/model", None)
+
+
+def test_an_adapter_is_judged_in_the_compute_type_of_this_machine(trained, monkeypatch):
+    monkeypatch.setattr(hardware, "pick_dtype", lambda facts: ("bf16", "as here"))
+    assert config.resolve(save.recorded(trained.adapter)).dtype == "bf16" != trained.config.dtype
 
 
 def judged(trained, out, *options):

@@ -132,10 +132,22 @@ def test_layers_chosen_for_the_embedded_model_are_not_kept_of_another():
     assert config.resolve(recorded, profile="cpu", model="moved/model").keep_16bit == ("down_proj",)
 
 
-def test_hub_profiles_pin_model_and_data_to_a_commit():
-    for name, values in knobs.PROFILES.items():
-        if "model" in values:
-            assert len(values["model_revision"]) == 40 and len(values["data_revision"]) == 40, name
+def test_a_path_that_exists_is_taken_whole_though_there_is_an_at_sign_in_it(tmp_path):
+    path = tmp_path / "me@work" / "rows@home.jsonl"
+    path.parent.mkdir()
+    path.touch()
+    resolved = config.resolve(profile="cpu", model=str(path.parent), data=str(path))
+    assert (resolved.model, resolved.model_revision) == (str(path.parent), None)
+    assert (resolved.data, resolved.data_revision) == (str(path), None)
+
+
+def test_a_training_resumes_whatever_these_knobs_say_and_no_others():
+    every = {field.name for field in dataclasses.fields(knobs.Config)}
+    assert every - set(knobs.Config().training_identity()) == {
+        "model", "model_revision", "data", "data_revision",  # what they hold counts, not what they are called
+        "gradient_checkpointing", "compare_prompts", "instructions", "max_new_tokens", "adapter", "train_if_missing",
+        "artifacts", "save_steps", "fresh", "strict", "reasons", "report_to", "watch_prompts",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("profile", knobs.PROFILES)

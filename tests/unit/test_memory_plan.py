@@ -122,12 +122,14 @@ def test_the_recorded_predictions_are_those_of_the_formulae_and_no_measured_peak
     lines = harness.Record(pytestconfig.rootpath / "benchmarks" / "memory_plan.jsonl").lines()
     results = {name: found for name, (found,) in harness.latest(lines, "settings")[1].items()}
     assert sum(name.startswith("held out") for name in results) >= 2
-    cached = any(paths.cache_dir().glob(f"{embedded.NAME}-*"))
     for name, found in results.items():
         assert found["measured"] <= found["predicted"] <= 1.75 * found["measured"], name
+    if not any(paths.cache_dir().glob(f"{embedded.NAME}-*")):
+        pytest.skip("the embedded model, whose shape the formulae take, is not in the cache")
+    for name, found in results.items():
         given = dict(found["settings"])
         answer, evaluates = given.pop("answer_tokens"), given.pop("evaluates")
-        if cached and "model" not in given:
+        if "model" not in given:
             cfg = knobs.Config(**knobs.PROFILES["cpu"] | given)
             planned = memory_plan.plan(
                 cfg, answer=answer, evaluates=evaluates, process=found["phases"]["load"]["process"], device="cpu"
@@ -167,7 +169,7 @@ def test_checkpointing_keeps_less_and_makes_one_block_again(cfg):
 
 def test_a_longer_sequence_costs_more_than_in_proportion_because_of_the_mask(cfg):
     shape = footprint.read_shape(cfg)
-    once, twice = (footprint.activation_bytes(shape, cfg, 4, n, False) for n in (100, 200))
+    once, twice = (footprint.activation_bytes(shape, cfg, 4, n) for n in (100, 200))
     assert twice - 2 * once == 4 * 4 * (200**2 - 2 * 100**2)
 
 

@@ -259,6 +259,16 @@ def test_an_adapter_of_another_base_is_refused(cfg, tmp_path):
         lora.load_policy(cfg, tmp_path / "nowhere")
 
 
+def test_of_a_base_from_the_hub_name_and_commit_must_be_those_of_the_training(cfg, tmp_path):
+    LoraConfig(base_model_name_or_path="someone/model", revision="a" * 40).save_pretrained(tmp_path)
+    save_file({"weight": torch.zeros(1)}, tmp_path / "adapter_model.safetensors")
+    here = dataclasses.replace(cfg, model="someone/model", model_revision="a" * 40)
+    lora.check_adapter(here, tmp_path)
+    for other in ({"model_revision": "b" * 40}, {"model_revision": None}, {"model": "someone/else"}):
+        with pytest.raises(ArtifactError, match="was trained on someone/model .revision aaaa"):
+            lora.check_adapter(dataclasses.replace(here, **other), tmp_path)
+
+
 def test_an_old_torchao_as_on_colab_does_not_stop_an_adapter_on_16_bit_layers(monkeypatch):
     def refuse():
         raise ImportError("Found an incompatible version of torchao.")

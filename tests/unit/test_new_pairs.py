@@ -159,6 +159,18 @@ def test_the_best_and_the_worst_make_a_pair_and_ties_are_counted(first, tokenize
         new_pairs.make(first.config, None, tokenizer, PROMPTS[:1], n=3)
 
 
+def test_each_answer_stands_under_the_prompt_that_it_was_drawn_for(first, tokenizer, monkeypatch):
+    def generate(config, policy, tokenizer, prompts, **_):
+        texts = ["Sure! " * (at % 3) + prompt[-1]["content"] for at, prompt in enumerate(prompts)]
+        return [{"text": text, "tokens": 3, "finished": True} for text in texts]
+
+    monkeypatch.setattr(generation, "generate", generate)
+    rows, _ = new_pairs.make(first.config, None, tokenizer, PROMPTS, n=3)
+    assert [row["prompt"] for row in rows] == PROMPTS
+    for row, (ask, _, _) in zip(rows, TEXTS, strict=True):
+        assert row["chosen"][0]["content"] == ask and row["rejected"][0]["content"] == "Sure! Sure! " + ask
+
+
 @pytest.mark.parametrize(
     ("code", "said"),
     [

@@ -57,6 +57,7 @@ def test_loss_and_gradient_are_those_without(cfg, tokenizer, pairs, tmp_path, ch
         changed = dataclasses.replace(cfg, prefix_sharing=shared, gradient_checkpointing=checkpointing, batch_size=4)
         torch.manual_seed(0)
         trainer = train.build_trainer(changed, models.load_base(changed), tokenizer, pairs, None, tmp_path / "out")
+        assert trainer.shares_prefixes is shared
         for name, parameter in trainer.model.named_parameters():
             if "lora_B" in name:
                 torch.nn.init.normal_(parameter, std=0.1)

@@ -12,8 +12,8 @@ import torch
 from dpo_tutorial import knobs
 from dpo_tutorial.cli import main as cli
 from dpo_tutorial.errors import ConfigError
-from dpo_tutorial.machine import hardware
-from dpo_tutorial.training import processes, train
+from dpo_tutorial.machine import hardware, memory
+from dpo_tutorial.training import memory_plan, processes, train
 
 TORCHRUN = dict(
     RANK="1", LOCAL_RANK="1", WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT="29500", TORCHELASTIC_RUN_ID="1"
@@ -118,6 +118,20 @@ def test_where_they_cannot_share_it_evenly_the_nearest_values_are_named(monkeypa
     with pytest.raises(ConfigError, match=f"{number} processes cannot share GRAD_ACCUM={batches} ") as caught:
         train.share(cfg)
     assert caught.value.fix == fix
+
+
+@pytest.mark.parametrize(("device", "each"), [("cpu", 2 * 2**30), ("cuda", 4 * 2**30)])
+def test_processes_share_the_main_memory_that_is_free_and_each_has_a_gpu_of_its_own(monkeypatch, device, each):
+    def stop(config, free):
+        assert free == each
+        raise InterruptedError
+
+    monkeypatch.setattr(hardware, "processes", lambda: SimpleNamespace(num_processes=2))
+    monkeypatch.setattr(hardware, "device", lambda: device)
+    monkeypatch.setattr(memory, "free_memory_gib", lambda: 4)
+    monkeypatch.setattr(memory_plan, "choose_checkpointing", stop)
+    with pytest.raises(InterruptedError):
+        train.train(knobs.Config(), *[None] * 5)
 
 
 def test_what_is_told_of_a_failure_is_its_cause_and_not_what_followed():

@@ -136,6 +136,15 @@ def test_what_is_sent_is_what_the_dry_run_lists_and_no_byte_of_it_is_private(jud
     assert sent["README.md"].decode() in listed
 
 
+def test_other_files_in_the_adapters_folder_stay_there(run_copy):
+    others = {"optimizer.bin", "rows.jsonl", "notes.md", "state.pt", "ref/notes.md"}
+    (run_copy / "adapter" / "ref").mkdir()
+    for name in others:
+        (run_copy / "adapter" / name).write_text("mine")
+    files = publish.publish(run_copy / "adapter", "some/one", dry_run=True)
+    assert "adapter_model.safetensors" in files and not others & set(files)
+
+
 def test_a_public_report_goes_along(public_run):
     files = publish.publish(public_run / "adapter", "some/one", dry_run=True)
     assert files["report.html"].read_bytes() and b"datasets:\n- some/pairs" in files["README.md"]
@@ -261,6 +270,14 @@ def a_place_as_json_writes_it(folder):
     change(folder / "adapter" / "tokenizer_config.json", cache="/home/jörg/pairs.jsonl")
 
 
+def a_place_inside(knob):
+    def spoil(folder):
+        place = json.loads((folder / "places.json").read_text())[knob]
+        change(folder / "adapter" / "tokenizer_config.json", cache=f"{place}/cache")
+
+    return spoil
+
+
 def a_word_inside(name, word):
     def spoil(folder):
         with (folder / "adapter" / name).open("a") as file:
@@ -276,6 +293,8 @@ def a_word_inside(name, word):
         (another_training, [], "comparison.json is of another training"),
         (a_folder_inside, [], "tokenizer_config.json has a folder of this machine in it"),
         (a_place_as_json_writes_it, [], "tokenizer_config.json has a folder of this machine in it"),
+        (a_place_inside("model"), [], "tokenizer_config.json has a folder of this machine in it"),
+        (a_place_inside("data"), [], "tokenizer_config.json has a folder of this machine in it"),
         (a_word_inside("chat_template.jinja", ""), [], "chat_template.jinja has a folder of this machine in it"),
         (a_word_inside("chat_template.jinja", TOKEN), [], "chat_template.jinja has a folder of this machine in it, or"),
         (a_word_inside("merges.txt", ""), [], "merges.txt has a folder of this machine in it"),

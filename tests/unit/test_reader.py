@@ -148,6 +148,15 @@ def test_a_table_of_text_keeps_each_cell_but_makes_its_scores_numbers(cfg, tmp_p
     assert [pair["place"] for _, pair, _ in found][:2] == [f"{name}, line 2", f"{name}, line 4"]
 
 
+@pytest.mark.parametrize("names", shapes.SCORES, ids=", ".join)
+def test_the_scores_of_a_table_of_text_are_numbers_under_each_known_name(cfg, tmp_path, names):
+    head, cells = ["prompt", "chosen", "rejected", *names], ["Why?", "So.", "No.", "8.5", "3"][: 3 + len(names)]
+    path = write(tmp_path / "pairs.csv", f"{','.join(head)}\n{','.join(cells)}\n".encode())
+    ((_, pair, _),) = sources.read(at(cfg, path))
+    assert (pair["problem"], pair["score_chosen"]) == ("", 8.5)
+    assert pair["score_rejected"] == (3 if names[1:] else 0)
+
+
 def test_a_folder_that_datasets_saved_is_read_by_its_splits(cfg, tmp_path):
     parts = {"train": ROWS[:20], "test": ROWS[20:]}
     DatasetDict({name: Dataset.from_list(rows) for name, rows in parts.items()}).save_to_disk(tmp_path / "saved")

@@ -50,25 +50,33 @@ def record(margin, gap=0):
 RECORDS = [record(m, gap) for m, gap in ((1.0, -3), (2.0, 0), (-0.5, 4), (0.1, 1))]
 
 
-@pytest.fixture(scope="module")
-def comparison():
-    """A comparison in which every text that a model or a dataset could have written is a trap."""
+def derived(before, after, kl, outside):
+    """A comparison of these answers, with a trap for every other text that a model or a dataset could have written."""
     answer, prompt = {"text": TRAP, "tokens": 5, "finished": True}, [{"role": "user", "content": TRAP}]
-    two = [answer, answer | {"finished": False}]
-    kl = {"per_answer": stats.mean([1.0, 2.0]), "per_token": stats.mean([0.1, 0.2]), "tokens": 30}
     request = {"prompt": TRAP, "kind": "bullets", "args": {}, "against_style": True}
     shown = {
         "prompt": prompt, "reward_chosen": 0.5, "reward_rejected": -0.5,
         "chosen": [(TRAP, 0.4), ("fine\n", 0.1)], "rejected": [(TRAP, -0.5)],
     }  # fmt: skip
     return compare.derive(
-        RECORDS, [prompt] * 2, two, two, noise={"spread": 0.1, "floor": 0.2, "within": 1, "pairs": 4, "dtype": "bf16"},
-        kl=kl, verdicts={TRAP: [1.0, 0.0, 1.0, 1.0]}, kinds=[TRAP, TRAP, "form", "form"], shown=[shown], target=two,
+        RECORDS, [prompt] * 2, before, after,
+        noise={"spread": 0.1, "floor": 0.2, "within": 1, "pairs": 4, "dtype": "bf16"},
+        kl=kl, verdicts={TRAP: [1.0, 0.0, 1.0, 1.0]}, kinds=[TRAP, TRAP, "form", "form"], shown=[shown], target=before,
         instructions=instructions.summary([True], [False], [request]) | {
             "requests": [request], "answers": {"before": [answer], "after": [answer]},
-            "followed": {"before": [True], "after": [False]}, "kl": kl,
+            "followed": {"before": [True], "after": [False]}, "kl": outside,
         },
     )  # fmt: skip
+
+
+KL = {"per_answer": stats.mean([1.0, 2.0]), "per_token": stats.mean([0.1, 0.2]), "tokens": 30}
+
+
+@pytest.fixture(scope="module")
+def comparison():
+    answer = {"text": TRAP, "tokens": 5, "finished": True}
+    two = [answer, answer | {"finished": False}]
+    return derived(two, two, KL, KL)
 
 
 @pytest.fixture
@@ -142,3 +150,19 @@ def test_files_and_page_hold_the_numbers_of_the_comparison_and_how_they_were_mad
         "followed: ", "not followed: ", "1 of 4 margins", *comparison["verdict"],
     ):  # fmt: skip
         assert words in text, words
+
+
+def test_before_and_after_and_both_distances_keep_their_places_as_far_as_the_page(training, monkeypatch):
+    monkeypatch.setattr(report, "_picture", lambda figure: "")
+    before = [{"text": "Sure! One, two, one, two.", "tokens": 9, "finished": False}] * 2
+    after = [{"text": "Three it is.", "tokens": 4, "finished": True}] * 2
+    other = {"per_answer": stats.mean([7.0, 8.0]), "per_token": stats.mean([0.7, 0.8]), "tokens": 30}
+    found = derived(before, after, KL, other)
+    for part in ("rules", "same_length"):
+        assert [found[part][when]["no opener"]["rate"] for when in ("before", "after")] == [0, 1], part
+    assert [found["form"][when]["tokens"]["mean"] for when in ("before", "after")] == [9, 4]
+    assert [found["same_form"][when]["finished"]["rate"] for when in ("before", "after")] == [0, 1]
+    assert found["kl"] == {"inside": KL, "outside": other}
+    html = report.page(RECORDS, found | {"adapter": training, "data": "", "versions": {}, "hardware": {}})
+    rows = Page(type("View", (), {"data": html})).text
+    assert rows.index("after DPO") < rows.index("Sure! One") < rows.index("Three it is.")

@@ -10,7 +10,6 @@ import shutil
 import subprocess
 import sys
 import tomllib
-from importlib import resources
 from pathlib import Path
 
 import bitsandbytes as bnb
@@ -31,7 +30,6 @@ badges = script("scripts/badges.py")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 SOURCES = sorted((ROOT / "src").rglob("*.py"))
-SPLITS = {"train_prefs.jsonl", "val_prefs.jsonl", "test_prefs.jsonl"}
 
 
 def pins(name):
@@ -259,12 +257,6 @@ def test_a_slug_that_is_not_owner_and_name_is_refused_before_anything_is_written
 
 
 # --- what is packaged ----
-
-
-def test_the_three_splits_of_the_preference_set_are_in_the_package():
-    there = {f.name: f for f in (resources.files("dpo_tutorial.pairs") / "resources").iterdir()}
-    assert set(there) >= SPLITS
-    assert all(there[name].read_text(encoding="utf-8").strip() for name in SPLITS)
 
 
 def test_every_resource_is_declared_as_package_data():

@@ -325,8 +325,11 @@ def test_missing_data_is_prepared_saved_and_said(cfg, tokenizer, source, capsys)
 
 @pytest.mark.parametrize(
     "change",
-    [dict(seed=43), dict(max_train=7), dict(max_tokens=64), dict(data="someone/pairs"), dict(model="other/model")],
-)
+    [
+        dict(seed=43), dict(max_train=7), dict(max_val=7), dict(max_test=7), dict(max_tokens=64),
+        dict(data="someone/pairs"), dict(data_revision="a"), dict(model="other/model"), dict(model_revision="a"),
+    ],
+)  # fmt: skip
 def test_a_change_that_alters_the_data_gives_another_data_folder(run, change):
     assert store.data_dir(Run(dataclasses.replace(run.config, **change))) != store.data_dir(run)
 

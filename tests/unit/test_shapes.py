@@ -10,7 +10,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from dpo_tutorial.errors import ConfigError
-from dpo_tutorial.pairs import row_checks, shapes, sources
+from dpo_tutorial.pairs import row_checks, shapes, sources, splits
 
 PAGE = Path(__file__).parents[2] / "docs" / "data.md"
 #: (row, layout in words, what it becomes) of each layout that the page shows.
@@ -35,6 +35,20 @@ def test_each_layout_that_the_page_shows_becomes_what_stands_there_and_is_fit_to
 
 def test_the_page_shows_every_layout_once():
     assert len({layout for _, layout, _ in SHOWN}) == len(SHOWN) >= 12
+
+
+def test_the_page_lists_the_names_that_count_in_their_order():
+    page = PAGE.read_text(encoding="utf-8")
+    pairs, prompts, systems, scores = re.search(
+        r"A pair is named (.*?)\. The prompt is named (.*?); a system turn (.*?)\. Scores are named (.*?)\. ", page
+    ).groups()
+    assert tuple(re.findall(r"`(\w+)` and `(\w+)`", pairs)) == shapes.ANSWERS
+    assert tuple(re.findall(r"`(\w+)`", prompts)) == shapes.PROMPTS
+    assert tuple(re.findall(r"`(\w+)`", systems)) == shapes.SYSTEMS
+    assert (*re.findall(r"`([\w-]+)` and `([\w-]+)`", scores), ("margin",)) == shapes.SCORES
+    assert scores.endswith("or there is one `margin`")
+    table = re.findall(r"^\| (\w+) \| (`.*`) \|$", page, re.MULTILINE)
+    assert {split: tuple(re.findall(r"`(\w+)`", names)) for split, names in table} == splits.SPLIT_NAMES
 
 
 def test_a_pair_is_brought_to_itself():

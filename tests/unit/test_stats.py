@@ -352,16 +352,21 @@ HELD_OUT = {
 
 
 @pytest.mark.parametrize(
-    ("chosen", "words"),
+    ("chosen", "rejected", "words"),
     [
-        ({"low": 0.5, "high": 1.5}, "Chosen answers became more likely and rejected ones less"),
-        ({"low": -0.1, "high": 0.9}, "For at least one of them no change is shown"),
-        ({"low": -0.9, "high": -0.1}, "Both sides became less likely"),
-        ({"low": math.nan, "high": math.nan}, "For at least one of them no change is shown"),
+        ((0.5, 1.5), (-1.5, -0.5), "Chosen answers became more likely and rejected ones less"),
+        ((-0.1, 0.9), (-1.5, -0.5), "For at least one of them no change is shown"),
+        ((-0.9, -0.1), (-1.5, -0.5), "Both sides became less likely"),
+        ((-0.9, -0.1), (-0.1, 0.9), "For at least one of them no change is shown"),
+        ((math.nan, math.nan), (-1.5, -0.5), "For at least one of them no change is shown"),
+        ((0.5, 1.5), (0.1, 0.9), "Both sides became more likely"),
+        ((0.5, 1.5), (-0.1, 0.9), "For at least one of them no change is shown"),
+        ((-0.1, 1.5), (0.1, 0.9), "For at least one of them no change is shown"),
     ],
 )
-def test_a_reward_moves_only_where_its_interval_leaves_zero_out(chosen, words):
-    found = HELD_OUT | {"reward_chosen": {"mean": 0.4} | chosen}
+def test_a_reward_moves_only_where_its_interval_leaves_zero_out(chosen, rejected, words):
+    sides = zip(("reward_chosen", "reward_rejected"), (chosen, rejected), strict=True)
+    found = HELD_OUT | {side: {"mean": 0.4, "low": low, "high": high} for side, (low, high) in sides}
     assert words in told(found, stats.rules([answer("a")], [answer("a")], {"a": bool}))[3]
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import os
 import socket
 import sys
 
@@ -107,13 +108,27 @@ def test_a_missing_tracker_says_what_to_install_before_anything_is_trained(name,
     assert name in caught.value.cause and line in caught.value.fix and "pip install" in caught.value.fix
 
 
+@pytest.fixture
+def unset(monkeypatch):
+    """No variable of a tracker is set, and what the training sets is undone."""
+    for variable in ("TENSORBOARD_LOGGING_DIR", "TRACKIO_DIR", "WANDB_DIR", "WANDB_MODE", "WANDB_PROJECT"):
+        monkeypatch.setenv(variable, "")
+        monkeypatch.delenv(variable)
+
+
+@pytest.mark.parametrize(("own", "mode"), [(None, "offline"), ("online", "online")])
+def test_wandb_sends_nothing_unless_the_users_own_variable_says_so(own, mode, unset, cfg, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: True)
+    if own:
+        monkeypatch.setenv("WANDB_MODE", own)
+    assert tracking.arguments(dataclasses.replace(cfg, report_to="wandb"))["report_to"] == "wandb"
+    assert os.environ["WANDB_MODE"] == mode and os.environ["WANDB_DIR"] == str(cfg.run_dir / "tracker")
+
+
 @pytest.mark.parametrize("name", ["tensorboard", "trackio"])
-def test_a_tracker_gets_curves_and_samples_and_asks_no_other_machine(name, trained, monkeypatch):
+def test_a_tracker_gets_curves_and_samples_and_asks_no_other_machine(name, unset, trained, monkeypatch):
     if importlib.util.find_spec(name) is None:
         pytest.skip(f"the extra {name} is not installed")
-    for variable in ("TENSORBOARD_LOGGING_DIR", "TRACKIO_DIR", "WANDB_DIR", "WANDB_MODE", "WANDB_PROJECT"):
-        monkeypatch.setenv(variable, "")  # so that what the training sets is undone
-        monkeypatch.delenv(variable)
     for module in [m for m in sys.modules if m.partition(".")[0] == "trackio"]:
         monkeypatch.delitem(sys.modules, module)  # it reads its folder when it is imported
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_TELEMETRY", True)  # TRL's own, tracker or none

@@ -332,6 +332,26 @@ def test_the_knobs_of_the_loss_reach_trl(cfg, tmp_path):
     assert (term.loss_type, term.loss_weights) == (["ipo", "sft"], [1.0, 0.2])
 
 
+#: Knob → (another value than `cfg` has, the argument of `DPOConfig` that must have it).
+ARGUMENTS = {
+    "beta": (0.3, "beta"), "learning_rate": (3e-3, "learning_rate"), "lr_scheduler": ("cosine", "lr_scheduler_type"),
+    "warmup_ratio": (0.25, "warmup_steps"), "epochs": (3.0, "num_train_epochs"), "max_steps": (7, "max_steps"),
+    "batch_size": (3, "per_device_train_batch_size"), "grad_accum": (5, "gradient_accumulation_steps"),
+    "max_grad_norm": (0.3, "max_grad_norm"), "precompute_reference": (True, "precompute_ref_log_probs"),
+    "gradient_checkpointing": (True, "gradient_checkpointing"), "save_steps": (7, "save_steps"), "seed": (7, "seed"),
+}  # fmt: skip
+OF_THE_LOSS = {"loss_type", "sft_weight", "label_smoothing", "ld_alpha"}
+
+
+def test_every_other_knob_of_the_training_reaches_trl(cfg, tmp_path):
+    changed = dataclasses.replace(cfg, **{knob: value for knob, (value, _) in ARGUMENTS.items()})
+    made = train.dpo_config(changed, tmp_path)
+    for knob, (value, argument) in ARGUMENTS.items():
+        assert getattr(made, argument) == value != getattr(cfg, knob), knob
+    of_dpo = {field.name for field in dataclasses.fields(cfg) if field.metadata["group"] == "dpo"}
+    assert of_dpo - set(ARGUMENTS) - OF_THE_LOSS == {"start_from", "prefix_sharing"}, "which are not TRL's"
+
+
 def gradient(trainer, loss):
     trainer.model.zero_grad()
     loss.backward()
@@ -484,10 +504,6 @@ def test_progress_is_written_line_by_line(cfg, tokenizer, pairs):
     train.train(cfg, run, models.load_base(cfg), tokenizer, pairs, pairs)
     lines = [json.loads(line) for line in (run.dir / "progress.jsonl").read_text().splitlines()]
     assert [r["step"] for r in lines if "loss" in r] == [1, 2]
-
-
-def test_the_dtype_is_the_torch_dtype():
-    assert hardware.torch_dtype("bf16") is torch.bfloat16
 
 
 def on_cuda(cfg, dtype):

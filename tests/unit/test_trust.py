@@ -34,7 +34,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_datasets_has_no_switch_that_would_run_a_script():
-    assert "trust_remote_code" not in datasets.load_dataset.__code__.co_varnames, "pass False to it in data.py"
+    assert "trust_remote_code" not in datasets.load_dataset.__code__.co_varnames, "pass False to it in pairs/sources.py"
 
 
 class Trap:

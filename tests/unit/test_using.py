@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -291,6 +292,12 @@ def test_the_limits_let_pass_what_keeps_the_model_and_nothing_else(stage, fails,
     assert set(found) - passes == {name for name in found if fails in name} and len(passes) == passing
 
 
+@pytest.mark.parametrize("name", gate.LIMITS)
+def test_what_is_no_number_passes_no_limit(name):
+    found = dict.fromkeys(gate.LIMITS, 0.0) | {"prompts_equal": 1, "one_eos": True}
+    assert gate.judge(found) == [] and len(gate.judge(found | {name: math.nan})) == 1
+
+
 def test_the_limits_are_twice_what_q8_0_measured_in_llama_cpp_when_they_were_set():
     lines = map(json.loads, (ROOT / "benchmarks" / "export.jsonl").read_text().splitlines())
     first = next(line for line in lines if line["stage"] == "llama_cpp" and line["name"] == "GGUF Q8_0")
@@ -430,6 +437,7 @@ def test_the_modelfile_writes_what_the_chat_template_writes(tokenizer, tiny_fold
     right = own.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     assert as_ollama_writes(made, messages) == right
     assert 'PARAMETER stop "<|im_end|>"' in made
+    assert "PARAMETER repeat_penalty 1\n" in made, "else Ollama's own acts"
 
 
 @pytest.mark.parametrize(
@@ -510,6 +518,18 @@ def test_both_stream_the_greedy_answers_that_generate_gives(trained, policy, tok
     heat = talk.heat()
     assert "".join(text for text, _ in heat["policy"]).startswith(seen[-1]["policy"])
     assert sum(r for _, r in heat["policy"]) > sum(r for _, r in heat["base"]), "each likes its own answer better"
+
+
+def test_each_goes_on_in_a_conversation_of_its_own(trained, policy, tokenizer):
+    talk = chat.Chat(trained.config, policy, tokenizer)
+    *_, (first, _) = talk.ask("Why is the sky blue?")
+    list(talk.ask("And at night?"))
+    assert first["base"] != first["policy"]
+    for who, answer in first.items():
+        words = zip(("user", "assistant", "user"), ("Why is the sky blue?", answer, "And at night?"), strict=True)
+        turns = [{"role": role, "content": text} for role, text in words]
+        asked = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=True, return_dict=False)
+        assert talk.last[who][0] == asked
 
 
 def test_an_answer_ends_at_each_token_that_the_checkpoint_names(trained, policy, tokenizer, monkeypatch):

@@ -108,7 +108,7 @@ def adapter_weights(shape: Shape, config: Config) -> int:
     return config.lora_r * sum(inside + outside for _, inside, outside in shape.adapted(config))
 
 
-def activation_bytes(shape: Shape, config: Config, sequences: int, length: int, cuda: bool) -> int:
+def activation_bytes(shape: Shape, config: Config, sequences: int, length: int) -> int:
     """What one block keeps for its backward pass.
 
     Per token: what enters the two norms, in float32; queries, keys and values, the last two repeated for all heads (a

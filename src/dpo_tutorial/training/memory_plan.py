@@ -118,7 +118,7 @@ def plan(
     loaded = {"process": process, "weights": footprint.weight_bytes(shape, size), "workspace": WORKSPACE * cuda}
     resting = loaded | {"adapters": FP32 * adapter, "optimizer": 2 * FP32 * adapter}
 
-    in_block = footprint.activation_bytes(shape, config, rows, width, cuda)
+    in_block = footprint.activation_bytes(shape, config, rows, width)
     at_work = footprint.block_bytes(shape, size, tokens)
     heap = 0 if cuda else HEAP * shape.layers * size * shape.wide * tokens
     kept = size * shape.hidden * answers  # what enters the head
