@@ -146,8 +146,8 @@ def accuracies(runs: Runs):
     from dpo_tutorial.show import figures
 
     shown = {f"{rate:g}, seed {seed}": stats.accuracy(margins(parts)) for (_, rate, seed), parts in runs.items()}
-    first = max(runs.values(), key=len)
-    judges = {judge: stats.accuracy(judged(judge, first)) for judge in JUDGES}
+    (_, _, seed), first = max(runs.items(), key=lambda run: len(run[1]))
+    judges = {f"{judge}, seed {seed}'s rows": stats.accuracy(judged(judge, first)) for judge in JUDGES}
     said = "; ".join(f"{name} {interval(found, 3)}" for name, found in (shown | judges).items())
     alt = f"Accuracy on held-out rows of UltraFeedback: {said}; the makers' own DPO {MAKERS}"
     figure, (axis,) = figures.new_figure(width=5, height=1.6 + 0.26 * len(shown | judges), alt=alt)
