@@ -1,7 +1,8 @@
 """Is an export still the trained model? `python benchmarks/export.py --adapter DIR [ways|llama_cpp|rounding|page]`.
 
 Every way to merge and to convert, scored by the gate on the same 16 test pairs in float32. The limits of
-`dpo_tutorial.using.gate` are twice what llama.cpp itself makes of Q8_0. Needs the extra `export`, and for `llama_cpp` that too.
+`dpo_tutorial.using.gate` are twice what llama.cpp itself makes of Q8_0. Needs the extra `export`, and for the stage
+`llama_cpp` that extra too.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from harness import UNMEASURED, Record, image, in_turn, machines, main, newest, 
 
 FIGURE = "methods.png"
 SEEDS = (42, 1, 2)
-#: After how many steps a training is judged. The rate falls to 0 along it, so two fifths of the way are made in the first 6.
+#: After how many steps a training is judged. The rate falls to 0, so two fifths of the way are made in 6.
 POINTS = (6, 20)
 SIZES = {
     "max_train": 160, "max_val": 64, "compare_prompts": 16, "max_new_tokens": 96, "sft_weight": 0.0,

@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from filelock import FileLock
-from harness import ROOT, Record, child, command, latest, machine, main, table
+from harness import ROOT, Record, child, command, latest, machines, main, table
 
 # --- kills and checkpoints ------------------------------------------------------------------------------------------
 
@@ -186,7 +186,7 @@ def faults(record: Record, options) -> None:
 
 
 def tables(lines: list[dict]) -> dict[str, str]:
-    about, found = latest(lines, "kills")
+    found = latest(lines, "kills")[1]
     (run,) = found["kills"]
     hits = [kill["hit"] for kill in run["kills"]]
     same = ["yes" if run[of] else "NO" for of in ("same adapter", "same history")]
@@ -209,7 +209,7 @@ def tables(lines: list[dict]) -> dict[str, str]:
         rows.append([name, f"`{met['command']}`", met["exit code"], said])
     return {
         "kills": killed, "checkpoint": table(head, [row]),
-        "faults": table(["fault", "command", "exit", "what it says"], rows), "machine": machine(about),
+        "faults": table(["fault", "command", "exit", "what it says"], rows), "machine": f"Kills and checkpoint: {machines(lines, 'kills')}\n\nFaults: {machines(lines[-len(rows) - 1 :], 'faults')}",
     }  # fmt: skip
 
 
