@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from filelock import FileLock
-from harness import ROOT, Record, child, command, latest, machines, main, table
+from harness import ROOT, Record, child, command, latest, machine, main, table
 
 # --- kills and checkpoints ------------------------------------------------------------------------------------------
 
@@ -207,9 +207,11 @@ def tables(lines: list[dict]) -> dict[str, str]:
     for name, (met,) in latest(lines, "faults")[1].items():
         said = "<br>".join(part.strip().replace("|", "\\|") for part in met["says"].splitlines() if part.strip())
         rows.append([name, f"`{met['command']}`", met["exit code"], said])
+    stages = {"Kills and checkpoint": "kills", "Faults": "faults"}
+    on = [f"{what}: {machine(latest(lines, stage)[0])}" for what, stage in stages.items()]
     return {
         "kills": killed, "checkpoint": table(head, [row]),
-        "faults": table(["fault", "command", "exit", "what it says"], rows), "machine": f"Kills and checkpoint: {machines(lines, 'kills')}\n\nFaults: {machines(lines[-len(rows) - 1 :], 'faults')}",
+        "faults": table(["fault", "command", "exit", "what it says"], rows), "machine": "\n\n".join(on),
     }  # fmt: skip
 
 
