@@ -81,7 +81,7 @@ def memory_table(folder: Path) -> str:
 
 
 def measured(lines: list[dict]) -> dict[str, tuple[float, float]]:
-    """Model → (pairs, tokens) a second on UltraFeedback's rows: a trial of ours, 8 pairs at a time; the newest."""
+    """Model → (pairs, tokens) a second on UltraFeedback's rows: ours or its trial, 8 pairs at a time; the newest."""
     chosen = {}
     for line in lines:
         ours = line["name"] == "training" and line["who"] in ("ours", "ours, attention apart")

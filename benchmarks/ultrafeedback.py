@@ -141,7 +141,7 @@ def judges_table(runs: Runs) -> str:
 
 
 def accuracies(runs: Runs):
-    """Accuracy by rate and seed with its interval, beside the simple judges on the same rows and the makers' figure."""
+    """Accuracy by rate and seed with its interval, beside simple judges on one seed's rows and the makers' figure."""
     from dpo_tutorial.comparing import stats
     from dpo_tutorial.show import figures
 

@@ -524,6 +524,8 @@ HUB = huggingface_hub.errors
         (refused(HUB.RepositoryNotFoundError), "hf_x", "no such name, or it is private", "Check the name"),
         (refused(HUB.GatedRepoError, 403), "hf_x", "gated", "Accept its terms"),
         (refused(HUB.RevisionNotFoundError), None, "not this revision", "@revision"),
+        (refused(HUB.HfHubHTTPError, 503), None, "too busy", "Try again"),
+        (refused(HUB.HfHubHTTPError, 429), None, "too busy", "Try again"),
         (
             PermissionError(errno.EACCES, "Permission denied"),
             None,
@@ -531,7 +533,12 @@ HUB = huggingface_hub.errors
             "HF_HOME",
         ),
         (OSError(errno.ENOSPC, "No space left on device"), None, "could not be stored (No space", "Free space"),
-        (ValueError("Config name is missing."), None, "several data sets", "Download the files of one"),
+        (
+            ValueError("Config name is missing."),
+            None,
+            "several data sets",
+            "Download the files of one, and set DATA to their folder",
+        ),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
 )

@@ -4,7 +4,6 @@ import dataclasses
 import json
 import re
 import shutil
-from types import SimpleNamespace
 
 import bitsandbytes as bnb
 import peft
@@ -17,7 +16,7 @@ from test_families import tiny
 from dpo_tutorial import config, knobs, run_folder
 from dpo_tutorial.adapter import lora
 from dpo_tutorial.errors import ArtifactError, ConfigError, ModelCorruptError, ModelFetchError, ModelUnsuitableError
-from dpo_tutorial.loading import digests, embedded, hub, models, sizes
+from dpo_tutorial.loading import digests, embedded, models, sizes
 from dpo_tutorial.training import card, footprint, train
 
 SEVEN = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -217,17 +216,6 @@ def test_an_unreachable_hub_gives_one_sentence_with_a_fix(cfg, monkeypatch):
     with pytest.raises(ModelFetchError, match="someone/model") as error:
         models.load_tokenizer(dataclasses.replace(cfg, model="someone/model"))
     assert "PROFILE=cpu" in error.value.fix
-
-
-@pytest.mark.parametrize(
-    ("error", "cause", "fix"),
-    [(503, "too busy", "Try again"), (429, "too busy", "Try again"), ("Config name is missing.", "several", "DATA")],
-)
-def test_a_hub_that_answers_something_else_is_told_as_what_it_is(error, cause, fix):
-    raised = ValueError(str(error))
-    raised.response = SimpleNamespace(status_code=error)
-    said, advice = hub.why(raised)
-    assert cause in said and fix in advice
 
 
 def test_a_tokenizer_without_template_is_refused(cfg, tiny_folder, tmp_path):

@@ -266,8 +266,9 @@ def a_folder_inside(folder):
 
 
 def a_place_as_json_writes_it(folder):
-    change(folder / "places.json", data="/home/jörg/pairs.jsonl")
-    change(folder / "adapter" / "tokenizer_config.json", cache="/home/jörg/pairs.jsonl")
+    place = str(folder.parent / "jörg.jsonl")  # outside the run, whose own folder is looked for too
+    change(folder / "places.json", data=place)
+    change(folder / "adapter" / "tokenizer_config.json", cache=place)
 
 
 def a_place_inside(knob):

@@ -11,6 +11,7 @@ import zipfile
 import zlib
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
+from typing import IO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -23,7 +24,7 @@ PACKED = (".gz", ".zst", ".zip")
 SUFFIXES = TEXT + BINARY + PACKED
 FORMATS = f"Known are {', '.join(TEXT + BINARY)}; each may be packed as {', '.join(PACKED)}."
 
-_BROKEN = (OSError, EOFError, zlib.error, zipfile.BadZipFile, pa.ArrowException, RuntimeError)  # the last: encrypted
+_BROKEN = (OSError, EOFError, zlib.error, zipfile.BadZipFile, pa.ArrowException)
 _HEAD = 1024  # bytes that tell what a file is
 _BATCH = 256  # rows that are made Python objects at once
 
@@ -83,10 +84,17 @@ def rows(path: Path, numbers: Collection[str] = ()) -> Iterator[tuple[str, objec
         raise _unreadable(path, error) from error
 
 
+def _unzipped(path: Path) -> IO[bytes]:
+    try:
+        return zipfile.ZipFile(path).open(_member(path))  # noqa: SIM115  # closed with what it gives
+    except RuntimeError as error:  # it asks for a password, or is packed in a way that zipfile does not know
+        raise zipfile.BadZipFile(str(error)) from error
+
+
 _OPEN = {
     ".gz": gzip.open,
     ".zst": lambda path: pa.input_stream(str(path), compression="zstd"),
-    ".zip": lambda path: zipfile.ZipFile(path).open(_member(path)),  # noqa: SIM115  # closed with what it gives
+    ".zip": _unzipped,
 }
 
 

@@ -109,8 +109,6 @@ def clear(run: run_folder.Run) -> None:
             shutil.rmtree(checkpoint)
         except OSError as error:
             raise run_folder.unwritable(checkpoint, error) from error
-    for table in folder(run).glob("reference-*.arrow"):  # of several processes
-        table.unlink(missing_ok=True)
 
 
 def newest(run: run_folder.Run, now: dict) -> tuple[Path, dict] | None:

@@ -1,7 +1,6 @@
 """`dpo-tutorial publish --adapter DIR --to owner/name`: a trained model on a hub, with a card of what was measured."""
 
 import json
-import os
 import re
 from pathlib import Path
 from typing import Any
@@ -77,8 +76,8 @@ def collect(adapter: Path, to: str, what: str, report: Path | None) -> Files:
     same = (comparison or {}).get("data") == config["data"]
     gated = _gated(run / "merged", adapter) if what == "merged" else None
     folder = run / "merged" if gated else adapter
-    private = [word for word in (huggingface_hub.get_token(), str(run), *places.values()) if word and word != os.sep]
-    private += [json.dumps(word, ensure_ascii=ascii)[1:-1] for word in private for ascii in (True, False)]
+    words = {huggingface_hub.get_token() or "", str(run), *places.values()} - {"", run.anchor}  # all lies below a root
+    private = {form for w in words for form in (w, json.dumps(w)[1:-1], json.dumps(w, ensure_ascii=False)[1:-1])}
     config |= {"start_from": Path(config["start_from"]).name} | ({"data": _LOCAL} if local else {})
     found = [*folder.glob("*"), *folder.glob("ref/*")]  # ref: the adapter that this one went on from
     files: Files = {p.relative_to(folder).as_posix(): p for p in sorted(found) if p.suffix in _KINDS}
