@@ -2,7 +2,7 @@
 
 import errno
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 
 class TutorialError(Exception):
@@ -76,6 +76,13 @@ def disk_error(error: BaseException) -> str | None:
         return error.strerror if error.errno in _DISK else None
     words = first_line(error)
     return words if "I/O error" in words or "inline_container" in words else None
+
+
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """The error, and those it came from: libraries wrap the reason in errors that say only that something failed."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 def exit_code(action: Callable, *arguments) -> int:

@@ -35,6 +35,12 @@ def read_json(path: Path) -> dict | list:
         raise ArtifactError(f"{path} is not valid JSON: {error}.", "Delete it and run again.") from error
 
 
+def json_text(value: object, indent: int | None = 2) -> str:
+    """JSON that every reader takes: NaN and infinities, which the format has no words for, are null."""
+    plain = json.loads(json.dumps(value), parse_constant=lambda word: None)
+    return json.dumps(plain, indent=indent, ensure_ascii=False) + "\n"
+
+
 def write_text(path: Path, text: str) -> Path:
     """Write a file beside its final place and rename it: a reader sees the old text or the new, never half."""
     temporary = None
@@ -79,7 +85,7 @@ class Run:
         return write_text(self.dir / name, text)
 
     def write_json(self, name: str | Path, value: object) -> Path:
-        return self.write_text(name, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+        return self.write_text(name, json_text(value))
 
     def read_json(self, name: str) -> Any:
         """Read one of the run's JSON files.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import resource
 
@@ -104,6 +105,15 @@ def test_json_is_read_as_it_was_written(run):
     value = {"a": [1, 2.5, None], "é": "line separator \u2028 and next line \x85"}
     run.write_json("value.json", value)
     assert run.read_json("value.json") == value
+
+
+def test_what_is_no_number_is_null_in_json(run):
+    path = run.write_json("value.json", {"low": math.nan, "deep": [{"high": math.inf}, 0.5]})
+
+    def refuse(word):
+        raise AssertionError(f"{word} is no JSON")
+
+    assert json.loads(path.read_text(), parse_constant=refuse) == {"low": None, "deep": [{"high": None}, 0.5]}
 
 
 @pytest.mark.parametrize("content", [b"", b'{"a": ', b"\xff\xfe"], ids=["empty", "cut short", "not utf-8"])

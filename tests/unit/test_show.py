@@ -191,6 +191,11 @@ def test_the_held_out_table_has_both_columns_with_intervals():
     assert cells[6:9] == ["ties", "98", "2"] and cells[9:12] == ["margin", "0", "1.25 (1.00 to 1.50)"]
 
 
+@pytest.mark.parametrize("end", [math.nan, None], ids=["measured", "read from JSON"])
+def test_a_value_without_an_interval_says_so(end):
+    assert show.change({"difference": 0.5, "low": end, "high": end}) == "+0.50 (no interval: one value)"
+
+
 def test_the_change_table_writes_shares_means_and_signed_changes():
     found = {
         "before": {"kept": {"rate": 0.25, "low": 0.1, "high": 0.4}, "tokens": {"mean": 80, "low": 70, "high": 90}},

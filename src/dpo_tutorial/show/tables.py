@@ -47,7 +47,7 @@ def _cell(value: object) -> str:
 
 def span(found: dict, form: str = ".2f") -> str:
     """The interval of a rate, a mean or a difference in words, its ends formatted as `form`; or that there is none."""
-    if math.isnan(found["low"]):
+    if found["low"] is None or math.isnan(found["low"]):  # None: read from JSON, which has no NaN
         return "no interval: one value"
     return f"{found['low']:{form}} to {found['high']:{form}}"
 

@@ -9,7 +9,7 @@ from trl import DPOTrainer
 
 from .. import run_folder
 from ..adapter import lora
-from ..errors import ArtifactError, disk_error
+from ..errors import ArtifactError, causes, disk_error
 from ..knobs import Config
 from ..machine import hardware
 from . import checkpoints
@@ -46,7 +46,7 @@ def resumable(trainer: DPOTrainer, config: Config, run: run_folder.Run) -> Itera
             found = checkpoints.newest(run, now)
         yield _start(trainer, config, run, now, found)
     except BaseException as error:
-        refused = disk_error(error) or (error.__cause__ and disk_error(error.__cause__))
+        refused = next(filter(None, map(disk_error, causes(error))), None)
         if refused and trainer.is_world_process_zero():
             with contextlib.suppress(OSError):
                 checkpoints.remove_torn(run)  # it may be what fills the disk

@@ -141,7 +141,7 @@ def saving(config: Config, run: run_folder.Run, trainer: DPOTrainer, seconds: fl
     with run.replacing(run.adapter) as folder:
         yield folder
         (folder / PAIRS_FILE).write_text(lines + before, encoding="utf-8")
-        (folder / "training.json").write_text(json.dumps(record, indent=2), encoding="utf-8")
+        (folder / "training.json").write_text(run_folder.json_text(record), encoding="utf-8")
         (folder / "README.md").write_text(card.model_card(config, record), encoding="utf-8")
     run.write_json(PLACES_FILE, config.places())
     checkpoints.clear(run)

@@ -1,6 +1,5 @@
 """Build the DPO trainer and train the adapter. `dpo-tutorial train` does it without a notebook."""
 
-import json
 from pathlib import Path
 
 from datasets import Dataset
@@ -134,7 +133,7 @@ class Progress(TrainerCallback):
 
     @staticmethod
     def line(logs: dict, state) -> str:
-        return json.dumps({"step": state.global_step, "of": state.max_steps, **logs}) + "\n"
+        return run_folder.json_text({"step": state.global_step, "of": state.max_steps, **logs}, indent=None)
 
 
 def train(

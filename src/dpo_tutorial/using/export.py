@@ -1,7 +1,6 @@
 """`dpo-tutorial export --adapter DIR --to merged|gguf|ollama`: written, then scored again, then named."""
 
 import dataclasses
-import json
 import tempfile
 from pathlib import Path
 
@@ -11,7 +10,7 @@ from ..errors import ArtifactError, ConfigError
 from ..knobs import Config
 from ..loading import embedded, models
 from ..pairs import prepare
-from ..run_folder import Run
+from ..run_folder import Run, json_text
 from . import convert, engines, gate, merge
 
 
@@ -63,7 +62,7 @@ def write(
         found = gate.measure(model, opened(file, config))
         about = {"to": to, "into": into, "store": store, "kind": None if to == "merged" else kind}
         whose = {"adapter_sha256": embedded.sha256(Path(adapter) / "adapter_model.safetensors")}
-        (folder / "GATE.json").write_text(json.dumps(about | whose | found, indent=2), encoding="utf-8")
+        (folder / "GATE.json").write_text(json_text(about | whose | found), encoding="utf-8")
         (folder / "README.md").write_text(_card(found, about), encoding="utf-8")
     return found
 
