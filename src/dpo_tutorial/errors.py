@@ -85,8 +85,17 @@ def causes(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__
 
 
+_SMALLER = (
+    "Free the GPU of other programs. Export and chat: -p DTYPE fp16 takes half of float32's memory. Training: "
+    "-p BATCH_SIZE 1, and GRAD_ACCUM times the old one; then a smaller MAX_TOKENS or MODEL."
+)
+
+
 def exit_code(action: Callable, *arguments) -> int:
-    """Run what a command does. The code is what it returns, else 0; 1 after a `TutorialError`, 130 after Ctrl-C."""
+    """Run what a command does. The code is what it returns, else 0; 130 after Ctrl-C.
+
+    After a `TutorialError`, and where the GPU's memory is not enough, it is 1.
+    """
     for stream in (sys.stdout, sys.stderr):  # on Windows a file or pipe is written in an old code page without "→"
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
@@ -94,6 +103,11 @@ def exit_code(action: Callable, *arguments) -> int:
         return action(*arguments) or 0
     except TutorialError as error:
         print(f"\n{type(error).__name__}: {error}", file=sys.stderr)
+        return 1
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported for a message
+            raise
+        print(f"\n{first_line(error)}\n  Fix: {_SMALLER}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("\nInterrupted.", file=sys.stderr)

@@ -322,6 +322,20 @@ def test_a_module_run_by_its_path_says_how_to_run_it():
     assert done.returncode == 1 and "python -m dpo_tutorial" in done.stderr and "Traceback" not in done.stderr
 
 
+def test_a_gpu_that_is_too_small_is_two_lines_and_every_other_error_of_torch_stays(capsys):
+    def full():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 28.00 GiB.\nSee documentation.")
+
+    def bug():
+        raise RuntimeError("shapes differ")
+
+    assert errors.exit_code(full) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("\nCUDA out of memory. Tried to allocate 28.00 GiB.\n  Fix: ") and "DTYPE fp16" in said
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        errors.exit_code(bug)
+
+
 def test_an_interrupted_command_ends_in_a_word_and_130(capsys):
     def interrupted():
         raise KeyboardInterrupt

@@ -37,8 +37,10 @@ def free_memory_gib() -> float:
     import psutil
     import torch
 
-    free = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else psutil.virtual_memory().available
-    return free / 2**30
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()  # what torch keeps for later is free too
+        return torch.cuda.mem_get_info()[0] / 2**30
+    return psutil.virtual_memory().available / 2**30
 
 
 def synchronize() -> None:

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from ..errors import ModelUnsuitableError, first_line
 from ..knobs import Config
+from ..loading import models
 from ..machine import hardware
 
 
@@ -27,8 +28,8 @@ class Transformers:
         folder: Path = path.parent if gguf else path
         where: dict = {"trust_remote_code": False} | ({"gguf_file": path.name} if gguf else {})
         self.tokenizer = AutoTokenizer.from_pretrained(folder, **where)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=hardware.torch_dtype(config.dtype), **where)
-        self.model = model.to(hardware.device()).eval()
+        where |= {"dtype": hardware.torch_dtype(config.dtype), "device_map": {"": models.placement()}}
+        self.model = AutoModelForCausalLM.from_pretrained(folder, **where).eval()
         self.engine, self.bos, eos = "transformers", [], self.model.generation_config.eos_token_id
         if gguf:
             from gguf import GGUFReader
@@ -90,10 +91,13 @@ def opened(path: Path, config: Config) -> Exported:
 
     Raises:
         ModelUnsuitableError: what is to open it cannot read it.
+        torch.OutOfMemoryError: it does not fit on the GPU.
     """
     try:
         by_llama_cpp = path.suffix == ".gguf" and importlib.util.find_spec("llama_cpp")
         return LlamaCpp(path, config) if by_llama_cpp else Transformers(path, config)
+    except torch.OutOfMemoryError:
+        raise
     except (OSError, ValueError, KeyError, RuntimeError, NotImplementedError) as error:
         cause = f"{path.name} cannot be scored again: {first_line(error)}"
         raise ModelUnsuitableError(cause, "Export the merged folder instead.") from error
