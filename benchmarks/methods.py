@@ -10,12 +10,14 @@ recorded is not run again, so a stage that was stopped goes on.
 
 from __future__ import annotations
 
+import json
 import statistics
 from pathlib import Path
 
-from harness import UNMEASURED, Record, image, in_turn, machines, main, newest, table
+from harness import ROOT, UNMEASURED, Record, image, in_turn, machines, main, newest, table
 
 FIGURE = "methods.png"
+COPY = ROOT / "src" / "dpo_tutorial" / "show" / "other_losses.json"  # of `summary`, for notebook 05
 SEEDS = (42, 1, 2)
 #: After how many steps a training is judged. The rate falls to 0, so two fifths of the way are made in 6.
 POINTS = (6, 20)
@@ -198,15 +200,15 @@ def runs_table(runs: list[dict]) -> str:
 
 
 def at_distance(base: dict, runs: list[dict], distance: float, gain) -> float | None:
-    """A gain where the line from the base through one seed's runs has that KL; None where none of them goes so far."""
+    """A gain above the base where the line from it, through one seed's runs, has that KL; None where it ends before."""
     import numpy as np
 
-    points = sorted([(0.0, gain(base)), *((kl(r), gain(r)) for r in runs)])
+    points = sorted([(0.0, 0.0), *((kl(r), gain(r) - gain(base)) for r in runs)])
     return float(np.interp(distance, *zip(*points, strict=True))) if points[-1][0] >= distance else None
 
 
 def equal_table(runs: list[dict]) -> str:
-    """Each gain at half the KL that sigmoid ends at, seed by seed."""
+    """Each gain above the base at half the KL that sigmoid ends at, seed by seed."""
     bases = {r["seed"]: r for r in runs if r["method"] == "base"}
     methods = by_method(runs)
     distances = {r["seed"]: kl(r) / 2 for r in methods["sigmoid"].get(POINTS[-1], []) if r["seed"] in bases}
@@ -224,37 +226,23 @@ def equal_table(runs: list[dict]) -> str:
     return table(["method", "seeds that went so far", *GAINS], rows)
 
 
-def gained(runs: list[dict]):
-    """What each method gained over how far it went: means over the seeds, a line from the base along its training."""
-    from dpo_tutorial.show import figures
-
-    base = [r for r in runs if r["method"] == "base"]
-    colors = (figures.BLUE, figures.ORANGE, figures.GREEN, "#D55E00", "#CC79A7", "#56B4E9", figures.GREY, "black")
-    lines, said = {}, []
+def summary(runs: list[dict]) -> dict[str, list[dict]]:
+    """Method → a point for each step: `KL` and each of `GAINS` above the base, means over `seeds`, which has each."""
+    bases = {r["seed"]: r for r in runs if r["method"] == "base"}
+    found: dict[str, list[dict]] = {}
     for method, steps in by_method(runs).items():
-        means = [{"KL": statistics.mean(map(kl, some))} | {g: statistics.mean(map(of, some)) for g, of in GAINS.items()}
-                 for some in steps.values()]  # fmt: skip
-        lines[method] = means
-        last = max(means, key=lambda m: m["KL"])
-        said.append(f"{method} {', '.join(f'{gain} {last[gain]:.2f}' for gain in GAINS)} at {last['KL']:.3f} nats")
-    alt = f"What each method gained over its KL from the base, at its farthest: {'; '.join(said)}"
-    figure, axes = figures.new_figure(width=5, height=7, rows=2, alt=alt, sharex=True)
-    for axis, (gain, of) in zip(axes, GAINS.items(), strict=True):
-        start = {"KL": 0.0, gain: statistics.mean(map(of, base)) if base else 0.5}
-        for (method, means), color, marker in zip(lines.items(), colors, "osD^vP*X", strict=False):
-            points = sorted([start, *means], key=lambda m: m["KL"])
-            xs, ys = [p["KL"] for p in points], [p[gain] for p in points]
-            axis.plot(xs, ys, marker=marker, color=color, label=method, markevery=range(1, len(points)))
-        axis.set(ylabel=gain)
-    axes[0].set_title("Gained, over distance: means of three seeds")
-    axes[1].set_xlabel("KL from the base, nats per token")
-    axes[1].legend(fontsize=9, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.2), frameon=False)
-    return figure
+        for some in steps.values():
+            each = [{"KL": kl(r)} | {g: of(r) - of(bases[r["seed"]]) for g, of in GAINS.items()} for r in some]
+            means = {name: statistics.mean(e[name] for e in each) for name in each[0]}
+            found.setdefault(method, []).append(means | {"seeds": each})
+    return found
 
 
 def drawn(lines: list[dict]) -> dict:
+    from dpo_tutorial import show
+
     runs = runs_of(lines)
-    return {FIGURE: gained(runs)} if by_method(runs) else {}
+    return {FIGURE: show.other_losses(summary(runs))} if by_method(runs) else {}
 
 
 def tables(lines: list[dict]) -> dict[str, str]:
@@ -262,11 +250,12 @@ def tables(lines: list[dict]) -> dict[str, str]:
     if by_method(runs):
         on = dict.fromkeys(machines(lines, stage) for stage in STAGES if newest(lines, stage))
         made |= {"runs": runs_table(runs), "equal": equal_table(runs), "runs on": "\n\n".join(on)}
-        made["figure"] = image(gained(runs), FIGURE)
+        made["figure"] = image(drawn(lines)[FIGURE], FIGURE)
     return made
 
 
 STAGES = {"sigmoid": sigmoid, "others": others}
 
 if __name__ == "__main__":
-    main(__file__, STAGES, tables, {"measure": measure}, figures=drawn)
+    made = summary(runs_of(main(__file__, STAGES, tables, {"measure": measure}, figures=drawn)))
+    COPY.write_text(json.dumps(made) + "\n", encoding="utf-8")

@@ -34,7 +34,7 @@ import ultrafeedback
 from conftest import pair
 from datasets import Dataset
 
-from dpo_tutorial import config, run_folder
+from dpo_tutorial import config, run_folder, show
 from dpo_tutorial.comparing import generation
 from dpo_tutorial.knobs import PROFILES
 from dpo_tutorial.loading import models
@@ -524,12 +524,22 @@ def test_methods_share_what_beta_means_and_are_compared_at_one_distance(tmp_path
     assert runs["sigmoid_norm"][6][0]["beta"] == pytest.approx(4), "1 nat is sigmoid's margin of 4"
     tables = methods.tables(record.lines())
     assert tables["runs"].count("\n") == 1 + 1 + 2 * len(methods.METHODS)
-    assert "| ipo | 3 of 3 | 0.80 (0.80 to 0.80) | 0.60" in tables["equal"], "read off at 0.1 nats, between two points"
+    assert "| ipo | 3 of 3 | 0.10 (0.10 to 0.10) | 0.10" in tables["equal"], "read off at 0.1 nats, between two points"
     assert "| hinge | 0 of 3 | not so far | not so far |" in tables["equal"]
     assert "apo_zero" in tables["figure"] and figures.picture(*methods.drawn(record.lines()).values()).data
+    end = methods.summary(methods.runs_of(record.lines()))["ipo"][-1]
+    assert (end["KL"], end["rules kept"], len(end["seeds"])) == (pytest.approx(0.2), pytest.approx(0.2), 3)
     done = len(record.lines())
     methods.sigmoid(record, None)
     assert len(record.lines()) == done
+
+
+def test_the_losses_that_notebook_05_draws_are_those_of_the_record():
+    record = harness.Record(harness.HERE / "methods.jsonl")
+    found = methods.summary(methods.runs_of(record.lines()))
+    assert json.loads(methods.COPY.read_text()) == json.loads(json.dumps(found))
+    assert all(len(points[-1]["seeds"]) == len(methods.SEEDS) for points in found.values())
+    assert all(f"{name} rules kept" in show.other_losses().get_label() for name in methods.METHODS)
 
 
 def test_faults_are_what_they_say(pairs, tokenizer, monkeypatch):

@@ -146,7 +146,8 @@ def test_the_exact_kl_is_what_the_log_ratio_of_drawn_tokens_estimates(cfg, sharp
     drawn, draw = [], generation._answer_ids
     monkeypatch.setattr(generation, "_answer_ids", lambda *a, **k: drawn.extend(draw(*a, **k)) or drawn)
     prompt = pairs["prompt"][0]
-    exact = generation.kl_from_base(cfg, sharp, tokenizer, [prompt] * 200, max_new_tokens=1)["per_answer"]
+    one = dataclasses.replace(cfg, max_new_tokens=1)
+    exact = generation.kl_from_base(one, sharp, tokenizer, [prompt] * 200)["per_answer"]
     assert exact["n"] == 200 and exact["mean"] > 0.05 and exact["standard_error"] < 1e-6
     ids = tokenizer.apply_chat_template(prompt, tokenize=True, return_dict=False, add_generation_prompt=True)
     ours, theirs = scoring.answer_log_probs(cfg, sharp, tokenizer, [(ids, answer) for answer in drawn])

@@ -103,11 +103,7 @@ def written_out(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
 
 
 def kl_from_base(
-    config: Config,
-    model: PeftModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[list[dict]],
-    max_new_tokens: int | None = None,
+    config: Config, model: PeftModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[list[dict]]
 ) -> dict:
     """Estimate KL(policy ‖ base): how far training has moved the model, on answers that it would now give.
 
@@ -119,8 +115,7 @@ def kl_from_base(
     Returns:
         `per_answer` and `per_token`, in nats, each `{"mean", "standard_error", "low", "high", "n"}`; `tokens` drawn.
     """
-    limit = max_new_tokens or config.max_new_tokens
-    answers = _answer_ids(config, model, tokenizer, prompts, limit, config.seed)
+    answers = _answer_ids(config, model, tokenizer, prompts, config.max_new_tokens, config.seed)
     encoded = []
     for prompt, answer in zip(prompts, answers, strict=True):
         ids = tokenizer.apply_chat_template(prompt, tokenize=True, return_dict=False, add_generation_prompt=True)

@@ -20,6 +20,7 @@ from .result_figures import (  # noqa: F401
     distance_by_beta,
     loss_curve,
     margins,
+    other_losses,
     rates,
     training_curves,
 )

@@ -1,7 +1,9 @@
 """Figures of training and of held-out pairs."""
 
+import json
 import math
 from collections.abc import Sequence
+from importlib import resources
 
 import numpy as np
 import torch
@@ -99,6 +101,43 @@ def distance_by_beta(
     axis.plot(betas, trained, "o", color=figures.ORANGE, label="trained with the DPO loss")
     axis.set(xscale="log", xlabel="β", ylabel="KL (nats)", title="A higher β stays closer to the reference")
     axis.legend()
+    return figure
+
+
+#: One for each loss that is compared: Okabe and Ito's, without their yellow.
+_EIGHT = (figures.BLUE, figures.ORANGE, figures.GREEN, "#D55E00", "#CC79A7", "#56B4E9", figures.GREY, "black")
+
+
+def other_losses(found: dict[str, list[dict]] | None = None) -> Figure:
+    """What each loss gained over how far it went from the base: means over seeds, and small each seed's end.
+
+    Args:
+        found: as `summary` of `benchmarks/methods.py`; default: its record, which comes with the package.
+    """
+    if found is None:
+        found = json.loads((resources.files("dpo_tutorial.show") / "other_losses.json").read_text(encoding="utf-8"))
+    gains = [name for name in next(iter(found.values()))[0] if name not in ("KL", "seeds")]
+    ends = {name: points[-1] for name, points in found.items()}
+    said = "; ".join(f"{n} {', '.join(f'{g} {e[g]:+.2f}' for g in gains)} at {e['KL']:.3f}" for n, e in ends.items())
+    alt = f"What each loss gained over its KL from the base in nats per token, at its end: {said}"
+    figure, axes = figures.new_figure(width=5, height=7, rows=len(gains), alt=alt, sharex=True)
+    for axis, gain in zip(axes, gains, strict=True):
+        for (name, points), color, marker in zip(found.items(), _EIGHT, "osD^vP*X", strict=False):
+            line = [{"KL": 0, gain: 0}, *points]
+            axis.plot(
+                [p["KL"] for p in line],
+                [p[gain] for p in line],
+                color=color,
+                marker=marker,
+                markevery=slice(1, None),
+                label=name,
+            )
+            seeds = points[-1]["seeds"]
+            axis.plot([s["KL"] for s in seeds], [s[gain] for s in seeds], marker, color=color, markersize=4, alpha=0.4)
+        axis.set(ylabel=f"{gain}, above the base")
+    axes[0].set_title("Gained, over distance")
+    axes[-1].set_xlabel("KL from the base, nats per token")
+    axes[-1].legend(fontsize=9, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.2), frameon=False)
     return figure
 
 

@@ -85,11 +85,6 @@ def _read_shape(model: str, revision: str | None, keep: tuple[str, ...]) -> Shap
     return Shape(linears, nf4, others, stored=(getattr(found, "dtype", None) or torch.bfloat16).itemsize, **sizes)
 
 
-def size_of(config: Config) -> int:
-    """Bytes of one number in the compute type."""
-    return hardware.torch_dtype(config.dtype).itemsize
-
-
 def weight_bytes(shape: Shape, size: int) -> int:
     """NF4 with double quantization, as `sizes.weight_bytes` measures it; all other weights in `size` bytes each."""
     total = size * shape.others
@@ -116,7 +111,7 @@ def activation_bytes(shape: Shape, config: Config, sequences: int, length: int) 
     up; what enters the adapters, and their r numbers. Attention scores are not kept, only their log-sum-exp. But each
     block turns the padding mask into numbers of the compute type, length x length, and keeps that.
     """
-    size = size_of(config)
+    size = hardware.torch_dtype(config.dtype).itemsize
     inputs = {name: inside for name, inside, _ in shape.adapted(config)}
     # q, k and v read one tensor, gate and up another; o reads the attention's output, counted already
     readers = [{"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"}]

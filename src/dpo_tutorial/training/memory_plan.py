@@ -101,7 +101,7 @@ def plan(
         ModelFetchError, ModelUnsuitableError: see `footprint.read_shape`.
     """
     device = device or hardware.device()
-    shape, size, cuda = footprint.read_shape(config), footprint.size_of(config), device == "cuda"
+    shape, size, cuda = footprint.read_shape(config), hardware.torch_dtype(config.dtype).itemsize, device == "cuda"
     length = length or config.max_tokens
     answer = answer or length
     answers = 2 * config.batch_size * answer  # tokens: chosen and rejected go through together,

@@ -133,12 +133,7 @@ def written(record: dict, to: str, comparison: dict | None, gated: dict | None) 
 
     Of `training.json`, of `comparison.json` where it was judged, and of `GATE.json` where the model is merged.
     """
-    given: dict[str, Any] = {
-        name: tuple(value) if isinstance(value, list) else value
-        for name, value in record["config"].items()
-        if name in Config.__dataclass_fields__
-    }
-    config = Config(**given)
+    config = Config(**{name: v for name, v in record["config"].items() if name in Config.__dataclass_fields__})
     base, own = record["base"], config.model == knobs.EMBEDDED
     page, licence = _EMBEDDED if own else (base["name"] if "/" in base["name"] else None, None)
     about = ModelCardData(
