@@ -20,6 +20,7 @@ from dpo_tutorial.loading import models
 from dpo_tutorial.machine import hardware, memory
 from dpo_tutorial.pairs import encoding, house_style, prepare, row_checks, sources, splits, store
 from dpo_tutorial.training import scoring
+from dpo_tutorial.using import engines
 
 #: What the notebooks' own cells import, by the names they give it.
 MODULES = [
@@ -158,6 +159,5 @@ def test_06_rewards_answers_and_merges(compared):
     made = execute("06", "merged = policy.merge_and_unload(", "import gc", "gate.measure(trained, exported)", **made)
     policy = lora.load_policy(made["exact"], made["folder"])
     assert made["found"]["pairs"] == min(4, len(made["test"])) and made["found"]["engine"] == "transformers"
-    assert torch.allclose(made["log_probs"](made["exported"].model), made["log_probs"](policy), atol=0.02), (
-        "merged, and unchanged"
-    )
+    exported = engines.opened(made["run"].dir / "merged", made["exact"]).model
+    assert torch.allclose(made["log_probs"](exported), made["log_probs"](policy), atol=0.02), "merged, and unchanged"
