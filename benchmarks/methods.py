@@ -14,7 +14,7 @@ import json
 import statistics
 from pathlib import Path
 
-from harness import ROOT, UNMEASURED, Record, image, in_turn, machines, main, newest, table
+from harness import HERE, ROOT, UNMEASURED, Record, image, in_turn, machines, main, newest, table
 
 FIGURE = "methods.png"
 COPY = ROOT / "src" / "dpo_tutorial" / "show" / "other_losses.json"  # of `summary`, for notebook 05
@@ -257,5 +257,6 @@ def tables(lines: list[dict]) -> dict[str, str]:
 STAGES = {"sigmoid": sigmoid, "others": others}
 
 if __name__ == "__main__":
-    made = summary(runs_of(main(__file__, STAGES, tables, {"measure": measure}, figures=drawn)))
-    COPY.write_text(json.dumps(made) + "\n", encoding="utf-8")
+    main(__file__, STAGES, tables, {"measure": measure}, figures=drawn)
+    kept = Record(HERE / "methods.jsonl").lines()  # wherever --out has written
+    COPY.write_text(json.dumps(summary(runs_of(kept))) + "\n", encoding="utf-8")

@@ -123,16 +123,9 @@ def other_losses(found: dict[str, list[dict]] | None = None) -> Figure:
     figure, axes = figures.new_figure(width=5, height=7, rows=len(gains), alt=alt, sharex=True)
     for axis, gain in zip(axes, gains, strict=True):
         for (name, points), color, marker in zip(found.items(), _EIGHT, "osD^vP*X", strict=False):
-            line = [{"KL": 0, gain: 0}, *points]
-            axis.plot(
-                [p["KL"] for p in line],
-                [p[gain] for p in line],
-                color=color,
-                marker=marker,
-                markevery=slice(1, None),
-                label=name,
-            )
-            seeds = points[-1]["seeds"]
+            line, seeds = [{"KL": 0, gain: 0}, *points], points[-1]["seeds"]
+            how = dict(marker=marker, markevery=slice(1, None), label=name)
+            axis.plot([p["KL"] for p in line], [p[gain] for p in line], color=color, **how)
             axis.plot([s["KL"] for s in seeds], [s[gain] for s in seeds], marker, color=color, markersize=4, alpha=0.4)
         axis.set(ylabel=f"{gain}, above the base")
     axes[0].set_title("Gained, over distance")

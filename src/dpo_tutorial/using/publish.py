@@ -81,10 +81,10 @@ def collect(adapter: Path, to: str, what: str, report: Path | None) -> Files:
     config |= {"start_from": Path(config["start_from"]).name} | ({"data": _LOCAL} if local else {})
     found = [*folder.glob("*"), *folder.glob("ref/*")]  # ref: the adapter that this one went on from
     files: Files = {p.relative_to(folder).as_posix(): p for p in sorted(found) if p.suffix in _KINDS}
-    files["training.json"] = json.dumps(record, indent=2).encode()
+    files["training.json"] = run_folder.json_text(record).encode()
     if gated:
         gated["greedy"]["differs"] = None  # it quotes a prompt, and nothing says of which pairs
-        files["GATE.json"] = json.dumps(gated, indent=2).encode()
+        files["GATE.json"] = run_folder.json_text(gated).encode()
     page = (report or run) / "report.html"
     if same and page.is_file() and not local:  # it quotes prompts and answers
         files["report.html"] = page
