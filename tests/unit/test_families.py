@@ -1,6 +1,7 @@
 """Which models share prefixes: tiny random ones of every family, by the loss and gradient of stock TRL."""
 
 import copy
+import dataclasses
 import logging
 import signal
 
@@ -13,6 +14,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from trl import DPOConfig, DPOTrainer
 
+from dpo_tutorial.errors import ModelUnsuitableError
+from dpo_tutorial.loading import models
 from dpo_tutorial.training import faster, prefix
 
 #: (changes to the family's tiny config, whether prefixes are shared)
@@ -73,6 +76,16 @@ def tiny(name: str, tokenizer, **changes):
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.1)
     return model
+
+
+@pytest.mark.parametrize(("kind", "head"), [("gpt_neox_japanese", "embed_out"), ("biogpt", "output_projection")])
+def test_a_head_of_another_name_is_refused_until_it_is_kept_in_16_bits(kind, head, cfg, tokenizer, tmp_path):
+    tiny(kind, tokenizer).save_pretrained(tmp_path)
+    cfg = dataclasses.replace(cfg, model=str(tmp_path))
+    with pytest.raises(ModelUnsuitableError, match=f"KEEP_16BIT={head}"):
+        models.load_base(cfg)
+    kept = models.load_base(dataclasses.replace(cfg, keep_16bit=(head,)))
+    assert type(kept.get_output_embeddings()) is torch.nn.Linear
 
 
 def one_step(trainer_class, model, reference, tokenizer, folder):

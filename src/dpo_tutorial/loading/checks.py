@@ -6,9 +6,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import bitsandbytes as bnb
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import ConfigError, ModelCorruptError, ModelFetchError, ModelUnsuitableError, first_line
 from ..knobs import Config
@@ -131,6 +132,21 @@ def check_tokens(config: Config, tokenizer: PreTrainedTokenizerBase, found: Pret
             f"The tokenizer of {config.model} has {len(tokenizer):,} tokens, the model {rows:,}: {beyond[0]!r} is "
             "beyond.",
             "Take the tokenizer that the model was trained with, or a model whose embedding was enlarged for it.",
+        )
+
+
+def check_head(model: str, loaded: PreTrainedModel) -> None:
+    """Refuse a model whose LM head was packed into 4 bits: a few families call it otherwise than `lm_head`.
+
+    Raises:
+        ModelUnsuitableError: with the name for `KEEP_16BIT`.
+    """
+    head = loaded.get_output_embeddings()
+    if isinstance(head, bnb.nn.Linear4bit):
+        name = next(name for name, module in loaded.named_modules() if module is head)
+        raise ModelUnsuitableError(
+            f"The LM head of MODEL={model} is called {name}, so transformers would pack it into 4 bits too.",
+            f"Keep it in 16 bits: KEEP_16BIT={name}, with a comma between several names.",
         )
 
 

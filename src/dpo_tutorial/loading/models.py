@@ -161,7 +161,7 @@ def load_base(config: Config, quantize: bool = True, dtype: str | None = None) -
 
     Raises:
         ModelFetchError: not found, no access, or no network.
-        ModelUnsuitableError: no safetensors, code of its own, or not a causal language model.
+        ModelUnsuitableError: no safetensors, code of its own, not a causal language model, or its head in 4 bits.
         ModelCorruptError: weights are missing.
         And as `load_config`.
     """
@@ -190,6 +190,8 @@ def load_base(config: Config, quantize: bool = True, dtype: str | None = None) -
     model.config.use_cache = False  # the cache serves generation; in training it only costs memory
     keep_steady(model)
     if quantize:
+        if not stored:
+            checks.check_head(config.model, model)
         keep_gradients(model)
         for layer in model.modules():
             if isinstance(layer, bnb.nn.Linear4bit):  # a checkpoint stored in NF4 brings a type of its own
