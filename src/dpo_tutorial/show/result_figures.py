@@ -17,7 +17,7 @@ def training_curves(history: dict[str, list[dict]]) -> Figure:
     train, evaluated = history["train"], history["eval"]
     last = train[-1]
     alt = (
-        f"Training curves over {len(train)} steps: loss from {train[0]['loss']:.3f} to {last['loss']:.3f}, "
+        f"Training curves over {last['step']} steps: loss from {train[0]['loss']:.3f} to {last['loss']:.3f}, "
         f"margin to {last['rewards/margins']:.2f}"
     )
     figure, axes = figures.new_figure(width=11, columns=3, alt=alt)
