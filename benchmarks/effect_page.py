@@ -101,7 +101,7 @@ def instructions_table(runs: dict[str, dict]) -> str:
                 seed, part.replace("_", " "), found["before"]["n"], interval(found["before"]), interval(found["after"]),
                 found["gained"], found["lost"], f"{found['p']:.2g}", "" if seen is None else f"{seen:.2f}",
             ])  # fmt: skip
-    head = ["", "requests", "n", "base", "policy", "gained", "lost", "p", "would find, 4 times in 5"]
+    head = ["", "requests", "n", "base", "policy", "gained", "lost", "p", "smallest change noticed 4 times in 5"]
     return table(head, rows)
 
 

@@ -6,7 +6,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +51,8 @@ def write_text(path: Path, text: str) -> Path:
             stream.write(text)
             stream.flush()
             os.fsync(stream.fileno())
-        os.chmod(temporary, 0o644)
+        with suppress(PermissionError):  # some mounts know no modes
+            os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except OSError as error:
         raise unwritable(path, error) from error
@@ -129,7 +130,8 @@ class Run:
         old = work.with_name(work.name + "-old")
         try:
             yield work
-            os.chmod(work, 0o755)
+            with suppress(PermissionError):
+                os.chmod(work, 0o755)
             if folder.exists():
                 os.replace(folder, old)
             os.replace(work, folder)

@@ -159,5 +159,7 @@ def test_06_rewards_answers_and_merges(compared):
     made = execute("06", "merged = policy.merge_and_unload(", "import gc", "gate.measure(trained, exported)", **made)
     policy = lora.load_policy(made["exact"], made["folder"])
     assert made["found"]["pairs"] == min(4, len(made["test"])) and made["found"]["engine"] == "transformers"
+    gated = json.loads((made["run"].dir / "merged" / "GATE.json").read_text())
+    assert gated["pairs"] == made["found"]["pairs"], "else `export` would refuse to replace the folder"
     exported = engines.opened(made["run"].dir / "merged", made["exact"]).model
     assert torch.allclose(made["log_probs"](exported), made["log_probs"](policy), atol=0.02), "merged, and unchanged"

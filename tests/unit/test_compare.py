@@ -325,6 +325,7 @@ def test_the_command_writes_the_report_of_an_adapter_from_its_folder_alone(train
     assert comparison["held_out"]["after"]["accuracy"]["n"] == len(records) >= 2
     assert comparison["adapter"]["config"]["data"] == comparison["data"] == "rows.jsonl"
     assert comparison["versions"]["trl"]
+    assert not list(out.glob("data*")), "the folder is there to be shown, and holds no training pairs"
     assert "tells chosen" in capsys.readouterr().out or comparison["verdict"][0].startswith("No effect")
     html = (out / "report.html").read_text()
     assert html.startswith("<!doctype html>") and html.count("<img alt=") == 5

@@ -424,6 +424,7 @@ def folder_of(tmp_path, names):
     ("names", "found", "left"),
     [
         (["train.jsonl", "held_out.jsonl"], {"train": 10, "val": 2, "test": 12}, None),
+        (["pairs.train.jsonl", "pairs.test.jsonl"], {"train": 10, "val": 2, "test": 12}, None),
         (["train.jsonl", "Held-Out.jsonl", "eval.jsonl"], {"train": 10, "val": 2, "test": 12}, "held_out"),
         (["train.jsonl", "extra.jsonl", "notes.txt"], {"train": 9, "val": 2, "test": 1}, "extra, notes.txt"),
         (["train-00000-of-00002.parquet", "train-00001-of-00002.parquet"], {"train": 18, "val": 3, "test": 3}, None),

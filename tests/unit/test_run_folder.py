@@ -7,6 +7,7 @@ import json
 import math
 import os
 import resource
+from unittest.mock import Mock
 
 import datasets
 import pytest
@@ -86,6 +87,14 @@ def test_a_write_that_fails_leaves_the_old_text_and_nothing_else(run, monkeypatc
         run.write_text("answer.md", "new")
     assert "ARTIFACTS" in caught.value.fix
     assert files_of(run.dir) == before
+
+
+def test_a_mount_without_modes_is_written_to_all_the_same(run, monkeypatch):
+    monkeypatch.setattr("os.chmod", Mock(side_effect=PermissionError(1, "Operation not permitted")))
+    assert run.write_text("answer.md", "new").read_text() == "new"
+    with run.replacing(run.adapter) as folder:
+        (folder / "file").write_text("in")
+    assert files_of(run.adapter) == {"file": "in"}
 
 
 def test_a_file_in_place_of_a_folder_is_an_artifact_error(run):

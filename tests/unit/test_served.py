@@ -71,6 +71,15 @@ def test_a_conversation_goes_on_and_is_asked_for_greedily(server, monkeypatch, c
     assert lines.count("Paris.") == lines.count("It is.") == lines.count("mine") == 2
 
 
+def test_what_is_said_to_this_machine_goes_through_no_proxy(server, monkeypatch, capsys):
+    monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{free_port()}")
+    monkeypatch.delenv("no_proxy", raising=False)
+    server.says = [chunk("Here."), END]
+    assert talk(monkeypatch, "One?\n", "--url", server.url) == 0 and "Here." in capsys.readouterr().out
+    assert talk(monkeypatch, "One?\n", "--url", "http://elsewhere.invalid") == 1
+    assert "Connection refused" in capsys.readouterr().err, "another machine is asked through it"
+
+
 def test_text_of_a_served_model_never_controls_the_terminal(server, monkeypatch, capsys):
     server.says = [chunk("a\x1b"), chunk("[31mred\x9b2J\rb\x07\u202e"), END]
     assert talk(monkeypatch, "One?\n", "--url", server.url) == 0

@@ -238,7 +238,7 @@ def test_the_table_of_instructions_leaves_out_a_part_without_requests():
         "gained": 0, "lost": 2, "p": 0.5, "smallest": {"power_80": None},
     }  # fmt: skip
     cells = Page(show.instructions_table(part | {"within_style": part, "against_style": None})).cells
-    row = ["8", "0.50 (0.30 to 0.70)", "0.25 (0.10 to 0.50)", "0, 2", "0.5", "nothing"]
+    row = ["8", "0.50 (0.30 to 0.70)", "0.25 (0.10 to 0.50)", "0, 2", "0.5", "none"]
     assert cells[7:] == ["all", *row, "within the style", *row]
 
 

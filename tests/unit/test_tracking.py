@@ -66,6 +66,8 @@ def test_a_resumed_training_has_the_strip_of_one_that_was_never_stopped(trained)
     assert tracking.read_samples(resumed) == tracking.read_samples(whole)
     anew, _ = trained("stopped", watch_prompts=1, fresh=True, max_steps=2)
     assert [line["step"] for line in tracking.read_samples(anew)] == [0, 2]
+    without, _ = trained("stopped", watch_prompts=0, fresh=True, max_steps=2)
+    assert tracking.read_samples(without) == [], "those of an earlier training are gone"
 
 
 def test_the_strip_is_a_row_per_step_and_its_text_is_escaped():

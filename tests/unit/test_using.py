@@ -191,6 +191,14 @@ def test_a_spoiled_export_makes_the_command_exit_with_1(trained, tmp_path, monke
     assert "other token ids" in (out / "README.md").read_text()
 
 
+def test_a_checkpoint_that_names_a_temperature_and_not_that_it_samples_is_exported(trained, tokenizer, tmp_path):
+    model = merge.merged(trained.config, trained.adapter)
+    model.generation_config.temperature = 0.6
+    merge.save(model, tokenizer, tmp_path)
+    written = json.loads((tmp_path / "generation_config.json").read_text())
+    assert written["do_sample"] and written["temperature"] == 0.6
+
+
 def test_the_command_compares_greedy_answers_to_more_prompts_than_it_scores_pairs(trained, tokenizer, tmp_path):
     assert cli.main(words("export", trained, "--to", "merged", "--out", tmp_path / "merged", "--pairs", 1)) == 0
     found = json.loads((tmp_path / "merged" / "GATE.json").read_text())

@@ -16,7 +16,7 @@ from ..errors import DataError
 from ..knobs import Config
 from ..loading import models
 from ..machine import hardware
-from ..pairs import house_style, prepare, sources, store
+from ..pairs import house_style, prepare, sources
 from ..training import save, scoring
 from . import baselines, generation, stats, verdict
 
@@ -122,7 +122,7 @@ def write_report(adapter: str, source: str, out: str, parameters: dict[str, str]
     if source:
         splits = _other_pairs(config, tokenizer, folder)
     else:
-        splits = store.ensure_data(run, tokenizer).splits
+        splits = prepare.prepare(config, tokenizer).splits  # not kept: `out` is a folder to show
         save.check_held_out(folder, splits["test"])
     policy = lora.load_policy(config, folder)
     records, comparison = compare(config, policy, tokenizer, splits, record["config"]["beta"])

@@ -32,8 +32,8 @@ def of_folder(folder: Path) -> tuple[dict[str, list[Path]], list[str]]:
         if path.name in _NO_ROWS or path.name.startswith("cache-") or not reader.kind(path):
             other.append(place.as_posix())
             continue
-        name = path.name.partition(".")[0]
-        names = [re.sub(r"\W", "_", _SHARD.sub("", part).lower()) for part in (name, *place.parent.parts[::-1])]
+        parts = (*path.name.split("."), *place.parent.parts[::-1])  # pairs.train.jsonl is train
+        names = [re.sub(r"\W", "_", _SHARD.sub("", part).lower()) for part in parts]
         found.setdefault(next((n for n in names if n in _KNOWN), names[0]), []).append(path)
     if not found:
         raise DataError(f"DATA={folder} holds no file of rows.", reader.FORMATS)

@@ -133,7 +133,7 @@ def instructions_table(found: dict) -> HTML:
         rows.append({
             "requests": name, "n": part["before"]["n"], "base": share(part["before"]), "policy": share(part["after"]),
             "gained, lost": f"{part['gained']}, {part['lost']}", "p": f"{part['p']:.2g}",
-            "would find, 4 times in 5": "nothing" if seen is None else f"{seen:.2f}",
+            "smallest change noticed 4 times in 5": "none" if seen is None else f"{seen:.2f}",
         })  # fmt: skip
     return table(rows)
 

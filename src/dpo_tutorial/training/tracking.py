@@ -106,6 +106,8 @@ def watch(config: Config, run: run_folder.Run, trainer: DPOTrainer) -> None:
     if config.watch_prompts:
         prompts = trainer.eval_dataset[: config.watch_prompts]["prompt"]
         trainer.add_callback(Samples(config, run, trainer, prompts))
+    elif trainer.is_world_process_zero():
+        (run.dir / "samples.jsonl").unlink(missing_ok=True)  # of an earlier training
 
 
 def read_samples(run: run_folder.Run) -> list[dict]:

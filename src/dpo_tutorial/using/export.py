@@ -60,11 +60,15 @@ def write(
         if to == "ollama":
             (folder / "Modelfile").write_text(convert.modelfile(model.tokenizer, file.name), encoding="utf-8")
         found = gate.measure(model, opened(file, config))
-        about = {"to": to, "into": into, "store": store, "kind": None if to == "merged" else kind}
-        whose = {"adapter_sha256": embedded.sha256(Path(adapter) / "adapter_model.safetensors")}
-        (folder / "GATE.json").write_text(json_text(about | whose | found), encoding="utf-8")
-        (folder / "README.md").write_text(_card(found, about), encoding="utf-8")
+        note(folder, adapter, found, to=to, into=into, store=store, kind=None if to == "merged" else kind)
     return found
+
+
+def note(folder: Path, adapter: str | Path, found: dict, **about: str | None) -> None:
+    """Write into an export what the gate found and how it was made: `GATE.json`, and the same in words, `README.md`."""
+    whose = {"adapter_sha256": embedded.sha256(Path(adapter) / "adapter_model.safetensors")}
+    (folder / "GATE.json").write_text(json_text(about | whose | found), encoding="utf-8")
+    (folder / "README.md").write_text(_card(found, about), encoding="utf-8")
 
 
 def _card(found: dict, about: dict) -> str:

@@ -51,6 +51,11 @@ def merged(config: Config, adapter: str | Path, into: str = "4bit", store: str =
 
 def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Write the merged model with its tokenizer; generation ends at the tokenizer's EOS."""
-    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    how = model.generation_config
+    how.eos_token_id = tokenizer.eos_token_id
+    try:
+        how.validate(strict=True)
+    except ValueError:  # a checkpoint may name a temperature and not that it samples: transformers does not save that
+        how.do_sample = True
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

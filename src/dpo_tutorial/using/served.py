@@ -4,6 +4,7 @@ import contextlib
 import http.client
 import json
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Iterator
 
@@ -28,7 +29,7 @@ def stream(url: str, model: str, turns: list[dict], max_tokens: int) -> Iterator
     address = url.rstrip("/").removesuffix("/v1") + "/v1/chat/completions"
     request = urllib.request.Request(address, body, {"Content-Type": "application/json"})
     try:
-        with urllib.request.urlopen(request, timeout=WAIT) as lines:  # server-sent events
+        with _opener(url).open(request, timeout=WAIT) as lines:  # server-sent events
             for line in lines:
                 if line.startswith((b"data: {", b"error: {")):
                     found = json.loads(line.partition(b": ")[2])
@@ -45,6 +46,13 @@ def stream(url: str, model: str, turns: list[dict], max_tokens: int) -> Iterator
         raise ServerError(cause, "Check --model and the server.") from error
     except (OSError, http.client.HTTPException, ValueError, LookupError) as error:
         raise ServerError(f"{url} did not answer: {first_line(error)}.", "Check --url and the server's log.") from error
+
+
+def _opener(url: str) -> urllib.request.OpenerDirector:
+    """What asks the server: on this machine never through a proxy, which would see the prompts."""
+    host = urllib.parse.urlsplit(url).hostname or ""
+    own = host in ("localhost", "::1") or host.startswith("127.")
+    return urllib.request.build_opener(*[urllib.request.ProxyHandler({})] * own)
 
 
 def main(url: str, model: str, parameters: dict[str, str]) -> None:
