@@ -22,6 +22,7 @@ from conftest import pair
 from dpo_tutorial import config, knobs
 from dpo_tutorial.cli import doctor
 from dpo_tutorial.cli import main as cli
+from dpo_tutorial.errors import ConfigError
 from dpo_tutorial.knobs import Config
 from dpo_tutorial.loading import embedded, hub
 from dpo_tutorial.machine import hardware, memory, paths, session
@@ -341,3 +342,8 @@ def test_a_machine_without_a_home_directory_can_be_examined(monkeypatch, tmp_pat
     monkeypatch.setattr("pwd.getpwuid", nobody)
     monkeypatch.setenv("DPO_TUTORIAL_CACHE", str(tmp_path))
     assert paths.plain(f"{tmp_path}/model and ~/x") == "<cache>/model and ~/x"
+    monkeypatch.delenv("DPO_TUTORIAL_CACHE")
+    assert paths.plain("/model and ~/x") == "/model and ~/x"
+    with pytest.raises(ConfigError, match="no home folder") as caught:
+        paths.cache_dir()
+    assert "DPO_TUTORIAL_CACHE" in caught.value.fix

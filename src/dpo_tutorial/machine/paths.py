@@ -1,8 +1,11 @@
 """Where things lie on this machine, and how to print a text without naming its folders."""
 
+import contextlib
 import os
 import re
 from pathlib import Path
+
+from ..errors import ConfigError
 
 
 def project_root() -> Path:
@@ -15,16 +18,27 @@ def project_root() -> Path:
 
 
 def cache_dir() -> Path:
-    """Folder for converted weights: `DPO_TUTORIAL_CACHE`, else the platform's user cache."""
+    """Folder for converted weights: `DPO_TUTORIAL_CACHE`, else the platform's user cache.
+
+    Raises:
+        ConfigError: the user has no home folder, as in some containers, and the variable is not set.
+    """
     from platformdirs import user_cache_dir
 
-    return Path(os.environ.get("DPO_TUTORIAL_CACHE") or user_cache_dir("dpo-tutorial")).expanduser()
+    try:
+        return Path(os.environ.get("DPO_TUTORIAL_CACHE") or user_cache_dir("dpo-tutorial")).expanduser()
+    except RuntimeError:  # of either: a user without a home
+        fix = "Set HF_HOME and DPO_TUTORIAL_CACHE to folders."
+        raise ConfigError("This user has no home folder to cache in.", fix) from None
 
 
 def without_paths(text: str) -> str:
     """The text with the folders of project, cache and home as `.`, `<cache>` and `~`: what is shown to others."""
     home = Path.home() if os.path.expanduser("~") != "~" else Path("~")  # a user without one: home() would raise
-    for folder, name in ((project_root(), "."), (cache_dir(), "<cache>"), (home, "~")):
+    folders = [(project_root(), "."), (home, "~")]
+    with contextlib.suppress(ConfigError):
+        folders.insert(1, (cache_dir(), "<cache>"))
+    for folder, name in folders:
         if folder.is_absolute() and len(folder.parts) > 1:  # the root of the file system is nobody's home
             # between two parts of a Windows path stands one backslash, in a repr or in JSON two, in a URL a slash
             written = r"(?:\\\\?|/)".join(re.escape(part.rstrip("\\/")) for part in folder.parts)
