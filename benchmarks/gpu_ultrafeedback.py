@@ -43,14 +43,21 @@ def trainings_to_do(options) -> list[dict]:
     return [{"rate": r, "epochs": e, "seed": s, "fold": fold} for r, e, s in plan for fold in range(FOLDS)]
 
 
+def measured(lines: list[dict]) -> dict[tuple, dict]:
+    """(epochs, rate, seed, fold) → its newest record."""
+    return {tuple(r[n] for n in ("epochs", "rate", "seed", "fold")): r for r in lines if r["name"] == "fold"}
+
+
 def stage_d(record: Record, options) -> None:
     rows = usable_rows(models.load_tokenizer(trainings.config_of(options.tiny)), options)
     record.write("D", "rows", usable=len(rows), max_tokens=1024, folds=2 if options.tiny else FOLDS)
     record.write("D", "baselines", **baselines(rows))
     context = multiprocessing.get_context("spawn")
     waiting = queue.Queue() if options.workers == 1 else context.Queue()
+    done = measured(record.lines())  # of a run that was stopped
     for task in trainings_to_do(options):
-        waiting.put(task)
+        if tuple(task[n] for n in ("epochs", "rate", "seed", "fold")) not in done:
+            waiting.put(task)
     if options.workers == 1:
         worker(options, waiting, record.path, rows)
         return
@@ -111,9 +118,8 @@ def what_it_writes(options, cfg, model, tokenizer, prompts) -> dict:
 
 def tables(lines: list[dict]) -> dict[str, str]:
     runs: dict[tuple, list[dict]] = {}
-    for r in lines:
-        if r["name"] == "fold":
-            runs.setdefault((r["epochs"], r["rate"], r["seed"]), []).append(r)
+    for key, r in measured(lines).items():
+        runs.setdefault(key[:3], []).append(r)
     rows = []
     for (epochs, rate, seed), parts in sorted(runs.items()):
         margins = [m for r in parts for m in r["margins"]]

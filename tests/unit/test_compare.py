@@ -7,6 +7,7 @@ import re
 import shutil
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import pytest
@@ -383,6 +384,18 @@ def test_the_command_judges_an_adapter_on_every_row_of_other_data(file, n, train
     assert "word counts" not in comparison["against"] and comparison["data"] == data.split("/")[-1]
     assert comparison["token_rewards"][0]["prompt"][0]["content"].startswith("Other")
     assert "Word counting was left out" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_a_map_of_columns_is_of_the_data_of_the_training_alone(trained, tmp_path, capsys):
+    adapter = shutil.copytree(trained.dir, tmp_path / "run") / "adapter"
+    record = json.loads((adapter / "training.json").read_text())
+    record["config"]["data_columns"] = "prompt=task,chosen=better,rejected=worse"
+    (adapter / "training.json").write_text(json.dumps(record))
+    other = SimpleNamespace(adapter=adapter)
+    data = other_rows(tmp_path / "other.jsonl", 3)
+    assert judged(other, tmp_path / "out", "--data", data)[0] == 0
+    assert judged(other, tmp_path / "out", "--data", data, "-p", "DATA", data)[0] == 1
+    assert "--data and -p DATA both name pairs" in capsys.readouterr().err
 
 
 def test_of_other_data_as_many_rows_are_judged_as_max_test_says(trained, tmp_path):

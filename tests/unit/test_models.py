@@ -247,6 +247,15 @@ def test_an_adapter_of_another_base_is_refused(cfg, tmp_path):
         lora.load_policy(cfg, tmp_path / "nowhere")
 
 
+def test_an_adapter_is_refused_on_its_base_with_other_layers_in_4_bits(cfg, adapter):
+    record = json.loads((adapter / "training.json").read_text())
+    assert record["config"]["keep_16bit"] == []
+    lora.check_adapter(cfg, adapter)
+    with pytest.raises(ArtifactError, match="KEEP_16BIT=none; here it is v_proj") as caught:
+        lora.check_adapter(dataclasses.replace(cfg, keep_16bit=("v_proj",)), adapter)
+    assert "Set KEEP_16BIT=none" in caught.value.fix
+
+
 def test_of_a_base_from_the_hub_name_and_commit_must_be_those_of_the_training(cfg, tmp_path):
     LoraConfig(base_model_name_or_path="someone/model", revision="a" * 40).save_pretrained(tmp_path)
     save_file({"weight": torch.zeros(1)}, tmp_path / "adapter_model.safetensors")

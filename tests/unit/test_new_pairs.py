@@ -106,8 +106,9 @@ def test_pairs_of_an_earlier_round_do_not_count_as_held_out(first, tokenizer, pa
 def test_a_start_that_the_run_would_replace_or_that_has_other_knobs_is_refused(first, tmp_path):
     with pytest.raises(ArtifactError, match="would be replaced"):
         lora.check_start(first.config, first.adapter)
-    for knobs, said in (({"lora_r": 8}, "LORA_R=4"), ({"keep_16bit": ("v_proj",)}, "KEEP_16BIT=none")):
-        with pytest.raises(ConfigError, match=said):
+    wrong = ({"lora_r": 8}, ConfigError, "LORA_R=4"), ({"keep_16bit": ("v_proj",)}, ArtifactError, "KEEP_16BIT=none")
+    for knobs, kind, said in wrong:
+        with pytest.raises(kind, match=said):
             lora.check_start(dataclasses.replace(first.config, artifacts=str(tmp_path), **knobs), first.adapter)
     other = dataclasses.replace(first.config, artifacts=str(tmp_path), keep_16bit=("none",))
     assert lora.check_start(other, first.adapter) == first.adapter, "two words for no layer"

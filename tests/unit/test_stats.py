@@ -108,6 +108,7 @@ def test_the_permutation_test_is_the_full_enumeration_of_sign_flips():
 
 def test_a_permutation_test_of_nothing_that_changed_is_1_and_of_many_items_repeats():
     assert significance.permutation_test([1.0, 2.0], [1.0, 2.0]) == 1.0
+    assert significance.permutation_test([1.0], [2.0]) == 1.0, "one item cannot tell"
     many = np.random.default_rng(2).normal(0.2, 1.0, size=60)
     found = significance.permutation_test(np.zeros(60), many)
     assert found == significance.permutation_test(np.zeros(60), many)

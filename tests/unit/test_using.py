@@ -568,6 +568,23 @@ def test_a_merged_folder_answers_as_the_policy_does(trained, policy, tokenizer, 
         chat.opened("", str(trained.adapter), tokens)
 
 
+@pytest.mark.parametrize(
+    ("words", "cause"),
+    [
+        (["chat", "--adapter", "a", "--model", "m"], "no --url is given"),
+        (["export", "--adapter", "a", "--to", "merged", "--kind", "f16"], "--to merged writes none"),
+    ],
+)
+def test_options_that_would_be_ignored_are_refused(words, cause, capsys):
+    assert cli.main(words) == 1 and cause in capsys.readouterr().err
+
+
+def test_the_environment_sets_the_compute_type_of_an_export(trained, monkeypatch):
+    assert merge.config_of(trained.adapter, {}, "fp32").dtype == "fp32"
+    monkeypatch.setenv("DPO_TUTORIAL_DTYPE", "bf16")
+    assert merge.config_of(trained.adapter, {}, "fp32").dtype == "bf16"
+
+
 @pytest.mark.parametrize("text", ["\x1b[31mred", "\x9b2J", "a\rb", "\x07", "\u202eright", "\x1b]0;title\x07"])
 def test_text_of_a_model_never_controls_the_terminal(text, capsys):
     chat.Columns().show({"base": text, "policy": text + "\nnext"}, True)

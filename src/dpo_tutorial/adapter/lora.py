@@ -122,7 +122,8 @@ def check_adapter(config: Config, adapter: str | Path) -> None:
     A base from the hub is known by name and commit, one in a local folder by what it holds, wherever it lies.
 
     Raises:
-        ArtifactError: no adapter there, a damaged one, or one trained on another base.
+        ArtifactError: no adapter there, a damaged one, or one trained on another base, or with others of its layers in
+            4 bits.
     """
     folder = Path(adapter)
     if not (folder / "adapter_model.safetensors").is_file():
@@ -130,9 +131,10 @@ def check_adapter(config: Config, adapter: str | Path) -> None:
     with _adapter_errors(folder):
         trained = LoraConfig.from_pretrained(str(folder))
         load_file(folder / "adapter_model.safetensors")
-        base = {"name": trained.base_model_name_or_path, "revision": trained.revision}
+        base, kept = {"name": trained.base_model_name_or_path, "revision": trained.revision}, config.keep_16bit
         if (folder / "training.json").is_file():
-            base |= dict(run_folder.read_json(folder / "training.json"))["base"]
+            record = dict(run_folder.read_json(folder / "training.json"))
+            base, kept = base | record["base"], tuple(record["config"].get("keep_16bit", kept))
     where = models.source(config, fetch=False)
     here = {"name": where.name, "revision": where.revision, "digest": "digest" in base and where.digest}
     if "digest" not in base and base["revision"] is None:  # of another tool, which noted no commit
@@ -141,6 +143,12 @@ def check_adapter(config: Config, adapter: str | Path) -> None:
         raise ArtifactError(
             f"The adapter in {folder} was trained on {_said(base)}, not on {_said(here)}.",
             "Set MODEL to the base it was trained on: name@revision, or the folder with the same config and weights.",
+        )
+    said, now = (",".join(sorted(names)) or "none" for names in (kept, config.keep_16bit))
+    if said != now:
+        raise ArtifactError(
+            f"The adapter in {folder} was trained on a base with KEEP_16BIT={said}; here it is {now}.",
+            f"Set KEEP_16BIT={said}: with other layers in 4 bits it is another model.",
         )
 
 
@@ -183,7 +191,7 @@ def check_start(config: Config, adapter: str | Path) -> Path:
 
     Raises:
         ArtifactError: as `check_adapter`, or it is this run's own.
-        ConfigError: its rank, its layers or the 4-bit layers of its base are not those of `config`.
+        ConfigError: its rank or its layers are not those of `config`.
     """
     folder = Path(adapter).expanduser()
     check_adapter(config, folder)
@@ -194,7 +202,7 @@ def check_start(config: Config, adapter: str | Path) -> Path:
         known = {"lora_r": trained.r, "lora_alpha": trained.lora_alpha}
         if (folder / "training.json").is_file():
             record = dict(run_folder.read_json(folder / "training.json"))["config"]
-            known |= {name: record[name] for name in ("lora_targets", "keep_16bit")}
+            known["lora_targets"] = record["lora_targets"]
     now = {name: getattr(config, name) for name in known}
     said, here = ({n: v if isinstance(v, int) else ",".join(v) or "none" for n, v in o.items()} for o in (known, now))
     if wrong := [f"{name.upper()}={value}" for name, value in said.items() if value != here[name]]:
@@ -214,6 +222,8 @@ def attach_reference(policy: PeftModel, adapter: str | Path) -> None:
 def _adapter_errors(folder: Path) -> Iterator[None]:
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise
     except (ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise ArtifactError(
             f"The adapter in {folder} could not be read: {first_line(error)}",

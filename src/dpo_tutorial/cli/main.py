@@ -7,7 +7,7 @@ if not __package__:
     raise SystemExit("A module of the package cannot be run by its path: run `python -m dpo_tutorial` instead.")
 
 from .. import config
-from ..errors import exit_code
+from ..errors import ConfigError, exit_code
 
 
 def run(options: argparse.Namespace, given: dict[str, str]) -> None:
@@ -44,7 +44,9 @@ def pairs(options: argparse.Namespace, given: dict[str, str]) -> None:
 def export(options: argparse.Namespace, given: dict[str, str]) -> int:
     from ..using import export
 
-    how = dict(into=options.into, store=options.store, kind=options.kind, pairs=options.pairs)
+    if options.kind and options.to == "merged":
+        raise ConfigError("--kind is the type of a GGUF file, and --to merged writes none.", "Take --store.")
+    how = dict(into=options.into, store=options.store, kind=options.kind or "q8_0", pairs=options.pairs)
     return export.main(options.adapter, options.to, options.out, given, **how)
 
 
@@ -57,6 +59,8 @@ def publish(options: argparse.Namespace, given: dict[str, str]) -> None:
 def chat(options: argparse.Namespace, given: dict[str, str]) -> None:
     from ..using import chat, served
 
+    if options.model and not options.url:
+        raise ConfigError("--model names a model of a server, and no --url is given.", "Leave --model out.")
     served.main(options.url, options.model, given) if options.url else chat.main(options.adapter, options.merged, given)
 
 
@@ -95,7 +99,7 @@ def parser() -> argparse.ArgumentParser:
     exporting.add_argument("--out", default="", metavar="DIR", help="default: beside the adapter, named as --to")
     exporting.add_argument("--into", default="4bit", choices=["4bit", "16bit"], help="which weights of the base")
     exporting.add_argument("--store", default="fp16", choices=["fp16", "bf16", "fp32"], help="type of merged weights")
-    exporting.add_argument("--kind", default="q8_0", choices=["f16", "q8_0", "q4_k_m"], help="type of the GGUF weights")
+    exporting.add_argument("--kind", choices=["f16", "q8_0", "q4_k_m"], help="of the GGUF weights (default: q8_0)")
     exporting.add_argument("--pairs", type=int, default=16, help="test pairs scored again (default: 16)")
     publishing = word(publish, "put a trained adapter on a hub, with a card of what was measured", True)
     publishing.add_argument("--to", required=True, metavar="OWNER/NAME", help="repository; made if it is new")

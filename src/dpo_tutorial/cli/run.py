@@ -163,7 +163,7 @@ def _summary(run: run_folder.Run, minutes: dict[str, float]) -> dict:
         summary["rewards"] = {side: after[f"reward_{side}"]["mean"] for side in ("chosen", "rejected")}
         summary["kl_per_answer"] = found["kl"]["inside"]["per_answer"]["mean"]
     summary |= {
-        "adapter": str(run.adapter), "comparison": str(comparison), "figures": str(run.figures),
+        "adapter": str(run.config.adapter or run.adapter), "comparison": str(comparison), "figures": str(run.figures),
         "executed": str(run.dir / "executed"), "versions": session.versions(), "hardware": hardware.hardware(),
     }  # fmt: skip
     run.write_json("summary.json", summary)

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .. import knobs, run_folder
 from ..adapter import lora
-from ..config import resolve
+from ..config import other_data, resolve
 from ..errors import DataError
 from ..knobs import Config
 from ..loading import models
@@ -113,8 +113,11 @@ def write_report(adapter: str, source: str, out: str, parameters: dict[str, str]
 
     folder = Path(adapter)
     record = save.read_training_record(folder)
-    recorded = save.recorded(folder) | ({"max_test": EVERY_PAIR} if source else {})
-    config = resolve(recorded, **({"DATA": source} if source else {}) | parameters)
+    recorded = save.recorded(folder)
+    if source:
+        recorded |= {"max_test": EVERY_PAIR}
+        parameters = other_data(recorded, source, "--data", parameters)
+    config = resolve(recorded, **parameters)
     hardware.seed_everything(config.seed)
     lora.check_adapter(config, folder)  # before anything is fetched
     tokenizer = models.load_tokenizer(config)

@@ -45,7 +45,7 @@ def permutation_test(before: Numbers, after: Numbers) -> float:
     Sign flips (scipy); exact up to 13 items, else 9,999 flips with a seed of their own.
     """
     changes = np.asarray(after, dtype=float) - np.asarray(before, dtype=float)
-    if not changes.any():
+    if len(changes) < 2 or not changes.any():
         return 1.0
     found = scipy.stats.permutation_test(
         (changes,), np.mean, permutation_type="samples", n_resamples=9999, rng=np.random.default_rng(0)

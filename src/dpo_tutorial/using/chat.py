@@ -144,9 +144,10 @@ def opened(adapter: str, merged: str, parameters: dict[str, str]) -> Chat:
         fix = "Make one: dpo-tutorial export --adapter DIR --to merged."
         raise ArtifactError(f"{merged} is no merged model: there is no config.json in it.", fix)
     with redirect_stdout(None):  # model and data of the profile have no part in this
-        config = resolve(**{"DTYPE": "fp16" if torch.cuda.is_available() else "fp32"} | parameters)
-    model = engines.Transformers(Path(merged), config)
-    return Chat(config, model.model, model.tokenizer, Path(merged).name)
+        config = resolve({"dtype": "fp16" if torch.cuda.is_available() else "fp32"}, **parameters)
+    model = engines.opened(Path(merged), config)
+    assert isinstance(model, engines.Transformers)
+    return Chat(config, model.model, model.tokenizer, "merged")
 
 
 def main(adapter: str, merged: str, parameters: dict[str, str]) -> None:

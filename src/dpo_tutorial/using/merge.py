@@ -6,22 +6,27 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..adapter import lora
-from ..config import resolve
+from ..config import other_data, resolve
 from ..knobs import Config
 from ..loading import models
 from ..machine import hardware
 from ..training import save as saving
 
 
-def config_of(adapter: str | Path, parameters: dict[str, str], dtype: str = "") -> Config:
+def config_of(adapter: str | Path, parameters: dict[str, str], dtype: str = "", prompts: str = "") -> Config:
     """The settings that an adapter was trained with, out of its record; knobs set now come first.
 
-    `dtype` is the compute type where these do not set one; "" for the machine's.
+    `dtype` is the compute type where these do not set one; "" for the machine's. `prompts` is other data: hub id,
+    folder or file.
 
     Raises:
+        ConfigError: as `config.other_data`.
         ArtifactError: as `lora.check_adapter`.
     """
-    config = resolve(saving.recorded(Path(adapter)), **{"DTYPE": dtype} | parameters)
+    recorded = saving.recorded(Path(adapter)) | ({"dtype": dtype} if dtype else {})
+    if prompts:
+        parameters = other_data(recorded, prompts, "--prompts", parameters)
+    config = resolve(recorded, **parameters)
     lora.check_adapter(config, adapter)
     return config
 

@@ -37,6 +37,7 @@ def prompts_of(config: Config, tokenizer: PreTrainedTokenizerBase) -> tuple[list
     rows = list(sources.read(config)) if Path(config.data).expanduser().is_file() else []
     if rows and all(pair["problem"] for _, pair, _ in rows):
         by_hand, two = shapes.columns(config.data_columns), {"chosen": "A.", "rejected": "B."}
+        by_hand = {ours: theirs for ours, theirs in by_hand.items() if ours not in two}
         pairs = [sources.as_pair("", row | two, by_hand)[0] for row, _, _ in rows if isinstance(row, dict)]
         found = [pair["chosen"][:-1] for pair in pairs if not row_checks.row_problem(pair)]
         if len(found) < len(rows):
@@ -144,7 +145,7 @@ def main(adapter: str, prompts: str, out: str, parameters: dict[str, str], *, n:
         raise ConfigError(f"--n {n} leaves nothing to choose from.", "Give 2 or more.")
     if place.exists():
         raise ArtifactError(f"{out} is there already.", "Give --out a new name, or remove it.")
-    config = merge.config_of(adapter, ({"DATA": prompts} if prompts else {}) | parameters)
+    config = merge.config_of(adapter, parameters, prompts=prompts)
     tokenizer = models.load_tokenizer(config)
     asked, held_out = prompts_of(config, tokenizer)
     rows, account = make(config, lora.load_policy(config, adapter), tokenizer, asked, n=n, rank=rank, seed=seed)
