@@ -26,6 +26,13 @@ class Hub(BaseHTTPRequestHandler):
 
     sent: list[tuple[str, bytes]] = []
     refuse: dict[str, int] = {}
+    there: dict | None = {}  # what the repository holds already, and whether it is private; None: no such one
+
+    def do_GET(self):
+        if self.there is None:
+            return self.answer(404, {"error": "Repository not found"})
+        names = [{"rfilename": name} for name in self.there.get("files", [])]
+        self.answer(200, {"id": "some/one", "private": self.there.get("private", False), "siblings": names})
 
     def do_POST(self):
         body = self.rfile.read(int(self.headers["Content-Length"]))
@@ -37,6 +44,9 @@ class Hub(BaseHTTPRequestHandler):
             answer = {"files": [{"path": name, "uploadMode": "regular", "shouldIgnore": False} for name in names]}
         else:
             answer = {"url": here, "name": "some/one", "success": True, "commitOid": "0" * 40, "commitUrl": here}
+        self.answer(status, answer)
+
+    def answer(self, status, answer):
         answer = json.dumps(answer).encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
@@ -54,6 +64,7 @@ def hub(monkeypatch):
     threading.Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setattr(Hub, "sent", [])
     monkeypatch.setattr(Hub, "refuse", {})
+    monkeypatch.setattr(Hub, "there", {})
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setenv("HF_TOKEN", TOKEN)
@@ -242,6 +253,28 @@ def test_a_merged_model_goes_with_what_the_gate_found_or_not_at_all(judged, hub,
         gate.write_text(kept)
 
 
+@pytest.mark.parametrize(
+    ("there", "words", "why"),
+    [
+        ({"files": ["config.json"]}, [], "holds a merged model"),
+        ({"files": ["README.md"], "private": False}, ["--private"], "is public already"),
+    ],
+)
+def test_a_repository_that_would_mix_two_models_or_show_what_must_not_be_is_left_alone(
+    there, words, why, judged, hub, capsys
+):
+    hub.there = there
+    assert command(judged.dir, *words) == 1 and why in capsys.readouterr().err
+    assert not [path for path, _ in hub.sent if path.endswith("/commit/main")]
+
+
+def test_a_new_repository_is_private_where_that_is_asked_for(judged, hub):
+    hub.there = {"private": True}
+    assert command(judged.dir, "--private") == 0 and committed(hub)
+    (made,) = [json.loads(body) for path, body in hub.sent if path.endswith("/repos/create")]
+    assert made.get("private") is True or made.get("visibility") == "private"
+
+
 def test_an_adapter_that_went_on_from_another_is_published_too(run_copy):
     path = run_copy / "adapter" / "training.json"
     change(path, config=json.loads(path.read_text())["config"] | {"start_from": "adapter"})
@@ -335,7 +368,7 @@ def test_the_dry_run_does_not_fetch_the_embedded_base(run_copy, tmp_path, monkey
     ("status", "said"), [(401, "the hub refuses your token"), (403, "this token may not write there")]
 )
 def test_a_hub_that_refuses_is_told_in_one_sentence_without_the_token(status, said, judged, hub, capsys):
-    hub.refuse["/api/repos/create"] = status
+    hub.refuse["/api/repos/create"], hub.there = status, None
     assert command(judged.dir) == 1
     shown = capsys.readouterr().err
     assert said in shown and TOKEN not in shown and len(hub.sent) == 1

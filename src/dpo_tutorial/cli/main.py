@@ -53,7 +53,8 @@ def export(options: argparse.Namespace, given: dict[str, str]) -> int:
 def publish(options: argparse.Namespace, given: dict[str, str]) -> None:
     from ..using import publish
 
-    publish.main(options.adapter, options.to, options.what, options.report, options.dry_run, given)
+    how = dict(what=options.what, report=options.report, dry_run=options.dry_run, private=options.private)
+    publish.main(options.adapter, options.to, given, **how)
 
 
 def chat(options: argparse.Namespace, given: dict[str, str]) -> None:
@@ -105,6 +106,7 @@ def parser() -> argparse.ArgumentParser:
     publishing.add_argument("--to", required=True, metavar="OWNER/NAME", help="repository; made if it is new")
     publishing.add_argument("--what", default="adapter", choices=["adapter", "merged"], help="default: adapter")
     publishing.add_argument("--report", default="", metavar="DIR", help="folder that compare wrote; default: the run's")
+    publishing.add_argument("--private", action="store_true", help="make a new repository private; take no public one")
     publishing.add_argument("--dry-run", action="store_true", help="upload nothing: list the files, print the card")
     chatting = word(chat, "talk to base and policy side by side, to a merged model, or to a served one")
     with_what = chatting.add_mutually_exclusive_group(required=True)

@@ -28,13 +28,17 @@ _EMBEDDED = ("HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0")
 _LICENCES = {knobs.EMBEDDED: "CC0-1.0", knobs.ULTRAFEEDBACK[0]: "MIT", _LOCAL: "not published"}
 
 
-def publish(adapter: Path, to: str, what: str = "adapter", report: Path | None = None, dry_run: bool = False) -> Files:
+def publish(
+    adapter: Path, to: str, *, what: str = "adapter", report: Path | None = None, dry_run: bool = False,
+    private: bool = False,
+) -> Files:  # fmt: skip
     """Upload a trained adapter, or the merged model beside it, with its card; the repository is made if it is new.
 
     Args:
         to: owner/name; what: "adapter" or "merged".
         report: folder with `comparison.json`; default: the run's, where it has one.
         dry_run: upload nothing, and ask no network.
+        private: make a new repository private, and take no public one.
 
     Returns:
         What was, or would be, uploaded.
@@ -42,8 +46,8 @@ def publish(adapter: Path, to: str, what: str = "adapter", report: Path | None =
     Raises:
         ConfigError: `to` is malformed, or there is no token.
         ArtifactError: adapter, merged model or report is missing or of another training; the gate has refused the
-            merged model; a file would give a folder of this machine or the token away; the hub cannot be reached, or
-            refuses.
+            merged model; a file would give a folder of this machine or the token away; the repository is public and
+            must not be, or holds the other kind of model; the hub cannot be reached, or refuses.
     """
     if not _HUB_NAME.fullmatch(to):
         raise ConfigError(f"--to {to} is no name of a repository.", "Give owner/name, as on the hub.")
@@ -53,15 +57,29 @@ def publish(adapter: Path, to: str, what: str = "adapter", report: Path | None =
     if not huggingface_hub.get_token():
         raise ConfigError("There is no token of the hub on this machine.", "Run `hf auth login`, or set HF_TOKEN.")
     try:
-        HfApi().create_repo(to, exist_ok=True)
+        HfApi().create_repo(to, private=private or None, exist_ok=True)
+        _check_repository(HfApi().model_info(to), what, private)
         operations = [CommitOperationAdd(name, content) for name, content in files.items()]
         HfApi().create_commit(to, operations, commit_message=f"Publish {what}")
+    except ArtifactError:
+        raise
     except Exception as error:  # of the hub, of its client, of the disk
         why, fix = hub.why(error)
         if getattr(getattr(error, "response", None), "status_code", None) == 403:
             why, fix = "this token may not write there", "Take a token that may, or another --to."
         raise ArtifactError(f"{to} could not be published: {why}.", fix) from error
     return files
+
+
+def _check_repository(there: huggingface_hub.ModelInfo, what: str, private: bool) -> None:
+    other, name = {"adapter": ("a merged model", "config.json"), "merged": ("an adapter", "adapter_config.json")}[what]
+    if any(file.rfilename == name for file in there.siblings or []):
+        raise ArtifactError(
+            f"{there.id} holds {other}. Of a repository with both, transformers puts the adapter on another base.",
+            "Give --to a repository of its own.",
+        )
+    if private and not there.private:
+        raise ArtifactError(f"{there.id} is public already.", "Make it private on the hub, or give --to another name.")
 
 
 def collect(adapter: Path, to: str, what: str, report: Path | None) -> Files:
@@ -166,9 +184,9 @@ def written(record: dict, to: str, comparison: dict | None, gated: dict | None) 
     return "\n".join([*lines, "", "## Load", "", load])
 
 
-def main(adapter: str, to: str, what: str, report: str, dry_run: bool, parameters: dict[str, str]) -> None:
+def main(adapter: str, to: str, parameters: dict[str, str], *, report: str, dry_run: bool, **how) -> None:
     merge.config_of(adapter, parameters)  # refuses an adapter of another base
-    files = publish(Path(adapter), to, what, Path(report) if report else None, dry_run)
+    files = publish(Path(adapter), to, report=Path(report) if report else None, dry_run=dry_run, **how)
     for name, content in files.items():
         size = content.stat().st_size if isinstance(content, Path) else len(content)
         print(f"{name:32}{size / 1e3:12,.1f} kB")
