@@ -14,7 +14,7 @@ Every name works in five places and means the same in each; an unknown name is a
 | where | how |
 | --- | --- |
 | make | `make run BETA=0.3` |
-| a command | `dpo-tutorial run -p BETA 0.3`; also `train`, `compare`, `doctor` |
+| a command | `dpo-tutorial run -p BETA 0.3`; every word takes `-p` |
 | papermill | `papermill notebooks/05_train_dpo.ipynb out.ipynb -p BETA 0.3` |
 | a notebook | `BETA = 0.3` in its cell of parameters, also where the cell does not list it |
 | the environment | `DPO_TUTORIAL_BETA=0.3` |
@@ -31,7 +31,7 @@ made from the config by `python scripts/parameters.py`, and a test compares.
 
 def shown(value) -> str:
     if isinstance(value, tuple):
-        return ",".join(value)
+        return f"`{','.join(value)}`".replace("|", r"\|") if value else ""  # a pattern may have a bar
     return f"{value:g}" if isinstance(value, float) else "" if value is None else str(value)
 
 
