@@ -162,7 +162,8 @@ def code(run: Run) -> str:
     pairs = 1000 if run.pairs else run.most  # what a function leaves is cut to `most` after it
     knobs = "".join(f" -p {name.upper()} {value}" for name, value in run.knobs.items())
     does = [inspect.getsource(part) for part in (run.pairs, run.trainer) if part and (run.remedy or not knobs)]
-    words = f"dpo-tutorial train -p PROFILE cpu -p SFT_WEIGHT 0 -p MAX_TRAIN {pairs} -p MAX_STEPS {STEPS}{knobs}"
+    where = "-p PROFILE cpu -p ARTIFACTS runs/failure"  # not over a good adapter
+    words = f"dpo-tutorial train {where} -p SFT_WEIGHT 0 -p MAX_TRAIN {pairs} -p MAX_STEPS {STEPS}{knobs}"
     command = [words] if knobs or not does else []
     parts = [f"```\n{line}\n```" for line in command] + [f"```python\n{source.rstrip()}\n```" for source in does]
     return "\n\n".join(parts)
