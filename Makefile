@@ -49,6 +49,7 @@ run: $(STAMP)  ## all six notebooks, headless; NAME=value sets a parameter of do
 
 quickstart: $(STAMP)  ## one page, minutes: PROFILE=smoke MODEL= DATA= PAIRS= ARTIFACTS=
 	$(if $(UNKNOWN),$(error quickstart does not know $(UNKNOWN). It knows $(KNOBS)))
+	$(if $(and $(filter command,$(origin PROFILE)),$(filter-out smoke,$(value PROFILE))),$(error quickstart knows one PROFILE, smoke))
 	mkdir -p $(FOLDER)
 	$(PY) -m papermill notebooks/00_quickstart.ipynb $(FOLDER)/00_quickstart.ipynb $(foreach name,$(KNOBS),$(if $(and $(filter command,$(origin $(name))),$(value $(name))),$(if $(filter PAIRS,$(name)),-p,-r) $(name) $(call quoted,$(name))))
 

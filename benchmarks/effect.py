@@ -171,7 +171,9 @@ def choose(results: dict) -> str | None:
     from dpo_tutorial.comparing import significance, stats
 
     base = results["base"]
-    tried = {name: r for name, r in results.items() if name != "base" and RECIPES[name].get("loss_type") != "sft"}
+    tried = {
+        name: r for name, r in results.items() if name != "base" and RECIPES.get(name, {}).get("loss_type") != "sft"
+    }
 
     def loses(result: dict) -> bool:
         fewer = sum(result["followed"]) < sum(base["followed"])

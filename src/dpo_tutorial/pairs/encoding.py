@@ -30,9 +30,9 @@ def encode(tokenizer: PreTrainedTokenizerBase, prompt: list[dict], answer: list[
         ) from error
     if whole[: len(before)] != before:
         same = next((i for i, (a, b) in enumerate(zip(before, whole, strict=False)) if a != b), len(whole))
-        old, new = ([short(tokenizer.decode([i])) for i in ids[same : same + 4]] for ids in (before, whole))
+        old, new = (short(tokenizer.decode(ids[same : same + 24])) for ids in (before, whole))
         raise DataError(
-            f"The prompt's tokens change once an answer follows: {old} becomes {new}.",
+            f"The prompt's tokens change once an answer follows: {old!r} becomes {new!r}.",
             "Use a template whose prompt is a prefix of the whole conversation.",
         )
     return before, whole[len(before) :]
