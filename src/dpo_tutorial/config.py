@@ -76,7 +76,7 @@ def other_data(recorded: dict, source: str, option: str, parameters: dict[str, s
     Raises:
         ConfigError: the parameters name DATA too.
     """
-    if "DATA" in map(str.upper, parameters):
+    if "DATA" in parameters:
         raise ConfigError(f"{option} and -p DATA both name pairs.", "Give one: -p DATA if those of the training moved.")
     recorded.pop("data_columns", None)
     return {"DATA": source} | parameters

@@ -184,6 +184,7 @@ def test_make_runs_it_with_its_own_knobs_and_refuses_others():
     assert planned[-7:] == [f"my runs/{NOTEBOOK.name}", "-p", "PAIRS", "32", "-r", "ARTIFACTS", "my runs"]
     refused = make("quickstart", "BETA=0.3")
     assert refused.returncode != 0 and "does not know BETA. It knows PROFILE MODEL" in refused.stderr
+    assert "one PROFILE, smoke" in make("quickstart", "PROFILE=cpu").stderr
     assert f"{NOTEBOOK.name} -p PROFILE smoke" in make("test").stdout
 
 

@@ -254,17 +254,20 @@ def test_a_merged_model_goes_with_what_the_gate_found_or_not_at_all(judged, hub,
 
 
 @pytest.mark.parametrize(
-    ("there", "words", "why"),
+    ("there", "more", "why"),
     [
         ({"files": ["config.json"]}, [], "holds a merged model"),
+        ({"files": ["adapter_config.json"]}, ["--what", "merged"], "holds an adapter"),
         ({"files": ["README.md"], "private": False}, ["--private"], "is public already"),
     ],
 )
 def test_a_repository_that_would_mix_two_models_or_show_what_must_not_be_is_left_alone(
-    there, words, why, judged, hub, capsys
+    there, more, why, judged, hub, capsys
 ):
     hub.there = there
-    assert command(judged.dir, *words) == 1 and why in capsys.readouterr().err
+    if "merged" in more:
+        assert cli.main(words("export", judged, "--to", "merged")) == 0
+    assert command(judged.dir, *more) == 1 and why in capsys.readouterr().err
     assert not [path for path, _ in hub.sent if path.endswith("/commit/main")]
 
 

@@ -73,7 +73,8 @@ def test_a_conversation_goes_on_and_is_asked_for_greedily(server, monkeypatch, c
 
 def test_what_is_said_to_this_machine_goes_through_no_proxy(server, monkeypatch, capsys):
     monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{free_port()}")
-    monkeypatch.delenv("no_proxy", raising=False)
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
     server.says = [chunk("Here."), END]
     assert talk(monkeypatch, "One?\n", "--url", server.url) == 0 and "Here." in capsys.readouterr().out
     assert talk(monkeypatch, "One?\n", "--url", "http://elsewhere.invalid") == 1

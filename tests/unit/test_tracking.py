@@ -66,6 +66,10 @@ def test_a_resumed_training_has_the_strip_of_one_that_was_never_stopped(trained)
     assert tracking.read_samples(resumed) == tracking.read_samples(whole)
     anew, _ = trained("stopped", watch_prompts=1, fresh=True, max_steps=2)
     assert [line["step"] for line in tracking.read_samples(anew)] == [0, 2]
+    with pytest.raises(KeyboardInterrupt):
+        trained("stopped", watch_prompts=1, fresh=True, stop=True)
+    kept, _ = trained("stopped", watch_prompts=0)
+    assert tracking.read_samples(kept), "a training that goes on keeps its lines"
     without, _ = trained("stopped", watch_prompts=0, fresh=True, max_steps=2)
     assert tracking.read_samples(without) == [], "those of an earlier training are gone"
 

@@ -42,7 +42,7 @@ def read_training_record(adapter: Path) -> dict:
         raise ArtifactError(
             f"There is no trained adapter in {adapter}: {', '.join(missing)} missing.",
             "Run 05_train_dpo.ipynb first, or give ADAPTER (of a command: --adapter) a folder that 05 saved; in "
-            "notebook 06, TRAIN_IF_MISSING=True trains one here and now.",
+            "notebook 06, with ADAPTER empty, TRAIN_IF_MISSING=True trains one here and now.",
         )
     record: Any = run_folder.read_json(adapter / "training.json")
     if lacks := [path for path in _RECORD if _at(record, path) is None]:

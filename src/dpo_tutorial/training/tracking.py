@@ -58,7 +58,7 @@ class Samples(TrainerCallback):
     A line is `{"step", "prompt", "answer", "finished"}`; `prompt` is the last message of a conversation, `finished` is
     False where the answer was cut at 48 tokens. A resumed training keeps the lines up to its checkpoint. Training
     itself is left as it is: greedy decoding draws no random numbers, and `models.load_base` has switched off what an
-    evaluation would do to 4-bit weights.
+    evaluation would do to 4-bit weights. Without prompts a training that begins removes the file of an earlier one.
     """
 
     def __init__(self, config: Config, run: run_folder.Run, trainer: DPOTrainer, prompts: Sequence[list[dict]]) -> None:
@@ -66,13 +66,15 @@ class Samples(TrainerCallback):
         self.lines: list[dict] = []
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
+        if not self.prompts and not state.global_step and state.is_world_process_zero:
+            (self.run.dir / "samples.jsonl").unlink(missing_ok=True)
         earlier = read_samples(self.run) if state.global_step else []
         self.lines = [line for line in earlier if line["step"] <= state.global_step]
         if not self.lines:
             self.on_save(args, state, control, **kwargs)
 
     def on_save(self, args, state, control, **kwargs) -> None:
-        if not state.is_world_process_zero:
+        if not self.prompts or not state.is_world_process_zero:
             return
         texts = [self.answer(prompt) for prompt in self.prompts]
         for prompt, (text, finished) in zip(self.prompts, texts, strict=True):
@@ -103,11 +105,8 @@ class Samples(TrainerCallback):
 
 def watch(config: Config, run: run_folder.Run, trainer: DPOTrainer) -> None:
     """Have the trainer answer the first `config.watch_prompts` prompts of its validation pairs as it trains."""
-    if config.watch_prompts:
-        prompts = trainer.eval_dataset[: config.watch_prompts]["prompt"]
-        trainer.add_callback(Samples(config, run, trainer, prompts))
-    elif trainer.is_world_process_zero():
-        (run.dir / "samples.jsonl").unlink(missing_ok=True)  # of an earlier training
+    prompts = trainer.eval_dataset[: config.watch_prompts]["prompt"] if config.watch_prompts else []
+    trainer.add_callback(Samples(config, run, trainer, prompts))
 
 
 def read_samples(run: run_folder.Run) -> list[dict]:

@@ -136,6 +136,7 @@ def opened(adapter: str, merged: str, parameters: dict[str, str]) -> Chat:
 
     Raises:
         ArtifactError: as `merge.config_of`; `merged` is no folder that `export --to merged` wrote.
+        ModelUnsuitableError: as `engines.opened`.
     """
     if adapter:
         config = merge.config_of(adapter, parameters)

@@ -99,5 +99,5 @@ def opened(path: Path, config: Config) -> Exported:
     except torch.OutOfMemoryError:
         raise
     except (OSError, ValueError, KeyError, RuntimeError, NotImplementedError) as error:
-        cause = f"{path.name} cannot be scored again: {first_line(error)}"
-        raise ModelUnsuitableError(cause, "Export the merged folder instead.") from error
+        fix = "Export the merged folder instead." if path.suffix == ".gguf" else "Export it again."
+        raise ModelUnsuitableError(f"{path.name} cannot be opened: {first_line(error)}", fix) from error

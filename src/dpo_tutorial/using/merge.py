@@ -58,9 +58,7 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Pat
     """Write the merged model with its tokenizer; generation ends at the tokenizer's EOS."""
     how = model.generation_config
     how.eos_token_id = tokenizer.eos_token_id
-    try:
-        how.validate(strict=True)
-    except ValueError:  # a checkpoint may name a temperature and not that it samples: transformers does not save that
-        how.do_sample = True
+    if not how.do_sample:  # greedy: transformers does not save what sampling alone reads, as some checkpoints have it
+        how.temperature = how.top_p = how.top_k = how.min_p = how.typical_p = None
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
