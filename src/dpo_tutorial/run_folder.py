@@ -121,9 +121,15 @@ class Run:
     @staticmethod
     @contextmanager
     def replacing(folder: Path) -> Iterator[Path]:
-        """Yield an empty folder to fill; on success it takes the place of `folder`, on failure nothing changes."""
+        """Yield an empty folder to fill; on success it takes the place of `folder`, on failure nothing changes.
+
+        What a kill left half filled goes with the next call, once it is a day old: a younger one may be at work.
+        """
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
+            for left in folder.parent.glob(f".{folder.name}-*"):
+                if folder.exists() and time.time() - left.stat().st_mtime > 86400:
+                    shutil.rmtree(left, ignore_errors=True)
             work = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
         except OSError as error:
             raise unwritable(folder, error) from error

@@ -89,6 +89,18 @@ def test_a_write_that_fails_leaves_the_old_text_and_nothing_else(run, monkeypatc
     assert files_of(run.dir) == before
 
 
+def test_what_a_kill_left_goes_once_it_is_a_day_old_and_never_the_only_copy(run):
+    young, old = (run.dir / f".adapter-{name}" for name in ("young", "old"))
+    for left in (young, old):
+        left.mkdir()
+    os.utime(old, (0, 0))
+    with run.replacing(run.adapter):
+        assert young.is_dir() and old.is_dir(), "there is no adapter: one of these may be all that is left of it"
+    os.utime(old, (0, 0))
+    with run.replacing(run.adapter):
+        assert young.is_dir() and not old.exists()
+
+
 def test_a_mount_without_modes_is_written_to_all_the_same(run, monkeypatch):
     monkeypatch.setattr("os.chmod", Mock(side_effect=PermissionError(1, "Operation not permitted")))
     assert run.write_text("answer.md", "new").read_text() == "new"
