@@ -43,9 +43,14 @@ def trainings_to_do(options) -> list[dict]:
     return [{"rate": r, "epochs": e, "seed": s, "fold": fold} for r, e, s in plan for fold in range(FOLDS)]
 
 
+def key(of: dict) -> tuple:
+    """What tells a training apart, of a task or of its record: (epochs, rate, seed, fold)."""
+    return of["epochs"], of["rate"], of["seed"], of["fold"]
+
+
 def measured(lines: list[dict]) -> dict[tuple, dict]:
-    """(epochs, rate, seed, fold) → its newest record."""
-    return {tuple(r[n] for n in ("epochs", "rate", "seed", "fold")): r for r in lines if r["name"] == "fold"}
+    """`key` → its newest record."""
+    return {key(r): r for r in lines if r["name"] == "fold"}
 
 
 def stage_d(record: Record, options) -> None:
@@ -56,7 +61,7 @@ def stage_d(record: Record, options) -> None:
     waiting = queue.Queue() if options.workers == 1 else context.Queue()
     done = measured(record.lines())  # of a run that was stopped
     for task in trainings_to_do(options):
-        if tuple(task[n] for n in ("epochs", "rate", "seed", "fold")) not in done:
+        if key(task) not in done:
             waiting.put(task)
     if options.workers == 1:
         worker(options, waiting, record.path, rows)
@@ -118,8 +123,8 @@ def what_it_writes(options, cfg, model, tokenizer, prompts) -> dict:
 
 def tables(lines: list[dict]) -> dict[str, str]:
     runs: dict[tuple, list[dict]] = {}
-    for key, r in measured(lines).items():
-        runs.setdefault(key[:3], []).append(r)
+    for (*run, _), r in measured(lines).items():
+        runs.setdefault(tuple(run), []).append(r)
     rows = []
     for (epochs, rate, seed), parts in sorted(runs.items()):
         margins = [m for r in parts for m in r["margins"]]

@@ -70,16 +70,15 @@ def _could_set_a_knob(value: object) -> bool:
     return value is None or isinstance(value, (str, int, float))
 
 
-def other_data(recorded: dict, source: str, option: str, parameters: dict[str, str]) -> dict[str, str]:
-    """The parameters with `source` as DATA, in place of the recorded data, whose map of columns is dropped.
+def other_data(recorded: dict, source: str, option: str, parameters: dict[str, str]) -> tuple[dict, dict[str, str]]:
+    """(recorded, parameters) with `source` as DATA in place of the recorded data, whose map of columns is left out.
 
     Raises:
         ConfigError: the parameters name DATA too.
     """
     if "DATA" in parameters:
         raise ConfigError(f"{option} and -p DATA both name pairs.", "Give one: -p DATA if those of the training moved.")
-    recorded.pop("data_columns", None)
-    return {"DATA": source} | parameters
+    return {name: value for name, value in recorded.items() if name != "data_columns"}, {"DATA": source} | parameters
 
 
 def _from_environment() -> dict[str, str]:
@@ -118,9 +117,9 @@ def resolve(recorded: Mapping[str, Any] | None = None, /, **parameters) -> knobs
     if profile not in knobs.PROFILES:
         raise ConfigError(f"Unknown profile {profile!r}.", f"Known profiles: {', '.join(knobs.PROFILES)}.")
     dtype, measured = hardware.pick_dtype(facts)
-    reasons = [f"profile = {profile}: {why}"] + (
-        [] if "dtype" in {*given, *recorded} else [f"dtype = {dtype}: {measured}"]
-    )
+    reasons = [f"profile = {profile}: {why}"]
+    if "dtype" not in {*given, *recorded}:
+        reasons.append(f"dtype = {dtype}: {measured}")
 
     values = {"dtype": dtype} | knobs.PROFILES[profile]
     values |= {name: value if value is None else _coerce(fields[name], value) for name, value in recorded.items()}

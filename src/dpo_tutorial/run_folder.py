@@ -127,9 +127,10 @@ class Run:
         """
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
-            for left in folder.parent.glob(f".{folder.name}-*"):
-                if folder.exists() and time.time() - left.stat().st_mtime > 86400:
-                    shutil.rmtree(left, ignore_errors=True)
+            for left in folder.parent.glob(f".{folder.name}-*") if folder.exists() else ():
+                with suppress(FileNotFoundError):  # another process has just finished with it
+                    if time.time() - left.stat().st_mtime > 86400:
+                        shutil.rmtree(left, ignore_errors=True)
             work = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
         except OSError as error:
             raise unwritable(folder, error) from error

@@ -204,7 +204,7 @@ def check_start(config: Config, adapter: str | Path) -> Path:
             record = dict(run_folder.read_json(folder / "training.json"))["config"]
             known["lora_targets"] = record["lora_targets"]
     now = {name: getattr(config, name) for name in known}
-    said, here = ({n: v if isinstance(v, int) else ",".join(v) or "none" for n, v in o.items()} for o in (known, now))
+    said, here = ({n: v if isinstance(v, int) else ",".join(v) for n, v in o.items()} for o in (known, now))
     if wrong := [f"{name.upper()}={value}" for name, value in said.items() if value != here[name]]:
         raise ConfigError(f"The adapter in {folder} was trained with other knobs.", f"Set {', '.join(wrong)}.")
     return folder

@@ -115,8 +115,7 @@ def write_report(adapter: str, source: str, out: str, parameters: dict[str, str]
     record = save.read_training_record(folder)
     recorded = save.recorded(folder)
     if source:
-        recorded |= {"max_test": EVERY_PAIR}
-        parameters = other_data(recorded, source, "--data", parameters)
+        recorded, parameters = other_data(recorded | {"max_test": EVERY_PAIR}, source, "--data", parameters)
     config = resolve(recorded, **parameters)
     hardware.seed_everything(config.seed)
     lora.check_adapter(config, folder)  # before anything is fetched

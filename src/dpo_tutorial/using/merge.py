@@ -25,7 +25,7 @@ def config_of(adapter: str | Path, parameters: dict[str, str], dtype: str = "", 
     """
     recorded = saving.recorded(Path(adapter)) | ({"dtype": dtype} if dtype else {})
     if prompts:
-        parameters = other_data(recorded, prompts, "--prompts", parameters)
+        recorded, parameters = other_data(recorded, prompts, "--prompts", parameters)
     config = resolve(recorded, **parameters)
     lora.check_adapter(config, adapter)
     return config
