@@ -22,6 +22,7 @@ from .result_figures import (  # noqa: F401
     margins,
     other_losses,
     rates,
+    reward_curves,
     training_curves,
 )
 from .tables import (  # noqa: F401

@@ -189,23 +189,26 @@ def dropped_rows(report: dict[str, dict]) -> Figure:
         for split, found in report.items()
     ]
     alt = f"Every row accounted for. {'; '.join(said)}."
-    figure, (whole, parts) = new_figure(width=10, height=1.5 + 0.36 * max(3, len(reasons)), columns=2, alt=alt)
+    each = [0.6 + len(report), 0.6 + max(1, len(reasons))]
+    figure, (whole, parts) = new_figure(width=6.4, height=2.4 + 0.36 * sum(each), rows=2, alt=alt, height_ratios=each)
     whole.barh(list(report), kept, color=BLUE, label="kept")
     dropped = whole.barh(list(report), np.subtract(rows, kept), left=kept, color=ORANGE, label="dropped")
     whole.bar_label(dropped, labels=[f"{k:,} of {n:,} kept" for k, n in zip(kept, rows, strict=True)], padding=3)
-    whole.set(xlabel="rows", title="Kept and dropped", xlim=(0, 1.4 * max(rows)))
-    whole.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2, frameon=False)
+    whole.set_title("Rows", loc="left")
+    whole.set_xlim(0, 1.4 * max(rows))
+    above = dict(loc="lower right", bbox_to_anchor=(1, 1), frameon=False)
+    whole.legend(**above, ncols=2)
     total = np.zeros(len(reasons))
     for (split, found), color in zip(report.items(), (BLUE, GREEN, ORANGE), strict=False):  # train, val, test
         counts = [found["dropped"].get(reason, 0) for reason in reasons]
         last = parts.barh(reasons, counts, left=total, color=color, label=split)
         total = total + counts
-    parts.set(xlabel="rows", title="Dropped, by reason" if reasons else "No row was dropped")
+    parts.set_title("Dropped, by reason" if reasons else "No row was dropped", loc="left")
     if reasons:
         parts.bar_label(last, labels=[f"{n:,.0f}" for n in total], padding=3)
         parts.set_xlim(0, 1.15 * total.max())
         parts.xaxis.set_major_locator(MaxNLocator(integer=True))
-        parts.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=3, frameon=False)
+        parts.legend(**above, ncols=3)
     else:
         parts.set(xticks=[], yticks=[])
     for axis in (whole, parts):

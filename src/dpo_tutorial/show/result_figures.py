@@ -14,33 +14,52 @@ from . import figures
 
 def training_curves(history: dict[str, list[dict]]) -> Figure:
     """Loss, accuracy, and rewards of chosen and rejected, by optimizer step; validation as dots."""
-    train, evaluated = history["train"], history["eval"]
+    train = history["train"]
     last = train[-1]
     alt = (
         f"Training curves over {last['step']} steps: loss from {train[0]['loss']:.3f} to {last['loss']:.3f}, "
         f"margin to {last['rewards/margins']:.2f}"
     )
-    figure, axes = figures.new_figure(width=11, columns=3, alt=alt)
-    steps = [r["step"] for r in train]
-    dots = [r["step"] for r in evaluated]
-
-    def draw(axis, key, color, label):
-        axis.plot(steps, [r[key] for r in train], color=color, alpha=0.85, label=f"{label} (train)")
-        if evaluated:
-            axis.plot(
-                dots, [r[f"eval_{key}"] for r in evaluated], "o--", color=color, mec="white", label=f"{label} (val)"
-            )
-
-    draw(axes[0], "loss", figures.BLUE, "loss")
+    figure, axes = figures.new_figure(width=6, height=8, rows=3, alt=alt, sharex=True)
+    _curve(axes[0], history, "loss", figures.BLUE, "loss")
     axes[0].axhline(train[0]["loss"], color=figures.GREY, linestyle=":", label="before the first update")
-    draw(axes[1], "rewards/accuracies", figures.BLUE, "accuracy")
+    _curve(axes[1], history, "rewards/accuracies", figures.BLUE, "accuracy")
     axes[1].axhline(0.5, color=figures.GREY, linestyle=":")
-    draw(axes[2], "rewards/chosen", figures.GREEN, "chosen")
-    draw(axes[2], "rewards/rejected", figures.ORANGE, "rejected")
+    _curve(axes[2], history, "rewards/chosen", figures.GREEN, "chosen")
+    _curve(axes[2], history, "rewards/rejected", figures.ORANGE, "rejected")
     for axis, title in zip(axes, ("Loss (nats)", "Accuracy (ties count as wrong)", "Implicit reward"), strict=True):
-        axis.set(xlabel="optimizer step", title=title)
-        axis.legend(fontsize=8)
+        axis.set(title=title)
+        axis.legend(fontsize=9)
+    axes[2].set(xlabel="optimizer step")
     return figure
+
+
+def reward_curves(history: dict[str, list[dict]] | None = None) -> Figure:
+    """Rewards of chosen and rejected answers by optimizer step; default: of the run whose outputs notebooks keep."""
+    if history is None:
+        history = json.loads((resources.files("dpo_tutorial.show") / "stored_run.json").read_text(encoding="utf-8"))
+    last = history["train"][-1]
+    said = " and ".join(f"{side} {end:.2f}" for side, end in _ends(history["eval"]).items())
+    alt = f"Implicit rewards over {last['step']} steps, from 0; on validation pairs at the end: {said}"
+    figure, (axis,) = figures.new_figure(width=6, height=3.4, alt=alt)
+    _curve(axis, history, "rewards/chosen", figures.GREEN, "chosen")
+    _curve(axis, history, "rewards/rejected", figures.ORANGE, "rejected")
+    axis.set(xlabel="optimizer step", title="Implicit reward")
+    axis.legend(fontsize=9)
+    return figure
+
+
+def _ends(evaluated: list[dict]) -> dict[str, float]:
+    return {side: evaluated[-1][f"eval_rewards/{side}"] for side in ("chosen", "rejected")}
+
+
+def _curve(axis, history: dict[str, list[dict]], key: str, color: str, label: str) -> None:
+    """One value of the log: training as a line, validation as dots."""
+    train, evaluated = history["train"], history["eval"]
+    axis.plot([r["step"] for r in train], [r[key] for r in train], color=color, alpha=0.85, label=f"{label} (train)")
+    if evaluated:
+        steps, values = [r["step"] for r in evaluated], [r[f"eval_{key}"] for r in evaluated]
+        axis.plot(steps, values, "o--", color=color, mec="white", label=f"{label} (val)")
 
 
 def margins(records: Sequence[dict]) -> Figure:
