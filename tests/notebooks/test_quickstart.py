@@ -126,7 +126,7 @@ def adapter(report):
 
 def test_it_is_one_page():
     lines = [line for c in code() for line in map(str.strip, c.source.splitlines()) if line and line[0] != "#"]
-    assert len(code()) <= 14 and len(lines) <= 90, (len(code()), len(lines))
+    assert len(code()) <= 14 and len(lines) <= 92, (len(code()), len(lines))
 
 
 @pytest.mark.parametrize(
