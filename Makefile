@@ -111,7 +111,7 @@ bench: $(STAMP)  ## training speed beside stock TRL, and how it grows, more than
 	$(PY) benchmarks/growth.py
 
 gpu: $(STAMP)  ## what a GPU does: tests, speed, notebooks, UltraFeedback (ULTRAFEEDBACK_SAMPLE in the environment)
-	$(PY) benchmarks/gpu.py A B C D page
+	$(PY) benchmarks/gpu.py A B C D page --workers 4 --seconds 480
 
 # The guide needs no torch, so it has an environment of its own. Its sources lie as in the repository, for the links
 # between them; only the start page moves to the root.

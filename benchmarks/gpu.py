@@ -1,6 +1,6 @@
-"""What does a GPU do? `python benchmarks/gpu.py A B C D page`: half an hour on an H100, about eight minutes a stage.
+"""What does a GPU do? `python benchmarks/gpu.py A B C D page`; a stage took about eight minutes on an H100, D in part.
 
-A  no model needed: the tests marked gpu, the doctor, five steps in fp16 and bf16, predicted and measured memory
+A  no trained model needed: the tests marked gpu, the doctor, five steps in fp16 and bf16, predicted and measured memory
 B  speed: ours beside stock TRL on random weights of the GPU profiles' shapes, one part changed, one step's profile
 C  the notebooks, executed: the embedded model, and UltraFeedback rows in fp16
 D  UltraFeedback: the embedded model trained on all rows at hand, each row held out once, several rates and seeds
@@ -89,7 +89,7 @@ def options(parser) -> None:
     parser.add_argument("--trainers", nargs="*", choices=list(gpu_speed.TRAINERS), help="of stage B")
     parser.add_argument("--pairs", type=int, default=48, help="pairs of each training of stage B")
     parser.add_argument("--rounds", type=int, default=2, help="stage B measures stock and ours so often, in turn")
-    parser.add_argument("--lengths", nargs="*", type=int, default=[1024], help="stage B: pairs of so many tokens too")
+    parser.add_argument("--lengths", nargs="*", type=int, default=[512, 1024], help="stage B: pairs so long, in tokens")
     parser.add_argument("--workers", type=int, default=1, help="processes of stage D")
     parser.add_argument("--seeds", nargs="*", type=int, help="of stage D; default: 42, 1, 2")
     parser.add_argument("--seconds", type=float, default=math.inf, help="stage D starts no training after so many")

@@ -1,4 +1,4 @@
-"""Stage A of `gpu.py`, no model needed: the tests marked gpu, the doctor, five steps in fp16 and bf16, and memory."""
+"""Stage A of `gpu.py`, no trained model needed: the tests marked gpu, the doctor, fp16 and bf16, and memory."""
 
 from __future__ import annotations
 

@@ -58,7 +58,11 @@ def stage_b(record: Record, options) -> None:
                     found |= {"flops": flops, "utilisation": flops / ceiling[cfg.dtype]}
                 record.write("B", "training", shape=name, data=about, who=who, turn=turn, **found)
         for who in IN_TURN:
-            base, found = profile_step(cfg, base, tokenizer, few, **TRAINERS[who])
+            try:
+                base, found = profile_step(cfg, base, tokenizer, few, **TRAINERS[who])
+            except torch.OutOfMemoryError as error:
+                record.write("B", f"{name}, profile of a step, {who}", failed=str(error)[:300])
+                break  # what it left on the model is unknown
             record.write("B", f"{name}, profile of a step, {who}", **found)
         del base
 
@@ -119,6 +123,8 @@ def profile_step(cfg, base, tokenizer, pairs, **how) -> tuple:
         batches = iter(trainer.get_train_dataloader())
         first, second = next(batches), next(batches)
         trainer.model.train()
+        if trainer.args.gradient_checkpointing:  # `Trainer.train` switches it on, and this is a step by hand
+            trainer.model.gradient_checkpointing_enable(trainer.args.gradient_checkpointing_kwargs)
         trainer.create_optimizer()
 
         def step(batch) -> None:
@@ -136,6 +142,7 @@ def profile_step(cfg, base, tokenizer, pairs, **how) -> tuple:
             step(second)
             memory.synchronize()
             seconds = time.perf_counter() - started
+        checkpointing = trainer.model.is_gradient_checkpointing
         base = trainings.plain_again(trainer)
     events = [
         (e.key, (e.self_device_time_total if cuda else e.self_cpu_time_total) / 1e6, e.count)
@@ -147,7 +154,8 @@ def profile_step(cfg, base, tokenizer, pairs, **how) -> tuple:
         kinds[next((k for k, words in KINDS if any(w in low for w in words)), "other")] += spent
     top = sorted(events, key=lambda e: -e[1])[:25]
     return base, {
-        "seconds": seconds, "device_seconds": sum(e[1] for e in events), "kernels": sum(e[2] for e in events),
+        "seconds": seconds, "checkpointing": checkpointing,
+        "device_seconds": sum(e[1] for e in events), "kernels": sum(e[2] for e in events),
         "kinds": dict(kinds), "top": [{"kernel": k[:110], "seconds": round(s, 5), "count": c} for k, s, c in top],
     }  # fmt: skip
 

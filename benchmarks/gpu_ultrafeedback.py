@@ -117,6 +117,7 @@ def what_it_writes(options, cfg, model, tokenizer, prompts) -> dict:
     return {
         "kl": {name: kl[name] for name in ("per_answer", "per_token")},
         "tokens": {when: stats.mean([a["tokens"] for a in answers])["mean"] for when, answers in both},
+        "samples": [{when: answers[i]["text"][:300] for when, answers in both} for i in range(min(3, len(prompts)))],
         "same_answers": sum(a["text"] == b["text"] for a, b in zip(before, after, strict=True)) / len(prompts),
     }
 

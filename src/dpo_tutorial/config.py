@@ -139,6 +139,8 @@ def resolve(recorded: Mapping[str, Any] | None = None, /, **parameters) -> knobs
         spec, at, revision = values.get(name, knobs.EMBEDDED).rpartition("@")
         if at and not Path(values[name]).expanduser().exists():
             values[name], values[f"{name}_revision"] = spec, revision
+    if values["dtype"] == "bf16" and facts["cuda"] and dtype == "fp16":
+        reasons.append(f"dtype = bf16 is emulated, and slow: {measured}")
     made = knobs.Config(profile=profile, **values, reasons=tuple(reasons))
     if made.dtype == "fp16" and not facts["cuda"]:
         raise ConfigError(

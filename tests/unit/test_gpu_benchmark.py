@@ -34,7 +34,6 @@ def record(tmp_path):
     return Record(tmp_path / "gpu.jsonl")
 
 
-@pytest.mark.slow
 def test_stage_a_trains_with_and_without_our_cast_and_compares_the_memory_plan(options, record, monkeypatch):
     monkeypatch.setattr(gpu_first, "said", lambda words, last=0: {"code": 0, "said": words})  # minutes of tests
     gpu_first.stage_a(record, options)
@@ -53,7 +52,6 @@ def test_a_command_is_recorded_with_its_exit_code_and_what_it_said():
     assert gpu_first.said(words, last=1)["said"] == ["two"]
 
 
-@pytest.mark.slow
 def test_stage_b_measures_stock_and_ours_and_profiles_a_step(options, record):
     options.trainers = ["stock TRL", "ours"]
     gpu_speed.stage_b(record, options)
@@ -64,7 +62,9 @@ def test_stage_b_measures_stock_and_ours_and_profiles_a_step(options, record):
     assert all(line["pairs_per_second"] > 0 and len(line["steps"]) == 2 for line in trained.values())
     ours, stock = (trained["UltraFeedback", who] for who in ("ours", "stock TRL"))
     assert ours["positions"] < stock["positions"], "prompts are shared"
-    assert len([line for line in lines if "profile of a step" in line["name"]]) == 2
+    profiles = [line for line in lines if "profile of a step" in line["name"]]
+    assert len(profiles) == 2 and all(line["checkpointing"] for line in profiles), "as in the trainings"
+    assert ours["phases"]["backward"] > 0 and ours["phases"]["reference, forward"] > 0
     assert gpu_speed.tables(lines)["speed"].count("\n") == 5
 
 
@@ -80,6 +80,18 @@ def test_stage_c_runs_commands_side_by_side_and_keeps_what_they_saved(record, tm
     assert found["a bad run"]["code"] == 1 and found["a bad run"]["said"] == ["no such thing"]
 
 
+@pytest.mark.slow  # all six notebooks, minutes
+def test_stage_c_runs_the_notebooks_of_the_smoke_profile(tmp_path):
+    gpu.main(["C", "--tiny", "--out", str(tmp_path)])
+    (smoke,) = [line for line in Record(tmp_path / "gpu.jsonl").lines() if line["name"] == "smoke"]
+    assert smoke["code"] == 0 and len(list((tmp_path / "executed").rglob("0*.ipynb"))) == 6
+
+
+def test_what_a_runner_uploads_is_what_the_stages_write(pytestconfig):
+    uploaded = (pytestconfig.rootpath / ".github" / "workflows" / "gpu.yml").read_text(encoding="utf-8")
+    assert all(f"benchmarks/{kept}\n" in uploaded for kept in ("gpu.*", "executed/**/*.ipynb", "executed/*.log"))
+
+
 def test_stage_c_asks_for_the_notebooks_and_the_quickstart(options, record, monkeypatch):
     asked = {}
     monkeypatch.setattr(gpu, "side_by_side", lambda record, keep, runs: asked.update(runs))
@@ -91,7 +103,6 @@ def test_stage_c_asks_for_the_notebooks_and_the_quickstart(options, record, monk
     assert "DTYPE fp16" in " ".join(asked["ultrafeedback-fp16"][1])
 
 
-@pytest.mark.slow
 def test_stage_d_holds_every_row_out_once_and_scores_what_was_trained(options, record):
     gpu_ultrafeedback.stage_d(record, options)
     lines = record.lines()

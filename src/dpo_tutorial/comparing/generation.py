@@ -60,7 +60,7 @@ def _answer_ids(
     padded = dict(return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False)
     answers: list[list[int]] = [[]] * len(texts)
     model, precision = _fast(model, config)
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count()), enabled=seed is not None):
+    with torch.random.fork_rng([model.device] if model.device.type == "cuda" else [], enabled=seed is not None):
         if seed is not None:
             torch.manual_seed(seed)
         for chosen in scoring.batches([*map(len, texts)], 24, "generating"):

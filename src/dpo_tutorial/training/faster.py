@@ -46,10 +46,15 @@ class FastDPOTrainer(timing.Timed, DPOTrainer):
             self.add_callback(watch.LossWatch)
         _ = self.shares_prefixes  # asks now: its short passes are no part of a training
 
-    @functools.cached_property
+    @property
     def shares_prefixes(self) -> bool:
         """Whether prompts are computed once: asked for, and the model is of a kind that allows it."""
-        return self.share_prefixes and not prefix.obstacle(_causal(self.model))
+        return self.share_prefixes and not self.unshared
+
+    @functools.cached_property
+    def unshared(self) -> str:
+        """`prefix.obstacle` of the model."""
+        return prefix.obstacle(_causal(self.model))
 
     def _get_train_sampler(self, *args):
         sampler = super()._get_train_sampler(*args)

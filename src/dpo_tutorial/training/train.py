@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from accelerate.utils import gather_object
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from trl import DPOConfig, DPOTrainer
@@ -11,7 +12,7 @@ from ..adapter import lora
 from ..config import resolve
 from ..errors import ConfigError
 from ..knobs import Config
-from ..loading import models
+from ..loading import models, sizes
 from ..machine import hardware, memory
 from ..pairs import store
 from . import checkpoints, faster, memory_plan, prefix, resume, save, tracking, watch
@@ -148,6 +149,8 @@ def train(
     number, free = hardware.processes().num_processes, memory.free_memory_gib() * 2**30
     if hardware.device() == "cpu":
         free /= number  # they share main memory
+    free += sum(sizes.weight_bytes(model).values())  # they are loaded, and the plan counts them
+    free = min(gather_object([free])) if number > 1 else free  # all decide alike
     config, why = memory_plan.choose_checkpointing(config, free)
     print(why)
     if number > 1:
@@ -158,6 +161,8 @@ def train(
         if again := -len(train) % (number * config.batch_size):
             print(f"Each needs as many batches: {again} of the {len(train)} pairs come twice in an epoch.")
     trainer = build_trainer(config, model, tokenizer, train, val, checkpoints.folder(run), save_strategy="steps")
+    if config.prefix_sharing and trainer.unshared:
+        print(f"Each prompt is computed twice, once for each answer: {trainer.unshared}.")
     trainer.add_callback(Progress(run.dir / "progress.jsonl"))
     tracking.watch(config, run, trainer)
     trainer.times.counting = False  # nobody reads the clock here, and on a GPU it waits at every phase
