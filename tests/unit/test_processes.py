@@ -122,16 +122,19 @@ def test_where_they_cannot_share_it_evenly_the_nearest_values_are_named(monkeypa
 
 @pytest.mark.parametrize(("device", "each"), [("cpu", 2 * 2**30), ("cuda", 4 * 2**30)])
 def test_processes_share_the_main_memory_that_is_free_and_each_has_a_gpu_of_its_own(monkeypatch, device, each):
+    model = torch.nn.Linear(8, 8, bias=False)  # is loaded already, and the plan counts it
+
     def stop(config, free):
-        assert free == each
+        assert free == each + 4 * 8 * 8
         raise InterruptedError
 
     monkeypatch.setattr(hardware, "processes", lambda: SimpleNamespace(num_processes=2))
+    monkeypatch.setattr(train, "gather_object", lambda mine: [*mine, 2 * mine[0]])  # the other has more
     monkeypatch.setattr(hardware, "device", lambda: device)
     monkeypatch.setattr(memory, "free_memory_gib", lambda: 4)
     monkeypatch.setattr(memory_plan, "choose_checkpointing", stop)
     with pytest.raises(InterruptedError):
-        train.train(knobs.Config(), *[None] * 5)
+        train.train(knobs.Config(), None, model, None, None, None)
 
 
 def test_what_is_told_of_a_failure_is_its_cause_and_not_what_followed():

@@ -325,10 +325,20 @@ def checkout(tmp_path, monkeypatch):
 def test_refresh_writes_the_cleaned_outputs_of_both_runs(tmp_path, machine, monkeypatch, capsys):
     paths = checkout(tmp_path, monkeypatch)
     executed = write(tmp_path / "executed" / "01_a.ipynb", *executed_cells(machine))
-    docs = tmp_path / "checkout" / "docs"
+    docs, shown = tmp_path / "checkout" / "docs", tmp_path / "checkout" / "src" / "dpo_tutorial" / "show"
     docs.mkdir()
-    monkeypatch.setattr(run, "run_all", lambda parameters: {"executed": str(executed.parent)})
+    shown.mkdir(parents=True)
+    log = [{"step": 1, "loss": 0.69, "rewards/chosen": 0.12345, "rewards/rejected": 0.0}]
+    log += [{"step": 1, "eval_loss": 0.6, "eval_rewards/chosen": 0.2, "eval_rewards/rejected": -0.1}]
+    (tmp_path / "progress.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log), encoding="utf-8")
+    ran = []
+    summary = {"executed": str(executed.parent)}
+    monkeypatch.setattr(run, "run_all", lambda given, paths=None: ran.append(paths) or summary)
     refresh.refresh()
+    kept = json.loads((shown / "stored_run.json").read_text())
+    assert kept["train"] == [{"step": 1, "rewards/chosen": 0.1235, "rewards/rejected": 0.0}]
+    assert kept["eval"][0]["eval_rewards/chosen"] == 0.2
+    assert ran[0] is None and len(ran[1]) == 1, "01, which shows that curve, runs once more"
     assert (docs / "method.png").read_bytes().startswith(b"\x89PNG")
     assert printed(paths[0]) == "quick\n"
     assert [c.source for c in nbformat.read(paths[1], 4).cells] == ["# Text", 'PROFILE = ""', "work()"]
