@@ -30,11 +30,12 @@ from dpo_tutorial import knobs
 from dpo_tutorial.machine import paths
 
 MODULES = (gpu_first, gpu_speed, gpu_ultrafeedback)
+EXECUTED = "executed"  # folder beside the record, for the notebooks of stage C
 
 
 def stage_c(record: Record, options) -> None:
     """The notebooks as `make run` executes them, side by side; copies go into `executed/` beside the record."""
-    keep = record.path.parent / "executed"
+    keep = record.path.parent / EXECUTED
     keep.mkdir(parents=True, exist_ok=True)
     if options.tiny:
         side_by_side(record, keep, {"smoke": ("smoke", command("run", PROFILE="smoke", ARTIFACTS=keep / "smoke"))})

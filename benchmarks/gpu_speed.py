@@ -57,7 +57,7 @@ def stage_b(record: Record, options) -> None:
                     flops = flops_of(trainings.SHAPES[name], found["tokens_per_second"])
                     found |= {"flops": flops, "utilisation": flops / ceiling[cfg.dtype]}
                 record.write("B", "training", shape=name, data=about, who=who, turn=turn, **found)
-        for who in IN_TURN:
+        for who in reversed(IN_TURN):  # ours first: memory may end it
             try:
                 base, found = profile_step(cfg, base, tokenizer, few, **TRAINERS[who])
             except torch.OutOfMemoryError as error:

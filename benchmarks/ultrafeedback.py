@@ -6,12 +6,11 @@
 Each row is held out once a seed, and scored in float32 by an adapter that never saw its prompt. A fold is one record,
 and one that is there is not measured again, so the second command goes on where it was stopped.
 
-With 512 tokens a sample of 1,000 rows has 467 usable ones. A fold costs about 22 CPU-minutes: 12 to 14 for the training
-on 311 pairs, 8 for the scores of 156 in float32, 1 for the first fold's KL. On a machine that is busy it costs
-about twice that. The first command is six folds, 130 CPU-minutes. It is the smallest part that answers "above chance on
-each of three seeds?": with 311 rows a seed and an accuracy of 0.635, as on a GPU, the interval leaves 0.5 out 499 times
-in 500; with one fold a seed 14 times in 15, and on all three seeds less often. All of it is 36 folds, 800 CPU-minutes;
-with 1,024 tokens about 2.5 times that.
+With 512 tokens a sample of 1,000 rows has 467 usable ones. On one core without AMX a fold takes 46 minutes: 31 to 35
+for the training on 311 pairs, the rest for the scores of 156 in float32 and for KL. With AMX it was not recorded. The
+first command is six folds. It is the smallest part that answers "above chance on each of three seeds?": with 311 rows a
+seed and an accuracy of 0.635, as on a GPU, the interval leaves 0.5 out 499 times in 500; with one fold a seed 14 times
+in 15, and on all three seeds less often. All of it is 36 folds; with 1,024 tokens each takes about 2.5 times as long.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ MAKERS = 0.615
 def measure(task: dict, folder: Path) -> dict:
     """One fold: trained on the rest, scored on what it holds out, with the verdicts of simple judges beside it.
 
-    About 22 CPU-minutes; a `fold` of 0 also has the `kl` from the base, on 24 of its prompts.
+    A `fold` of 0 also has the `kl` from the base, on 24 of its prompts.
 
     Returns:
         As `folds.one`; `words` and `longer` of each held-out row, as `folds` gives them; numbers only, no row's text.

@@ -80,7 +80,7 @@ def write_stored_run(log: Path) -> bool:
 
 
 def refresh() -> None:
-    """Nothing is written before both runs have ended well."""
+    """No notebook is written before all runs have ended well."""
     quickstart, executed = ROOT / "notebooks" / "00_quickstart.ipynb", ROOT / "artifacts" / "refresh"
     shutil.rmtree(executed, ignore_errors=True)
     executed.mkdir(parents=True)
@@ -88,13 +88,14 @@ def refresh() -> None:
     command = [sys.executable, "-m", "papermill", str(quickstart), str(executed / quickstart.name), *given]
     subprocess.run(command, cwd=ROOT, check=True)
     summary = run.run_all({"PROFILE": "cpu"})
-    for path in run.notebooks(ROOT / "notebooks"):
-        clean_notebook(Path(summary["executed"]) / path.name, path)
-    clean_notebook(executed / quickstart.name, quickstart)
+    ran = {path: Path(summary["executed"]) / path.name for path in run.notebooks(ROOT / "notebooks")}
     if write_stored_run(Path(summary["executed"]).parent / "progress.jsonl"):  # 01 opens with its curve
-        first = run.notebooks(ROOT / "notebooks")[0]
-        again = run.run_all({"PROFILE": "cpu"}, [first])
-        clean_notebook(Path(again["executed"]) / first.name, first)
+        first = next(iter(ran))
+        again = run.run_all({"PROFILE": "cpu", "ARTIFACTS": str(executed)}, [first])
+        ran[first] = Path(again["executed"]) / first.name
+    ran[quickstart] = executed / quickstart.name
+    for path, source in ran.items():
+        clean_notebook(source, path)
     (ROOT / "docs" / "method.png").write_bytes(show.picture(show.method()).data)
     print("notebooks/ now holds the outputs of these runs")
 

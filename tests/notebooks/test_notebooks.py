@@ -233,6 +233,13 @@ def test_outputs_hold_no_widget_no_error_and_no_stderr(path):
 # --- outputs ----
 
 
+def test_the_curve_that_01_shows_is_of_the_run_that_05_shows():
+    kept = json.loads((ROOT / "src" / "dpo_tutorial" / "show" / "stored_run.json").read_text(encoding="utf-8"))
+    shown = json.dumps([c.get("outputs") for c in read(ROOT / "notebooks" / "05_train_dpo.ipynb").cells])
+    end = kept["eval"][-1]
+    assert all(f"<td>{end[f'eval_rewards/{side}']:.4g}</td>" in shown for side in ("chosen", "rejected"))
+
+
 @each
 def test_outputs_are_those_of_the_source_beside_them(path):
     if outputs(path):

@@ -64,6 +64,12 @@ def test_profile_and_dtype_follow_the_hardware(monkeypatch, facts, profile, dtyp
     assert (resolved.profile, resolved.dtype) == (profile, dtype)
 
 
+@pytest.mark.parametrize(("capability", "told"), [([7, 5], True), ([8, 9], False)])
+def test_bfloat16_is_remarked_on_where_a_gpu_emulates_it(monkeypatch, capability, told):
+    monkeypatch.setattr(hardware, "hardware", lambda: gpu(capability, 15.0))
+    assert any("emulated" in reason for reason in config.resolve(dtype="bf16").reasons) is told
+
+
 @pytest.mark.parametrize(
     "bad",
     [

@@ -339,6 +339,8 @@ def test_refresh_writes_the_cleaned_outputs_of_both_runs(tmp_path, machine, monk
     assert kept["train"] == [{"step": 1, "rewards/chosen": 0.1235, "rewards/rejected": 0.0}]
     assert kept["eval"][0]["eval_rewards/chosen"] == 0.2
     assert ran[0] is None and len(ran[1]) == 1, "01, which shows that curve, runs once more"
+    refresh.refresh()
+    assert len(ran) == 3, "the curve is the same: once is enough"
     assert (docs / "method.png").read_bytes().startswith(b"\x89PNG")
     assert printed(paths[0]) == "quick\n"
     assert [c.source for c in nbformat.read(paths[1], 4).cells] == ["# Text", 'PROFILE = ""', "work()"]

@@ -298,6 +298,7 @@ FIGURES = {
     ),
     "pipeline": (show.pipeline, ["Six notebooks", "01 setup gives config, seeds", "06 compare gives verdict"]),
     "training_curves": (lambda: show.training_curves(HISTORY), ["3 steps", "0.693", "0.412", "0.87"]),
+    "reward_curves": (show.reward_curves, ["50 steps", "chosen 1.76 and rejected 0.65"]),
     "margins": (
         lambda: show.margins([{"margin": m} for m in (1.0, 2.0, -0.5, 0.0)]),
         ["4 held-out", "2 above 0", "0.62"],

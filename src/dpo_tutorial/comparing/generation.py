@@ -60,8 +60,8 @@ def _answer_ids(
     padded = dict(return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False)
     answers: list[list[int]] = [[]] * len(texts)
     model, precision = _fast(model, config)
-    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-    with torch.random.fork_rng(devices, enabled=seed is not None):
+    device = torch.device(model.device)
+    with torch.random.fork_rng([device] if device.type == "cuda" else [], enabled=seed is not None):
         if seed is not None:
             torch.manual_seed(seed)
         for chosen in scoring.batches([*map(len, texts)], 24, "generating"):

@@ -34,12 +34,11 @@ def training_curves(history: dict[str, list[dict]]) -> Figure:
     return figure
 
 
-def reward_curves(history: dict[str, list[dict]] | None = None) -> Figure:
-    """Rewards of chosen and rejected answers by optimizer step; default: of the run whose outputs notebooks keep."""
-    if history is None:
-        history = json.loads((resources.files("dpo_tutorial.show") / "stored_run.json").read_text(encoding="utf-8"))
-    last = history["train"][-1]
-    said = " and ".join(f"{side} {end:.2f}" for side, end in _ends(history["eval"]).items())
+def reward_curves() -> Figure:
+    """Rewards of chosen and rejected answers by optimizer step, of the run whose outputs the notebooks keep."""
+    history = json.loads((resources.files("dpo_tutorial.show") / "stored_run.json").read_text(encoding="utf-8"))
+    last, end = history["train"][-1], history["eval"][-1]
+    said = " and ".join(f"{side} {end[f'eval_rewards/{side}']:.2f}" for side in ("chosen", "rejected"))
     alt = f"Implicit rewards over {last['step']} steps, from 0; on validation pairs at the end: {said}"
     figure, (axis,) = figures.new_figure(width=6, height=3.4, alt=alt)
     _curve(axis, history, "rewards/chosen", figures.GREEN, "chosen")
@@ -47,10 +46,6 @@ def reward_curves(history: dict[str, list[dict]] | None = None) -> Figure:
     axis.set(xlabel="optimizer step", title="Implicit reward")
     axis.legend(fontsize=9)
     return figure
-
-
-def _ends(evaluated: list[dict]) -> dict[str, float]:
-    return {side: evaluated[-1][f"eval_rewards/{side}"] for side in ("chosen", "rejected")}
 
 
 def _curve(axis, history: dict[str, list[dict]], key: str, color: str, label: str) -> None:
