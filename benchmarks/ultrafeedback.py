@@ -2,6 +2,7 @@
 
     ULTRAFEEDBACK_SAMPLE=folder python benchmarks/ultrafeedback.py folds --rates 1.5e-4 --folds 0 1
     ULTRAFEEDBACK_SAMPLE=folder python benchmarks/ultrafeedback.py folds        # what is missing of the rest
+    ULTRAFEEDBACK_SAMPLE=folder python benchmarks/ultrafeedback.py every-layer  # one fold, no layer in 16 bits
 
 Each row is held out once a seed, and scored in float32 by an adapter that never saw its prompt. A fold is one record,
 and one that is there is not measured again, so the second command goes on where it was stopped.
@@ -71,6 +72,15 @@ def all_folds(record: Record, options) -> None:
                 name = f"{options.max_tokens} tokens, {rate:g}, seed {seed}, fold {fold} of {FOLDS}"
                 tasks[name] = {"kind": "measure", "knobs": knobs, "fold": fold}
     in_turn(__file__, record, "folds", tasks)
+
+
+def every_layer(record: Record, options) -> None:
+    """The first fold of the first seed once more, with every linear layer in 4 bits, as on the GPU of `gpu.md`."""
+    import folds
+
+    knobs = {"learning_rate": MAIN, "seed": SEEDS[0], "max_tokens": 512, "data": folds.sample(), "keep_16bit": "none"}
+    task = {"kind": "measure", "knobs": knobs, "fold": 0}
+    in_turn(__file__, record, "every layer", {f"512 tokens, {MAIN:g}, seed {SEEDS[0]}, every layer in 4 bits": task})
 
 
 # --- tables ---------------------------------------------------------------------------------------------------------
@@ -187,4 +197,5 @@ def options(parser) -> None:
 
 
 if __name__ == "__main__":
-    main(__file__, {"folds": all_folds}, tables, {"measure": measure}, options, figures=drawn)
+    stages = {"folds": all_folds, "every-layer": every_layer}
+    main(__file__, stages, tables, {"measure": measure}, options, figures=drawn)
