@@ -73,10 +73,10 @@ def write_stored_run(log: Path) -> bool:
     keys = {"train": ("step", "rewards/chosen", "rewards/rejected")}
     keys["eval"] = ("step", "eval_rewards/chosen", "eval_rewards/rejected")
     kept = {kind: [{k: round(r[k], 4) for k in names} for r in rows if names[1] in r] for kind, names in keys.items()}
-    target = ROOT / "src" / "dpo_tutorial" / "show" / "stored_run.json"
-    before = target.read_text(encoding="utf-8") if target.exists() else ""
-    target.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
-    return target.read_text(encoding="utf-8") != before
+    target, text = ROOT / "src" / "dpo_tutorial" / "show" / "stored_run.json", json.dumps(kept, indent=1) + "\n"
+    differs = not target.exists() or target.read_text(encoding="utf-8") != text
+    target.write_text(text, encoding="utf-8")
+    return differs
 
 
 def refresh() -> None:
