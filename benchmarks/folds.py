@@ -65,6 +65,11 @@ def longer(rows: list[dict]) -> list[int]:
     return [row["chosen_tokens"] - row["rejected_tokens"] for row in rows]
 
 
+def lengths(rows: list[dict]) -> list[int]:
+    """Tokens of each pair as the limit counts them: the prompt and its longer answer."""
+    return [row["prompt_tokens"] + max(row["chosen_tokens"], row["rejected_tokens"]) for row in rows]
+
+
 def scorer_of(cfg: Config, base: PreTrainedModel) -> PeftModel:
     """A base in float32 with an adapter that `one` fills: scores in float32 hide no margin."""
     return get_peft_model(base, lora.lora_config(cfg))

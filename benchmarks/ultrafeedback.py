@@ -21,7 +21,8 @@ from pathlib import Path
 
 from harness import UNMEASURED, Record, image, in_turn, interval, machines, main, newest, table
 
-FOLDS = 3
+#: Limit in tokens → how many folds. Five leave 640 pairs of up to 1,024 tokens to train on, as in stage D of `gpu.py`.
+FOLDS = {512: 3, 1024: 5}
 RATES = (1.5e-4, 5e-5, 3e-4, 5e-6)  # in the order in which they are measured
 SEEDS = (42, 1, 2)
 MAIN = 1.5e-4  # the rate of the cpu profile, which a first run used: 0.664 of 152 held-out pairs
@@ -35,7 +36,8 @@ def measure(task: dict, folder: Path) -> dict:
     A `fold` of 0 also has the `kl` from the base, on 24 of its prompts.
 
     Returns:
-        As `folds.one`; `words` and `longer` of each held-out row, as `folds` gives them; numbers only, no row's text.
+        As `folds.one`; `words`, `longer` and `tokens` of each held-out row, as `folds` gives them. Numbers only, no
+        row's text.
     """
     import dataclasses
 
@@ -49,7 +51,7 @@ def measure(task: dict, folder: Path) -> dict:
     exact = dataclasses.replace(cfg, dtype="fp32")
     tokenizer = models.load_tokenizer(cfg)
     rows = folds.usable_rows(cfg, tokenizer)
-    held, rest = folds.split(rows, cfg.seed, task["fold"], FOLDS)
+    held, rest = folds.split(rows, cfg.seed, task["fold"], FOLDS[cfg.max_tokens])
     scorer = folds.scorer_of(exact, models.load_base(exact))
     trainer, found = folds.one(cfg, models.load_base(cfg), scorer, tokenizer, held, rest, folder)
     if task["fold"] == 0:
@@ -57,19 +59,21 @@ def measure(task: dict, folder: Path) -> dict:
         kl = generation.kl_from_base(cfg, trainer.model, tokenizer, prompts)
         found["kl"] = {name: kl[name] for name in ("per_answer", "per_token")}
     about = {"rate": cfg.learning_rate, "seed": cfg.seed, "max_tokens": cfg.max_tokens, "fold": task["fold"]}
-    return about | found | {"words": folds.words(held, rest), "longer": folds.longer(held)}
+    return about | found | {
+        "words": folds.words(held, rest), "longer": folds.longer(held), "tokens": folds.lengths(held)
+    }  # fmt: skip
 
 
 def all_folds(record: Record, options) -> None:
     """Every fold of every rate and seed that is asked for, two at a time; all seeds of a fold before the next."""
     import folds
 
-    tasks = {}
+    tasks, folds_of = {}, FOLDS[options.max_tokens]
     for rate in options.rates:
-        for fold in options.folds:
+        for fold in range(folds_of) if options.folds is None else options.folds:
             for seed in options.seeds:
                 knobs = {"learning_rate": rate, "seed": seed, "max_tokens": options.max_tokens, "data": folds.sample()}
-                name = f"{options.max_tokens} tokens, {rate:g}, seed {seed}, fold {fold} of {FOLDS}"
+                name = f"{options.max_tokens} tokens, {rate:g}, seed {seed}, fold {fold} of {folds_of}"
                 tasks[name] = {"kind": "measure", "knobs": knobs, "fold": fold}
     in_turn(__file__, record, "folds", tasks)
 
@@ -121,7 +125,7 @@ def trained_table(runs: Runs) -> str:
         rewards = (sum(p[f"reward_{side}"] * p["n"] for p in parts) / n for side in ("chosen", "rejected"))
         kl = next((f"{p['kl']['per_token']['mean']:.3f}" for p in parts if "kl" in p), "")
         rows.append([
-            limit, f"{rate:g}", seed, f"{len(parts)} of {FOLDS}", n, interval(right, 3),
+            limit, f"{rate:g}", seed, f"{len(parts)} of {FOLDS[limit]}", n, interval(right, 3),
             "yes" if right["low"] > 0.5 else "no", f"{margin['mean']:.3f} ({margin['standard_error']:.3f})",
             *(f"{reward:.2f}" for reward in rewards), kl, f"{sum(p['train_seconds'] for p in parts) / 60:.0f}",
         ])  # fmt: skip
@@ -192,8 +196,8 @@ def tables(lines: list[dict]) -> dict[str, str]:
 def options(parser) -> None:
     parser.add_argument("--rates", nargs="*", type=float, default=RATES, help="learning rates")
     parser.add_argument("--seeds", nargs="*", type=int, default=SEEDS, help="of folds and training")
-    parser.add_argument("--folds", nargs="*", type=int, default=range(FOLDS), help=f"of 0 to {FOLDS - 1}")
-    parser.add_argument("--max-tokens", type=int, default=512, help="longest prompt + answer kept; 1024 is the other")
+    parser.add_argument("--folds", nargs="*", type=int, help="of 0 to 2 with 512 tokens, of 0 to 4 with 1,024; all")
+    parser.add_argument("--max-tokens", type=int, default=512, choices=FOLDS, help="longest prompt + answer kept")
 
 
 if __name__ == "__main__":
