@@ -3,6 +3,10 @@
     python benchmarks/effect.py recipes                   # on the validation pairs only, about two hours on two cores
     for s in 42 1 2; do dpo-tutorial train -p PROFILE cpu -p SEED $s -p ARTIFACTS artifacts/seed$s; done
     python benchmarks/effect.py seeds --runs artifacts/seed42 artifacts/seed1 artifacts/seed2      # on the test pairs
+    for s in 42 1 2; do
+        dpo-tutorial train -p PROFILE cpu -p LOSS_TYPE sft -p SFT_WEIGHT 0 -p SEED $s -p ARTIFACTS artifacts/sft$s
+    done
+    python benchmarks/effect.py control --runs artifacts/sft42 artifacts/sft1 artifacts/sft2     # the same of SFT alone
     python benchmarks/effect.py swapped                   # the same training with every label swapped: it must fail
 
 `page` writes the tables of effect.md again.
@@ -115,7 +119,7 @@ def judge(task: dict, folder: Path) -> dict:
     tokenizer = models.load_tokenizer(cfg)
     splits = prepare.prepare(cfg, tokenizer).splits
     policy = lora.load_policy(cfg, run.adapter)
-    _, found = compare.compare(cfg, policy, tokenizer, splits, trained["beta"])
+    records, found = compare.compare(cfg, policy, tokenizer, splits, trained["beta"])
     after, checked = found["held_out"]["after"], found["instructions"]
     return {
         **{name: after[name] for name in ("accuracy", "reward_chosen", "reward_rejected", "margin")},
@@ -126,6 +130,7 @@ def judge(task: dict, folder: Path) -> dict:
         },
         **{name: about[name] for name in ("seconds", "peak_memory_gib")},
         "samples": found["answers"][:3],
+        "margins": [round(r["margin"], 4) for r in records],
     }
 
 
@@ -141,7 +146,7 @@ def recipes(record: Record, options) -> None:
     in_turn(__file__, record, "recipes", tasks)
 
 
-def seeds(record: Record, options) -> None:
+def seeds(record: Record, options, stage: str = "seeds") -> None:
     """Every run by its seed, in a process of its own, two at a time on one core each."""
     from dpo_tutorial.training import save
 
@@ -149,7 +154,14 @@ def seeds(record: Record, options) -> None:
     for run in given(options.runs, "--runs"):
         trained = save.read_training_record(Path(run) / "cpu" / "adapter")["config"]
         tasks[f"seed {trained['seed']}"] = {"kind": "judge", "run": run}
-    in_turn(__file__, record, "seeds", tasks)
+        if (trained["loss_type"] == "sft") != (stage == "control"):
+            raise SystemExit(f"{run} is of loss {trained['loss_type']}: `control` takes SFT alone, `seeds` the rest.")
+    in_turn(__file__, record, stage, tasks)
+
+
+def control(record: Record, options) -> None:
+    """SFT on the chosen answers alone, judged as the seeds are."""
+    seeds(record, options, "control")
 
 
 def swapped(record: Record, options) -> None:
@@ -207,7 +219,7 @@ def given(value, name: str):
     return value
 
 
-STAGES = {"recipes": recipes, "seeds": seeds, "swapped": swapped}
+STAGES = {"recipes": recipes, "seeds": seeds, "control": control, "swapped": swapped}
 
 if __name__ == "__main__":
     main(__file__, STAGES, tables, {"train": train, "judge": judge}, options=options, figures=drawn)

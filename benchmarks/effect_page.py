@@ -105,34 +105,40 @@ def instructions_table(runs: dict[str, dict]) -> str:
     return table(head, rows)
 
 
-def figure(runs: dict[str, dict]):
-    """All seeds at a glance: the rules that answers keep, and the pairs judged rightly beside every simple judge."""
+def figure(runs: dict[str, dict], alone: dict[str, dict]):
+    """All seeds at a glance: the rules that answers keep, and the pairs judged rightly beside every simple judge.
+
+    Args:
+        alone: runs of SFT alone, the control; it may be empty.
+    """
     import numpy as np
 
     from dpo_tutorial.show import figures
     from dpo_tutorial.show.result_figures import points
 
-    first, seeds = next(iter(runs.values())), list(runs.values())
+    first = next(iter(runs.values()))
     rules, judges = list(first["rules"]["target"]), list(first["against"])
+    trained = [(run, figures.BLUE, "DPO + SFT" if not n else "") for n, run in enumerate(runs.values())]
+    trained += [(run, figures.GREEN, "SFT alone" if not n else "") for n, run in enumerate(alone.values())]
     said = [
         f"{rule} {written(first['rules']['before'][rule])} to "
-        f"{' and '.join(written(run['rules']['after'][rule]) for run in seeds)}"
+        f"{' and '.join(written(run['rules']['after'][rule]) for run, *_ in trained)}"
         for rule in rules
     ]
-    said += [f"policy right on {' and '.join(written(run['accuracy']) for run in seeds)} of pairs"]
+    of_both = f"What {len(runs)} seeds gained" + (f", then {len(alone)} of SFT alone" if alone else "")
+    said += [f"right on {' and '.join(written(run['accuracy']) for run, *_ in trained)} of pairs"]
     said += [f"{judge} on {written(first['against'][judge]['share'])}" for judge in judges]
     drawn, (writes, right) = figures.new_figure(
-        width=6, height=6.4, rows=2, alt=f"What {len(runs)} seeds gained. {'; '.join(said)}", height_ratios=[8, 6]
+        width=6, height=7.4, rows=2, alt=f"{of_both}. {'; '.join(said)}", height_ratios=[9, 6]
     )
 
     rows = np.arange(len(rules))
-    points(writes, rows - 0.32, list(first["rules"]["before"].values()), figures.GREY, "base", across=True)
-    for place, run in enumerate(seeds):
-        shift, label = 0.22 * (place - (len(seeds) - 1) / 2), "" if place else "trained, a dot for each seed"
-        points(writes, rows + shift + 0.05, list(run["rules"]["after"].values()), figures.BLUE, label, across=True)
-        points(right, [shift], [run["accuracy"]], figures.BLUE, "", across=True)
+    points(writes, rows - 0.38, list(first["rules"]["before"].values()), figures.GREY, "base", across=True)
+    for (run, color, label), shift in zip(trained, np.linspace(-0.24, 0.36, len(trained)), strict=True):
+        points(writes, rows + shift, list(run["rules"]["after"].values()), color, label, across=True)
+        points(right, [shift], [run["accuracy"]], color, "", across=True)
     target = [value["rate"] for value in first["rules"]["target"].values()]
-    writes.plot(target, rows, "|", color=figures.ORANGE, markersize=18, label="the chosen answers themselves")
+    writes.plot(target, rows, "|", color=figures.ORANGE, markersize=22, label="chosen answers")
     shares = [first["against"][judge]["share"] for judge in judges]
     points(right, np.arange(1, len(judges) + 1), shares, figures.GREY, "", across=True)
     right.axvline(0.5, color=figures.GREY, linestyle=":")
@@ -145,7 +151,7 @@ def figure(runs: dict[str, dict]):
         axis.invert_yaxis()
         axis.set(xlim=(-0.02, 1.02), title=title)
     right.set_xlabel("share, 95% interval; dotted: chance")
-    drawn.legend(fontsize=9, ncols=3, frameon=False, loc="outside lower center")
+    drawn.legend(fontsize=9, ncols=4, frameon=False, loc="outside lower center")
     return drawn
 
 
@@ -157,21 +163,24 @@ def by_rate(name: str) -> tuple[str, float]:
 
 def drawn(lines: list[dict]) -> dict:
     runs = newest(lines, "seeds")
-    return {FIGURE: figure(runs)} if runs else {}
+    return {FIGURE: figure(runs, newest(lines, "control"))} if runs else {}
 
 
 def tables(lines: list[dict]) -> dict[str, str]:
-    tried, runs, opposite = (newest(lines, stage) for stage in ("recipes", "seeds", "swapped"))
+    tried, runs, alone, opposite = (newest(lines, stage) for stage in ("recipes", "seeds", "control", "swapped"))
     made = {}
     if tried:
         in_order = {name: tried[name] for name in sorted(tried, key=by_rate)}
         made |= {"recipes": columns(in_order, OF_RECIPES), "recipes on": machines(lines, "recipes")}
     if runs:
+        every = runs | {f"SFT alone, {name}": run for name, run in alone.items()}
         made |= {
-            "seeds": columns(runs, OF_SEEDS), "figure": image(figure(runs), FIGURE), "against": against_table(runs),
-            "kinds": kinds_table(runs), "changes": changes_table(runs), "instructions": instructions_table(runs),
-            "seeds on": machines(lines, "seeds"),
+            "seeds": columns(every, OF_SEEDS), "figure": image(figure(runs, alone), FIGURE),
+            "against": against_table(runs), "kinds": kinds_table(every), "changes": changes_table(runs),
+            "instructions": instructions_table(every), "seeds on": machines(lines, "seeds"),
         }  # fmt: skip
+    if alone:
+        made |= {"control": changes_table(alone), "control on": machines(lines, "control")}
     if opposite:
         made |= {"swapped": columns(opposite, REWARDS), "swapped on": machines(lines, "swapped")}
     return made

@@ -81,7 +81,8 @@ def one(
     """Train on the rest of a fold in the type of `cfg`, and score what is held out in float32.
 
     Returns:
-        The trainer; and `train_seconds`, `steps`, `first_loss`, and what `held_out` finds.
+        The trainer; and `train_seconds`, `steps`, `first_loss`, `lengths` and `longer` of the held-out rows, and
+        what `held_out` finds.
     """
     hardware.seed_everything(cfg.seed)
     shuffled = Dataset.from_list(rest).shuffle(seed=cfg.seed)
@@ -91,7 +92,7 @@ def one(
     exact = dataclasses.replace(cfg, dtype="fp32")
     found = held_out(scoring.score_pairs(exact, scorer, tokenizer, Dataset.from_list(held)))
     about = {"train_seconds": ran["seconds"], "steps": len(ran["losses"]), "first_loss": ran["losses"][0]}
-    return trainer, about | found
+    return trainer, about | {"lengths": lengths(held), "longer": longer(held)} | found
 
 
 def held_out(records: list[dict]) -> dict:

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import folds
+import numpy as np
 import trainings
 from harness import Record, interval, table
 
@@ -122,10 +123,41 @@ def what_it_writes(options, cfg, model, tokenizer, prompts) -> dict:
     }
 
 
-def tables(lines: list[dict]) -> dict[str, str]:
+def runs_of(lines: list[dict]) -> dict[tuple, list[dict]]:
+    """(epochs, rate, seed) → its folds. The first ones have the lengths of their rows from a line of its own."""
     runs: dict[tuple, list[dict]] = {}
+    known = {(r["seed"], r["fold"]): {k: r[k] for k in ("lengths", "longer")} for r in lines if r["name"] == "lengths"}
     for (*run, _), r in measured(lines).items():
-        runs.setdefault(tuple(run), []).append(r)
+        runs.setdefault(tuple(run), []).append(known.get((r["seed"], r["fold"]), {}) | r)
+    return runs
+
+
+def by_length(runs: dict[tuple, list[dict]]) -> str:
+    """Short pairs and long ones: accuracy, what it is above "take the longer answer", and margins beside length."""
+    rows = []
+    for (epochs, rate, seed), parts in sorted(runs.items()):
+        every = np.array([
+            row for r in parts if "lengths" in r for row in zip(r["lengths"], r["longer"], r["margins"], strict=True)
+        ])  # fmt: skip
+        for said, some in (("up to 512", lambda n: n <= 512), ("513 to 1,024", lambda n: n > 512)):
+            _, longer, margins = every[some(every[:, 0])].T if len(every) else np.empty((3, 0))
+            if len(margins):
+                gap = stats.paired_difference(stats.right(longer), stats.right(margins))
+                sides = [stats.right(margins[side]) for side in (longer > 0, longer < 0)]
+                rows.append([
+                    f"{rate:g}", epochs, seed, said, len(margins), interval(stats.accuracy(margins), 3),
+                    f"{gap['difference']:+.3f} ({gap['low']:+.3f} to {gap['high']:+.3f})",
+                    *(f"{side.mean():.2f}" if len(side) else "" for side in sides),
+                    f"{np.corrcoef(longer, margins)[0, 1]:.2f}",
+                ])  # fmt: skip
+    return table(
+        ["rate", "epochs", "seed", "tokens of the pair", "held out", "accuracy (95%)", "above the longer answer",
+         "where the chosen is longer", "where it is shorter", "margin and length correlate"], rows
+    )  # fmt: skip
+
+
+def tables(lines: list[dict]) -> dict[str, str]:
+    runs = runs_of(lines)
     rows = []
     for (epochs, rate, seed), parts in sorted(runs.items()):
         margins = [m for r in parts for m in r["margins"]]
@@ -137,4 +169,4 @@ def tables(lines: list[dict]) -> dict[str, str]:
              f"{kl['mean']:.1f} ({kl['standard_error']:.1f})" if kl else ""]
         )  # fmt: skip
     head = ["rate", "epochs", "seed", "folds", "held out", "accuracy (95%)", "margin (s.e.)", "KL (s.e.)"]
-    return {"ultrafeedback": table(head, rows)}
+    return {"ultrafeedback": table(head, rows), "by length": by_length(runs)}

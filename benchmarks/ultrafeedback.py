@@ -36,8 +36,7 @@ def measure(task: dict, folder: Path) -> dict:
     A `fold` of 0 also has the `kl` from the base, on 24 of its prompts.
 
     Returns:
-        As `folds.one`; `words`, `longer` and `tokens` of each held-out row, as `folds` gives them. Numbers only, no
-        row's text.
+        As `folds.one`; `words` of each held-out row, as `folds` gives them; numbers only, no row's text.
     """
     import dataclasses
 
@@ -59,9 +58,7 @@ def measure(task: dict, folder: Path) -> dict:
         kl = generation.kl_from_base(cfg, trainer.model, tokenizer, prompts)
         found["kl"] = {name: kl[name] for name in ("per_answer", "per_token")}
     about = {"rate": cfg.learning_rate, "seed": cfg.seed, "max_tokens": cfg.max_tokens, "fold": task["fold"]}
-    return about | found | {
-        "words": folds.words(held, rest), "longer": folds.longer(held), "tokens": folds.lengths(held)
-    }  # fmt: skip
+    return about | found | {"words": folds.words(held, rest)}
 
 
 def all_folds(record: Record, options) -> None:

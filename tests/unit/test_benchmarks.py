@@ -385,10 +385,25 @@ def test_a_saved_adapter_is_judged_on_everything_and_written(knobs, cfg, tokeniz
     record = begun(tmp_path, "seeds")
     monkeypatch.setattr(effect, "WHOLE", effect.WHOLE | knobs)
     effect.seeds(record, argparse.Namespace(runs=[str(tmp_path)]))
+    assert len(record.lines()[-1]["margins"]) == len(pairs)
+    with pytest.raises(SystemExit, match="control"):
+        effect.control(record, argparse.Namespace(runs=[str(tmp_path)]))
     tables = effect.tables(record.lines())
+    assert "SFT alone" not in tables["seeds"] and "control" not in tables
     assert f"seed {cfg.seed}" in tables["changes"] and {"seeds", "against", "instructions"} <= tables.keys()
     (figure,) = effect.drawn(record.lines()).values()
     assert "ends complete" in figures.alt_text(figure) and "word counts on" in figures.alt_text(figure)
+    record.write(
+        "control", "machine", **{k: v for k, v in record.lines()[0].items() if k not in ("stage", "name", "at")}
+    )
+    record.write(
+        "control",
+        f"seed {cfg.seed}",
+        **{k: v for k, v in record.lines()[1].items() if k not in ("stage", "name", "at")},
+    )
+    tables = effect.tables(record.lines())
+    assert all(f"SFT alone, seed {cfg.seed}" in tables[name] for name in ("seeds", "kinds", "instructions"))
+    assert f"seed {cfg.seed}" in tables["control"] and "1 of SFT alone" in tables["figure"]
     with pytest.raises(SystemExit, match="--runs"):
         effect.seeds(record, argparse.Namespace(runs=[]))
 
@@ -453,7 +468,7 @@ def one_at_a_time(monkeypatch):
 
 def test_ultrafeedback_holds_each_row_out_once_and_records_no_text(knobs, tmp_path, monkeypatch, one_at_a_time):
     monkeypatch.setenv("ULTRAFEEDBACK_SAMPLE", knobs.pop("data"))
-    monkeypatch.setattr(ultrafeedback, "FOLDS", 2)
+    monkeypatch.setattr(ultrafeedback, "FOLDS", {96: 2})
     done = []
 
     def child(script, task, env):
@@ -468,6 +483,7 @@ def test_ultrafeedback_holds_each_row_out_once_and_records_no_text(knobs, tmp_pa
     runs = ultrafeedback.runs_of(record.lines())
     (parts,) = runs.values()
     assert sum(part["n"] for part in parts) == 40 and "kl" in parts[0] and "kl" not in parts[1]
+    assert all(len(part["lengths"]) == part["n"] and max(part["lengths"]) <= 96 for part in parts)
     assert all(len(ultrafeedback.judged(judge, parts)) == 40 for judge in ultrafeedback.JUDGES)
     assert any(ultrafeedback.margins(parts)) and parts[0]["first_loss"] == pytest.approx(0.6931, abs=1e-3)
     assert "number" not in record.path.read_text() and str(tmp_path) not in record.path.read_text()

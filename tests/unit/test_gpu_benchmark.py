@@ -115,6 +115,20 @@ def test_stage_d_holds_every_row_out_once_and_scores_what_was_trained(options, r
     assert f"| {usable} |" in gpu_ultrafeedback.tables(lines)["ultrafeedback"]
 
 
+def test_short_pairs_and_long_ones_are_told_apart_also_where_their_lengths_came_later():
+    about = {"name": "fold", "epochs": 1, "rate": 1e-4, "seed": 42}
+    row = {"lengths": [100, 512, 513, 900], "longer": [5, -5, 5, -5]}
+    first = about | {"fold": 0, "margins": [1.0, 1.0, 1.0, -1.0]}  # recorded before rows had a length
+    later = about | {"fold": 1, "margins": [1.0, -1.0, -1.0, -1.0]} | row
+    made = gpu_ultrafeedback.by_length(
+        gpu_ultrafeedback.runs_of([{"name": "lengths", "seed": 42, "fold": 0} | row, first, later])
+    )
+    short, long = (line.split(" | ") for line in made.splitlines()[2:])
+    assert short[3:5] == ["up to 512", "4"] and short[5].startswith("0.750") and short[7:9] == ["1.00", "0.50"]
+    assert long[3:5] == ["513 to 1,024", "4"] and long[5].startswith("0.250") and long[6].startswith("-0.250")
+    assert gpu_ultrafeedback.by_length(gpu_ultrafeedback.runs_of([first])).count("\n") == 1, "lengths not known: no row"
+
+
 def test_a_prompt_is_held_out_in_exactly_one_fold():
     rows = [{"prompt": [{"role": "user", "content": str(n // 2)}], "n": n} for n in range(40)]
     held = [folds.split(rows, 7, fold, 5)[0] for fold in range(5)]
