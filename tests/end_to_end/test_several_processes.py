@@ -14,6 +14,7 @@ import pytest
 from conftest import TEXTS, pair
 from safetensors.torch import load_file
 
+from dpo_tutorial import config, errors, run_folder
 from dpo_tutorial.cli import main as cli
 from dpo_tutorial.training import checkpoints, save
 
@@ -62,22 +63,24 @@ def alone(given, tmp_path_factory) -> Path:
 
 def test_two_processes_train_the_adapter_of_one_and_only_the_first_speaks(given, alone, tmp_path):
     started = start(given, tmp_path)
-    said, errors = started.communicate(timeout=300)
-    assert started.returncode == 0, errors[-3000:]
+    said, warned = started.communicate(timeout=300)
+    assert started.returncode == 0, warned[-3000:]
     assert difference(tmp_path, alone) < 1e-5
     assert said.count("adapter saved in") == said.count("profile 'cpu'") == 1
     assert "2 processes train together. A step has GRAD_ACCUM=2 batches of BATCH_SIZE=2 pairs: each takes 1" in said
-    assert errors.count("Tokenizing train dataset:   0%") == errors.count("Loading weights:   0%") == 1
+    assert warned.count("Tokenizing train dataset:   0%") == warned.count("Loading weights:   0%") == 1
     record = save.read_training_record(tmp_path / "cpu" / "adapter")
     assert record["processes"] == 2 and len(record["history"]["train"]) == 8
     assert "| Processes | 2 |" in (tmp_path / "cpu" / "adapter" / "README.md").read_text(encoding="utf-8")
     assert save.read_training_record(alone / "cpu" / "adapter")["processes"] == 1
 
 
-@pytest.fixture(scope="module")
-def killed(given, tmp_path_factory) -> Path:
-    """A run of two whose second process was killed after the third step."""
+@pytest.fixture(scope="module", params=["1", "0"])
+def killed(request, given, tmp_path_factory) -> Path:
+    """A run of two of which one was killed after the third step: the second, then the one that writes."""
+    victim = request.param
     artifacts = tmp_path_factory.mktemp("killed")
+    folder = run_folder.Run(config.resolve(**{n.lower(): v for n, v in given.items()} | {"artifacts": str(artifacts)}))
     started = start(given, artifacts)
     try:
         trainer = artifacts / "cpu" / "trainer"
@@ -85,14 +88,18 @@ def killed(given, tmp_path_factory) -> Path:
             assert started.poll() is None, started.communicate()
             time.sleep(0.01)
         ranks = {child.environ().get("RANK"): child for child in psutil.Process(started.pid).children()}
-        ranks["1"].send_signal(signal.SIGKILL)
-        said, errors = started.communicate(timeout=300)
+        with pytest.raises(errors.ArtifactError, match="Another process is using"):
+            folder.lock()
+        ranks[victim].send_signal(signal.SIGKILL)
+        said, warned = started.communicate(timeout=300)
     finally:
         started.kill()
     assert started.returncode == 1 and "adapter saved" not in said
-    assert "Process 1 of 2 was killed (SIGKILL), and the others were stopped.\n  Fix: Give the same command" in errors
-    assert "Traceback" not in errors and "Error" not in errors
-    assert not ranks["0"].is_running()
+    cause = f"Process {victim} of 2 was killed (SIGKILL), and the others were stopped.\n  Fix: Give the same command"
+    assert cause in warned and "Traceback" not in warned and "Error" not in warned
+    assert not any(process.is_running() for process in ranks.values())
+    folder.lock()
+    folder.unlock()
     return artifacts
 
 
@@ -101,8 +108,8 @@ def test_a_run_with_a_killed_process_goes_on_with_as_many_or_with_one(given, alo
     shutil.copytree(killed, tmp_path, dirs_exist_ok=True)
     if processes == 2:
         started = start(given, tmp_path)
-        said, errors = started.communicate(timeout=300)
-        assert started.returncode == 0, errors[-3000:]
+        said, warned = started.communicate(timeout=300)
+        assert started.returncode == 0, warned[-3000:]
         assert said.count("Resuming after step") == 1
     else:
         assert cli.main(words(given, tmp_path)) == 0
@@ -125,15 +132,15 @@ def test_two_go_on_where_one_was_stopped_and_share_the_reference_they_compute(gi
         patch.setattr(checkpoints.Seal, "on_save", on_save)
         assert cli.main(words(given, tmp_path)) == 130
     started = start(given, tmp_path)
-    said, errors = started.communicate(timeout=300)
-    assert started.returncode == 0, errors[-3000:]
+    said, warned = started.communicate(timeout=300)
+    assert started.returncode == 0, warned[-3000:]
     assert "Resuming after step 3 of 8" in said and difference(tmp_path, alone) < 1e-5
 
 
 def test_what_both_processes_refuse_is_said_once(given, tmp_path):
     started = start(given | {"GRAD_ACCUM": "3"}, tmp_path)
-    said, errors = started.communicate(timeout=300)
+    said, warned = started.communicate(timeout=300)
     assert started.returncode == 1
     cause = "ConfigError: 2 processes cannot share GRAD_ACCUM=3 batches evenly."
-    assert errors.count(cause + "\n  Fix: Set BATCH_SIZE=1 GRAD_ACCUM=6: still 6 pairs a step.") == 1
-    assert "Traceback" not in errors
+    assert warned.count(cause + "\n  Fix: Set BATCH_SIZE=1 GRAD_ACCUM=6: still 6 pairs a step.") == 1
+    assert "Traceback" not in warned
