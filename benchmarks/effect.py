@@ -102,13 +102,16 @@ def answers(cfg, model, tokenizer, pairs) -> dict:
 
 
 def judge(task: dict, folder: Path) -> dict:
-    """A run's adapter on all test pairs and requests: what `dpo-tutorial compare` reports, and what training took."""
+    """A run's adapter on all test pairs and requests: what `dpo-tutorial compare` reports, and what training took.
+
+    `each` has what pairs two runs: the margin of each pair, and for each prompt and request 0 or 1 by rule.
+    """
     from dpo_tutorial import config, run_folder
     from dpo_tutorial.adapter import lora
     from dpo_tutorial.comparing import compare
     from dpo_tutorial.loading import models
     from dpo_tutorial.machine import hardware
-    from dpo_tutorial.pairs import prepare
+    from dpo_tutorial.pairs import house_style, prepare
     from dpo_tutorial.training import save
 
     run = run_folder.Run(config.resolve(profile="cpu", artifacts=task["run"]))
@@ -121,6 +124,11 @@ def judge(task: dict, folder: Path) -> dict:
     policy = lora.load_policy(cfg, run.adapter)
     records, found = compare.compare(cfg, policy, tokenizer, splits, trained["beta"])
     after, checked = found["held_out"]["after"], found["instructions"]
+    answers = [answer["after"] for answer in found["answers"]]
+    each = {rule: [int(check(answer)) for answer in answers] for rule, check in house_style.RULES.items()}
+    each["tokens"] = [answer["tokens"] for answer in answers]
+    each["followed"] = [int(done) for done in checked["followed"]["after"]]
+    each["margin"] = [round(r["margin"], 4) for r in records]
     return {
         **{name: after[name] for name in ("accuracy", "reward_chosen", "reward_rejected", "margin")},
         **{name: found[name] for name in ("against", "by_kind", "kl", "rules", "form", "same_length", "same_form")},
@@ -130,7 +138,7 @@ def judge(task: dict, folder: Path) -> dict:
         },
         **{name: about[name] for name in ("seconds", "peak_memory_gib")},
         "samples": found["answers"][:3],
-        "margins": [round(r["margin"], 4) for r in records],
+        "each": each,
     }
 
 

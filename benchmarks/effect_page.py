@@ -8,6 +8,8 @@ FIGURE = "../docs/effect.png"  # from effect.md; README shows it too
 
 
 def plus_minus(mean: dict, digits: int = 2) -> str:
+    if not mean["standard_error"]:
+        return f"{mean['mean']:.{digits}f}"
     return f"{mean['mean']:.{digits}f} ± {1.96 * mean['standard_error']:.{digits}f}"
 
 

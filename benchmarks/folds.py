@@ -11,8 +11,10 @@ import os
 import random
 from pathlib import Path
 
+import numpy as np
 import trainings
 from datasets import Dataset
+from harness import interval, table
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import DPOTrainer
@@ -107,3 +109,32 @@ def held_out(records: list[dict]) -> dict:
             for r in records
         ],
     }  # fmt: skip
+
+
+def by_length(runs: dict[tuple, list[dict]], head: list[str]) -> str:
+    """Short pairs and long ones: accuracy, what it is above "take the longer answer", and margins beside length.
+
+    Args:
+        runs: the folds of each run that is a row, by what its first cells say; without `lengths` a fold is left out.
+        head: of those first cells.
+    """
+    rows = []
+    for said, parts in runs.items():
+        every = np.array([
+            row for r in parts if "lengths" in r for row in zip(r["lengths"], r["longer"], r["margins"], strict=True)
+        ])  # fmt: skip
+        for limits, some in (("up to 512", lambda n: n <= 512), ("513 to 1,024", lambda n: n > 512)):
+            _, more, margins = every[some(every[:, 0])].T if len(every) else np.empty((3, 0))
+            if len(margins):
+                gap = stats.paired_difference(stats.right(more), stats.right(margins))
+                sides = [stats.right(margins[side]) for side in (more > 0, more < 0)]
+                rows.append([
+                    *said, limits, len(margins), interval(stats.accuracy(margins), 3),
+                    f"{gap['difference']:+.3f} ({gap['low']:+.3f} to {gap['high']:+.3f})",
+                    *(f"{side.mean():.2f}" if len(side) else "" for side in sides),
+                    f"{np.corrcoef(more, margins)[0, 1]:.2f}",
+                ])  # fmt: skip
+    return table(
+        [*head, "tokens of the pair", "held out", "accuracy (95%)", "above the longer answer",
+         "where the chosen is longer", "where it is shorter", "margin and length correlate"], rows
+    )  # fmt: skip

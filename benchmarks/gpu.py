@@ -1,4 +1,4 @@
-"""What does a GPU do? `python benchmarks/gpu.py A B C D page`; a stage took about eight minutes on an H100, D in part.
+"""What does a GPU do? `python benchmarks/gpu.py A B C D page`; eight minutes a stage are the aim, and D ends in time.
 
 A  no trained model needed: the tests marked gpu, the doctor, five steps in fp16 and bf16, predicted and measured memory
 B  speed: ours beside stock TRL on random weights of the GPU profiles' shapes, one part changed, one step's profile

@@ -13,7 +13,6 @@ import time
 from pathlib import Path
 
 import folds
-import numpy as np
 import trainings
 from harness import Record, interval, table
 
@@ -132,28 +131,9 @@ def runs_of(lines: list[dict]) -> dict[tuple, list[dict]]:
     return runs
 
 
-def by_length(runs: dict[tuple, list[dict]]) -> str:
-    """Short pairs and long ones: accuracy, what it is above "take the longer answer", and margins beside length."""
-    rows = []
-    for (epochs, rate, seed), parts in sorted(runs.items()):
-        every = np.array([
-            row for r in parts if "lengths" in r for row in zip(r["lengths"], r["longer"], r["margins"], strict=True)
-        ])  # fmt: skip
-        for said, some in (("up to 512", lambda n: n <= 512), ("513 to 1,024", lambda n: n > 512)):
-            _, longer, margins = every[some(every[:, 0])].T if len(every) else np.empty((3, 0))
-            if len(margins):
-                gap = stats.paired_difference(stats.right(longer), stats.right(margins))
-                sides = [stats.right(margins[side]) for side in (longer > 0, longer < 0)]
-                rows.append([
-                    f"{rate:g}", epochs, seed, said, len(margins), interval(stats.accuracy(margins), 3),
-                    f"{gap['difference']:+.3f} ({gap['low']:+.3f} to {gap['high']:+.3f})",
-                    *(f"{side.mean():.2f}" if len(side) else "" for side in sides),
-                    f"{np.corrcoef(longer, margins)[0, 1]:.2f}",
-                ])  # fmt: skip
-    return table(
-        ["rate", "epochs", "seed", "tokens of the pair", "held out", "accuracy (95%)", "above the longer answer",
-         "where the chosen is longer", "where it is shorter", "margin and length correlate"], rows
-    )  # fmt: skip
+def lengths_table(runs: dict[tuple, list[dict]]) -> str:
+    named = {(f"{rate:g}", epochs, seed): parts for (epochs, rate, seed), parts in sorted(runs.items())}
+    return folds.by_length(named, ["rate", "epochs", "seed"])
 
 
 def tables(lines: list[dict]) -> dict[str, str]:
@@ -169,4 +149,4 @@ def tables(lines: list[dict]) -> dict[str, str]:
              f"{kl['mean']:.1f} ({kl['standard_error']:.1f})" if kl else ""]
         )  # fmt: skip
     head = ["rate", "epochs", "seed", "folds", "held out", "accuracy (95%)", "margin (s.e.)", "KL (s.e.)"]
-    return {"ultrafeedback": table(head, rows), "by length": by_length(runs)}
+    return {"ultrafeedback": table(head, rows), "by length": lengths_table(runs)}

@@ -168,7 +168,9 @@ def spread(values: list[float], digits: int = 1) -> str:
 
 
 def interval(rate: dict, digits: int = 2) -> str:
-    """A rate with its 95% interval."""
+    """A rate with its 95% interval; without one where the rate is a constant, as that of a base beside itself."""
+    if rate["low"] == rate["high"]:
+        return f"{rate['rate']:.{digits}f}"
     return f"{rate['rate']:.{digits}f} ({rate['low']:.{digits}f} to {rate['high']:.{digits}f})"
 
 

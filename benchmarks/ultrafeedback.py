@@ -134,20 +134,31 @@ def judges_table(runs: Runs) -> str:
     """Each judge on the rows that were held out, and the policy's accuracy above it on the same rows, paired."""
     from dpo_tutorial.comparing import stats
 
-    mains = {key: parts for key, parts in runs.items() if key[1] == MAIN}
-    rows = []
-    for judge in JUDGES:
-        row = [judge]
-        for parts in mains.values():
-            verdicts = stats.right(judged(judge, parts))
-            gap = stats.paired_difference(verdicts, stats.right(margins(parts)))
-            row += [
-                interval(stats.share(verdicts), 3),
-                f"{gap['difference']:+.3f} ({gap['low']:+.3f} to {gap['high']:+.3f})",
-            ]
-        rows.append(row)
-    head = [cell for limit, _, seed in mains for cell in (f"{limit} tokens, seed {seed}", "policy above it")]
-    return table(["judge", *head], rows)
+    made = []
+    for limit in sorted({limit for limit, *_ in runs}):
+        mains = {seed: parts for (tokens, rate, seed), parts in runs.items() if (tokens, rate) == (limit, MAIN)}
+        rows = []
+        for judge in JUDGES:
+            row = [judge]
+            for parts in mains.values():
+                verdicts = stats.right(judged(judge, parts))
+                gap = stats.paired_difference(verdicts, stats.right(margins(parts)))
+                row += [
+                    interval(stats.share(verdicts), 3),
+                    f"{gap['difference']:+.3f} ({gap['low']:+.3f} to {gap['high']:+.3f})",
+                ]
+            rows.append(row)
+        head = [cell for seed in mains for cell in (f"seed {seed}", "policy above it")]
+        made.append(f"Rows of up to {limit:,} tokens:\n\n" + table(["judge", *head], rows))
+    return "\n\n".join(made)
+
+
+def lengths_table(runs: Runs) -> str:
+    import folds
+
+    longest = max(limit for limit, *_ in runs)
+    named = {(f"{rate:g}", seed): parts for (limit, rate, seed), parts in runs.items() if limit == longest}
+    return folds.by_length(named, ["rate", "seed"])
 
 
 def accuracies(runs: Runs):
@@ -155,12 +166,15 @@ def accuracies(runs: Runs):
     from dpo_tutorial.comparing import stats
     from dpo_tutorial.show import figures
 
-    shown = {f"{rate:g}, seed {seed}": stats.accuracy(margins(parts)) for (_, rate, seed), parts in runs.items()}
-    (_, _, seed), first = max(runs.items(), key=lambda run: len(run[1]))
-    judges = {f"{judge}, seed {seed}'s rows": stats.accuracy(judged(judge, first)) for judge in JUDGES}
+    shown = {
+        f"{limit:,} tokens, {rate:g}, seed {seed}": stats.accuracy(margins(parts))
+        for (limit, rate, seed), parts in runs.items()
+    }
+    (limit, _, seed), first = max(runs.items(), key=lambda run: (run[0][0], len(margins(run[1]))))
+    judges = {f"{judge}, {limit:,} tokens, seed {seed}": stats.accuracy(judged(judge, first)) for judge in JUDGES}
     said = "; ".join(f"{name} {interval(found, 3)}" for name, found in (shown | judges).items())
     alt = f"Accuracy on held-out rows of UltraFeedback: {said}; the makers' own DPO {MAKERS}"
-    figure, (axis,) = figures.new_figure(width=5, height=1.6 + 0.26 * len(shown | judges), alt=alt)
+    figure, (axis,) = figures.new_figure(width=6, height=1.6 + 0.26 * len(shown | judges), alt=alt)
     for color, some in ((figures.BLUE, shown), (figures.GREY, judges)):
         middle = [found["rate"] for found in some.values()]
         sides = [[abs(f["rate"] - f[side]) for f in some.values()] for side in ("low", "high")]
@@ -174,19 +188,18 @@ def accuracies(runs: Runs):
 
 
 def drawn(lines: list[dict]) -> dict:
-    """The figure, of the runs with the smallest limit in tokens."""
     runs = runs_of(lines)
-    return {"ultrafeedback.png": accuracies({k: r for k, r in runs.items() if k[0] == min(runs)[0]})} if runs else {}
+    return {"ultrafeedback.png": accuracies(runs)} if runs else {}
 
 
 def tables(lines: list[dict]) -> dict[str, str]:
     runs = runs_of(lines)
     if not runs:
-        return dict.fromkeys(("trained", "judges", "figure", "folds on"), UNMEASURED)
+        return dict.fromkeys(("trained", "judges", "figure", "by length", "folds on"), UNMEASURED)
     ((path, figure),) = drawn(lines).items()
     return {
         "trained": trained_table(runs), "judges": judges_table(runs), "figure": image(figure, path),
-        "folds on": machines(lines, "folds"),
+        "by length": lengths_table(runs), "folds on": machines(lines, "folds"),
     }  # fmt: skip
 
 

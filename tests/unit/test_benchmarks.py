@@ -385,7 +385,13 @@ def test_a_saved_adapter_is_judged_on_everything_and_written(knobs, cfg, tokeniz
     record = begun(tmp_path, "seeds")
     monkeypatch.setattr(effect, "WHOLE", effect.WHOLE | knobs)
     effect.seeds(record, argparse.Namespace(runs=[str(tmp_path)]))
-    assert len(record.lines()[-1]["margins"]) == len(pairs)
+    judged = record.lines()[-1]
+    assert len(judged["each"]["margin"]) == len(pairs)
+    for name, found in (
+        ("ends complete", judged["rules"]["after"]["ends complete"]), ("followed", judged["instructions"]["after"])
+    ):  # fmt: skip
+        each = judged["each"][name]
+        assert (len(each), sum(each)) == (found["n"], round(found["rate"] * found["n"]))
     with pytest.raises(SystemExit, match="control"):
         effect.control(record, argparse.Namespace(runs=[str(tmp_path)]))
     tables = effect.tables(record.lines())

@@ -120,13 +120,15 @@ def test_short_pairs_and_long_ones_are_told_apart_also_where_their_lengths_came_
     row = {"lengths": [100, 512, 513, 900], "longer": [5, -5, 5, -5]}
     first = about | {"fold": 0, "margins": [1.0, 1.0, 1.0, -1.0]}  # recorded before rows had a length
     later = about | {"fold": 1, "margins": [1.0, -1.0, -1.0, -1.0]} | row
-    made = gpu_ultrafeedback.by_length(
+    made = gpu_ultrafeedback.lengths_table(
         gpu_ultrafeedback.runs_of([{"name": "lengths", "seed": 42, "fold": 0} | row, first, later])
     )
     short, long = (line.split(" | ") for line in made.splitlines()[2:])
     assert short[3:5] == ["up to 512", "4"] and short[5].startswith("0.750") and short[7:9] == ["1.00", "0.50"]
     assert long[3:5] == ["513 to 1,024", "4"] and long[5].startswith("0.250") and long[6].startswith("-0.250")
-    assert gpu_ultrafeedback.by_length(gpu_ultrafeedback.runs_of([first])).count("\n") == 1, "lengths not known: no row"
+    assert gpu_ultrafeedback.lengths_table(gpu_ultrafeedback.runs_of([first])).count("\n") == 1, (
+        "lengths not known: no row"
+    )
 
 
 def test_a_prompt_is_held_out_in_exactly_one_fold():
