@@ -81,16 +81,16 @@ def predicted_and_measured(options, record: Record, shape: str) -> None:
 
 def tables(lines: list[dict]) -> dict[str, str]:
     steps = [
-        [r["name"], " ".join(f"{x:.3f}" for x in r.get("losses", [])), r["failed"] or "none"]
+        [r["name"], " ".join(f"{x:.3f}" for x in r.get("losses", [])), r["failed"] or "none", r["at"][:10]]
         for r in lines
         if r["name"].startswith("five steps")
     ]
     memory = [
         [r["name"].removeprefix("memory: "), f"{r['predicted_gib']:.1f}", f"{r['measured_gib']:.1f}",
-         f"{r['predicted_gib'] / r['measured_gib']:.2f}"]
+         f"{r['predicted_gib'] / r['measured_gib']:.2f}", r["at"][:10]]
         for r in lines if r["name"].startswith("memory")
     ]  # fmt: skip
     return {
-        "steps": table(["", "losses", "error"], steps),
-        "memory": table(["", "predicted GiB", "measured GiB", "predicted / measured"], memory),
+        "steps": table(["", "losses", "error", "measured"], steps),
+        "memory": table(["", "predicted GiB", "measured GiB", "predicted / measured", "measured"], memory),
     }

@@ -13,7 +13,7 @@ import torch
 import trainings
 from datasets import Dataset
 from gpu_ultrafeedback import usable_rows
-from harness import Record, table, turns
+from harness import UNMEASURED, Record, table, turns
 
 from dpo_tutorial.loading import models, sizes
 from dpo_tutorial.machine import hardware, memory
@@ -26,12 +26,14 @@ TRAINERS = {
     "ours, no prefix sharing": {"sharing": False},
     "ours, no checkpointing": {"checkpointing": False},
     "ours, no checkpointing, layers compiled": {"checkpointing": False, "compiled": True},
+    "ours, 16 pairs at a time": {"size": 16},  # a step of 16 pairs: does it fit, and is it faster?
 }
 IN_TURN = ("stock TRL", "ours")  # measured in every round; the others in the first
 
 
 def stage_b(record: Record, options) -> None:
-    ceiling = {}
+    """Most wanted first: the large shape, its profile, its trainings in turn. None begins after `options.seconds`."""
+    started, ceiling = time.perf_counter(), {}
     for dtype in ("fp32",) if options.tiny else ("bf16", "fp16"):
         found = tasks.matmul_task({"size": 64 if options.tiny else 8192, "dtype": dtype}, Path())
         ceiling[dtype] = found["flops"]
@@ -43,33 +45,37 @@ def stage_b(record: Record, options) -> None:
     for n in [64] if options.tiny else options.lengths:
         sets[f"{n:,} tokens"] = trainings.quarter_prompt(tokenizer, n, options.pairs)
     few = Dataset.from_list(rows[:16])
-    for name in options.shapes or (("tiny",) if options.tiny else ("0.5B", "7B")):
+    for name in options.shapes or (("tiny",) if options.tiny else ("7B", "0.5B")):
         base = trainings.random_base(name, cfg, tokenizer)
         record.write("B", f"{name}, weights", gib=sum(sizes.weight_bytes(base).values()) / 2**30)
         for who in IN_TURN:  # compile the kernels of both before either is timed
             base, _ = one_training(cfg, base, tokenizer, few, **TRAINERS[who])
+        for who in reversed(IN_TURN):
+            try:
+                base, found = profile_step(cfg, base, tokenizer, few, **TRAINERS[who])
+            except torch.OutOfMemoryError as error:
+                record.write("B", f"{name}, profile of a step, {who}", failed=str(error)[:300])
+                base = trainings.random_base(name, cfg, tokenizer)  # what was left on the other is unknown
+                continue
+            record.write("B", f"{name}, profile of a step, {who}", **found)
         for about, pairs in sets.items():
             for turn, who in turns(options.trainers or TRAINERS, options.rounds):
                 if turn and who not in IN_TURN:
                     continue
+                if time.perf_counter() - started > options.seconds:
+                    record.write("B", "stopped", before=f"{name}, {about}, {who}", seconds=options.seconds)
+                    return
                 base, found = one_training(cfg, base, tokenizer, pairs, **TRAINERS[who])
                 if "failed" not in found:
                     flops = flops_of(trainings.SHAPES[name], found["tokens_per_second"])
                     found |= {"flops": flops, "utilisation": flops / ceiling[cfg.dtype]}
                 record.write("B", "training", shape=name, data=about, who=who, turn=turn, **found)
-        for who in reversed(IN_TURN):  # ours first: memory may end it
-            try:
-                base, found = profile_step(cfg, base, tokenizer, few, **TRAINERS[who])
-            except torch.OutOfMemoryError as error:
-                record.write("B", f"{name}, profile of a step, {who}", failed=str(error)[:300])
-                break  # what it left on the model is unknown
-            record.write("B", f"{name}, profile of a step, {who}", **found)
         del base
 
 
 def build(cfg, base, tokenizer, pairs, folder, stock=False, size=8, checkpointing=True, sharing=True):
     cfg = dataclasses.replace(
-        cfg, batch_size=size, grad_accum=8 // size, prefix_sharing=sharing, gradient_checkpointing=checkpointing
+        cfg, batch_size=size, grad_accum=max(8 // size, 1), prefix_sharing=sharing, gradient_checkpointing=checkpointing
     )
     make = trainings.stock_trainer if stock else trainings.our_trainer
     return make(cfg, base, tokenizer, pairs, None, folder)
@@ -101,12 +107,12 @@ def flops_of(shape: dict, tokens_per_second: float) -> float:
     return 3 * 2 * shape["num_hidden_layers"] * block * tokens_per_second
 
 
-#: Kernel names by what they do, first hit wins.
+#: Kernel names by what they do, first hit wins. The first two names are those of TRL's kernels for log-probabilities.
 KINDS = (
+    ("head", ("_forward_kernel", "_backward_kernel", "logprob")),
     ("attention", ("flash", "fmha", "attention", "softmax")),
     ("dequantize", ("quantize", "kdequant", "4bit")),
     ("matrix product", ("gemm", "cutlass", "nvjet", "cublas", "sm90_xmma", "_mm", "wgmma")),
-    ("head", ("logprob", "triton")),
     ("optimizer", ("multi_tensor", "adam", "foreach")),
     ("gather", ("index", "gather", "scatter")),
     ("elementwise and copies", ("elementwise", "copy", "memcpy", "memset", "reduce", "cat", "vectorized")),
@@ -165,11 +171,26 @@ def tables(lines: list[dict]) -> dict[str, str]:
     for r in (line for line in lines if line["name"] == "training"):
         row = [r["shape"], r["data"], r["who"], r["turn"] + 1]
         if "failed" in r:
-            rows.append([*row, r["failed"].split(":")[0], "", "", "", ""])
+            rows.append([*row, r["failed"].split(":")[0], "", "", "", "", r["at"][:10]])
         else:
             rows.append(
                 [*row, f"{r['pairs_per_second']:.2f}", f"{r['tokens_per_second']:,.0f}", f"{r['peak_gib']:.1f}",
-                 f"{r['utilisation']:.0%}", f"{r['padding']:.0%}"]
+                 f"{r['utilisation']:.0%}", f"{r['padding']:.0%}", r["at"][:10]]
             )  # fmt: skip
-    head = ["shape", "pairs", "", "turn", "pairs/s", "tokens/s", "peak GiB", "utilisation", "padding"]
-    return {"speed": table(head, rows)}
+    head = ["shape", "pairs", "", "turn", "pairs/s", "tokens/s", "peak GiB", "utilisation", "padding", "measured"]
+    return {"speed": table(head, rows), "profile": profile_table(lines)}
+
+
+def profile_table(lines: list[dict]) -> str:
+    """Seconds of one step by kind of kernel, and by phase where ours keeps the time."""
+    seen = {line["name"]: line for line in lines if "profile of a step" in line["name"]}
+    if not seen:
+        return UNMEASURED
+    kinds = [*(kind for kind, _ in KINDS), "other"]
+    rows = [
+        [name.replace(", profile of a step", ""), r["at"][:10],
+         *([r["failed"].split(".")[0], *[""] * len(kinds)] if "failed" in r else
+           [f"{r['seconds']:.3f}", *(f"{r['kinds'].get(kind, 0) / r['device_seconds']:.0%}" for kind in kinds)])]
+        for name, r in seen.items()
+    ]  # fmt: skip
+    return table(["", "measured", "seconds", *kinds], rows)

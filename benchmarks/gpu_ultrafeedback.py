@@ -146,7 +146,8 @@ def tables(lines: list[dict]) -> dict[str, str]:
         rows.append(
             [f"{rate:g}", epochs, seed, f"{len(parts)} of {FOLDS}", len(margins),
              interval(stats.accuracy(margins), 3), f"{mean['mean']:.3f} ({mean['standard_error']:.3f})",
-             f"{kl['mean']:.1f} ({kl['standard_error']:.1f})" if kl else ""]
+             f"{kl['mean']:.1f} ({kl['standard_error']:.1f})" if kl else "",
+             " and ".join(sorted({r["at"][:10] for r in parts}))]
         )  # fmt: skip
-    head = ["rate", "epochs", "seed", "folds", "held out", "accuracy (95%)", "margin (s.e.)", "KL (s.e.)"]
+    head = ["rate", "epochs", "seed", "folds", "held out", "accuracy (95%)", "margin (s.e.)", "KL (s.e.)", "measured"]
     return {"ultrafeedback": table(head, rows), "by length": lengths_table(runs)}

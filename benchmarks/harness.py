@@ -130,6 +130,22 @@ def machines(lines: list[dict], stage: str) -> str:
     return "\n\n".join(dict.fromkeys(found))
 
 
+def commit() -> str:
+    """Of the code that is run, with a "+" where files differ from it; empty outside a clone."""
+    asked = ["git", "describe", "--always", "--dirty=+", "--exclude=*"]
+    try:
+        return subprocess.run(asked, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    except FileNotFoundError:  # no git
+        return ""
+
+
+def numbers(chosen: argparse.Namespace, parser: argparse.ArgumentParser) -> dict:
+    """Options that were given and say how much is measured: numbers and switches, never a folder's name."""
+    given = {name: value for name, value in vars(chosen).items() if value != parser.get_default(name)}
+    some = {name: value if isinstance(value, list) else [value] for name, value in given.items()}
+    return {name: given[name] for name, value in some.items() if all(isinstance(v, int | float) for v in value)}
+
+
 def machine_task(task: dict, folder: Path) -> dict:
     from dpo_tutorial.machine import hardware, session
 
@@ -235,7 +251,7 @@ def main(
     record, where = Record(chosen.out / f"{name}.jsonl"), chosen.out / (page or f"{name}.md")
     for stage in chosen.stages or stages:
         if stage != "page":
-            record.begin(stage)
+            record.begin(stage, commit=commit(), options=numbers(chosen, parser))
             stages[stage](record, chosen)
     if where.exists():
         where.write_text(with_tables(where.read_text(encoding="utf-8"), tables(record.lines())), encoding="utf-8")

@@ -4,6 +4,7 @@ import argparse
 import copy
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -464,6 +465,17 @@ def test_a_fault_is_recorded_as_a_user_meets_it(tmp_path, monkeypatch):
 def test_the_commands_of_the_harness_are_the_packages(tmp_path):
     for word in ("run", "train"):
         assert reliability.fault(tmp_path, word, {"BTA": "0.1"})["says"].startswith("Unknown parameter BTA.")
+
+
+def test_a_run_notes_its_commit_and_the_numbers_it_was_given_and_no_folder():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--lengths", nargs="*", type=int, default=[512])
+    parser.add_argument("--runs", nargs="*", default=[])
+    chosen = parser.parse_args(["--workers", "4", "--lengths", "64", "--runs", "/home/me/run"])
+    assert harness.numbers(chosen, parser) == {"workers": 4, "lengths": [64]}
+    assert harness.numbers(parser.parse_args([]), parser) == {}
+    assert re.fullmatch(r"[0-9a-f]{7,40}\+?|", harness.commit())
 
 
 @pytest.fixture

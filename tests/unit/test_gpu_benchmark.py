@@ -9,6 +9,7 @@ import gpu
 import gpu_first
 import gpu_speed
 import gpu_ultrafeedback
+import harness
 import pytest
 from conftest import pair
 from harness import Record
@@ -53,19 +54,34 @@ def test_a_command_is_recorded_with_its_exit_code_and_what_it_said():
 
 
 def test_stage_b_measures_stock_and_ours_and_profiles_a_step(options, record):
-    options.trainers = ["stock TRL", "ours"]
+    options.trainers = [who for who in gpu_speed.TRAINERS if "compiled" not in who]  # minutes of a compiler on a CPU
     gpu_speed.stage_b(record, options)
     lines = record.lines()
     trained = {(line["data"], line["who"]): line for line in lines if line["name"] == "training"}
-    assert len(trained) == 4 and not [who for who, line in trained.items() if "failed" in line]
+    assert len(trained) == 2 * len(options.trainers) and not [
+        who for who, found in trained.items() if "failed" in found
+    ]
     assert all(line["losses"][0] == pytest.approx(0.6931, abs=1e-3) for line in trained.values())
-    assert all(line["pairs_per_second"] > 0 and len(line["steps"]) == 2 for line in trained.values())
-    ours, stock = (trained["UltraFeedback", who] for who in ("ours", "stock TRL"))
-    assert ours["positions"] < stock["positions"], "prompts are shared"
+    assert {who: len(line["steps"]) for (_, who), line in trained.items()} == dict.fromkeys(options.trainers, 2) | {
+        "ours, 16 pairs at a time": 1
+    }
+    assert all(line["pairs_per_second"] > 0 for line in trained.values() if len(line["steps"]) > 1)
+    ours, stock, unshared = (trained["UltraFeedback", who] for who in ("ours", "stock TRL", "ours, no prefix sharing"))
+    assert ours["positions"] < min(stock["positions"], unshared["positions"]), "prompts are shared"
     profiles = [line for line in lines if "profile of a step" in line["name"]]
     assert len(profiles) == 2 and all(line["checkpointing"] for line in profiles), "as in the trainings"
     assert ours["phases"]["backward"] > 0 and ours["phases"]["reference, forward"] > 0
-    assert gpu_speed.tables(lines)["speed"].count("\n") == 5
+    made = gpu_speed.tables(lines)
+    assert made["speed"].count("\n") == 1 + len(trained) and made["profile"].count("\n") == 3
+    assert gpu_speed.tables([])["profile"] == harness.UNMEASURED
+
+
+def test_stage_b_begins_no_training_after_its_time(options, record):
+    options.seconds = 0
+    gpu_speed.stage_b(record, options)
+    lines = record.lines()
+    assert lines[-1]["name"] == "stopped" and not [line for line in lines if line["name"] == "training"]
+    assert len([line for line in lines if "profile of a step" in line["name"]]) == 2, "what is most wanted comes first"
 
 
 def test_stage_c_runs_commands_side_by_side_and_keeps_what_they_saved(record, tmp_path):
