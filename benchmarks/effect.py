@@ -104,7 +104,8 @@ def answers(cfg, model, tokenizer, pairs) -> dict:
 def judge(task: dict, folder: Path) -> dict:
     """A run's adapter on all test pairs and requests: what `dpo-tutorial compare` reports, and what training took.
 
-    `each` has what pairs two runs: the margin of each pair, and for each prompt and request 0 or 1 by rule.
+    `each` has what pairs two runs: the margin of each pair, for each prompt its tokens and 0 or 1 by rule, and 0 or 1
+    for each request.
     """
     from dpo_tutorial import config, run_folder
     from dpo_tutorial.adapter import lora
@@ -124,9 +125,9 @@ def judge(task: dict, folder: Path) -> dict:
     policy = lora.load_policy(cfg, run.adapter)
     records, found = compare.compare(cfg, policy, tokenizer, splits, trained["beta"])
     after, checked = found["held_out"]["after"], found["instructions"]
-    answers = [answer["after"] for answer in found["answers"]]
-    each = {rule: [int(check(answer)) for answer in answers] for rule, check in house_style.RULES.items()}
-    each["tokens"] = [answer["tokens"] for answer in answers]
+    written = [answer["after"] for answer in found["answers"]]
+    each = {rule: [int(check(answer)) for answer in written] for rule, check in house_style.RULES.items()}
+    each["tokens"] = [answer["tokens"] for answer in written]
     each["followed"] = [int(done) for done in checked["followed"]["after"]]
     each["margin"] = [round(r["margin"], 4) for r in records]
     return {

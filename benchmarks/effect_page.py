@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from harness import image, interval, machines, newest, table
+from harness import UNMEASURED, image, interval, machines, newest, table
 
 FIGURE = "../docs/effect.png"  # from effect.md; README shows it too
 
@@ -136,7 +136,7 @@ def figure(runs: dict[str, dict], alone: dict[str, dict]):
 
     rows = np.arange(len(rules))
     points(writes, rows - 0.38, list(first["rules"]["before"].values()), figures.GREY, "base", across=True)
-    for (run, color, label), shift in zip(trained, np.linspace(-0.24, 0.36, len(trained)), strict=True):
+    for (run, color, label), shift in zip(trained, -0.24 + 0.12 * np.arange(len(trained)), strict=True):
         points(writes, rows + shift, list(run["rules"]["after"].values()), color, label, across=True)
         points(right, [shift], [run["accuracy"]], color, "", across=True)
     target = [value["rate"] for value in first["rules"]["target"].values()]
@@ -181,8 +181,8 @@ def tables(lines: list[dict]) -> dict[str, str]:
             "against": against_table(runs), "kinds": kinds_table(every), "changes": changes_table(runs),
             "instructions": instructions_table(every), "seeds on": machines(lines, "seeds"),
         }  # fmt: skip
-    if alone:
-        made |= {"control": changes_table(alone), "control on": machines(lines, "control")}
+    made["control"] = changes_table(alone) if alone else UNMEASURED
+    made["control on"] = machines(lines, "control")
     if opposite:
         made |= {"swapped": columns(opposite, REWARDS), "swapped on": machines(lines, "swapped")}
     return made

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import trainings
 from datasets import Dataset
-from harness import interval, table
+from harness import UNMEASURED, interval, table
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import DPOTrainer
@@ -134,6 +134,8 @@ def by_length(runs: dict[tuple, list[dict]], head: list[str]) -> str:
                     *(f"{side.mean():.2f}" if len(side) else "" for side in sides),
                     f"{np.corrcoef(more, margins)[0, 1]:.2f}",
                 ])  # fmt: skip
+    if not rows:
+        return UNMEASURED
     return table(
         [*head, "tokens of the pair", "held out", "accuracy (95%)", "above the longer answer",
          "where the chosen is longer", "where it is shorter", "margin and length correlate"], rows

@@ -1,4 +1,4 @@
-"""What does a GPU do? `python benchmarks/gpu.py A B C D page`; eight minutes a stage are the aim, and D ends in time.
+"""What does a GPU do? `python benchmarks/gpu.py A B C D page`; eight minutes a stage are the aim.
 
 A  no trained model needed: the tests marked gpu, the doctor, five steps in fp16 and bf16, predicted and measured memory
 B  speed: ours beside stock TRL on random weights of the GPU profiles' shapes, one part changed, one step's profile
@@ -93,7 +93,9 @@ def options(parser) -> None:
     parser.add_argument("--lengths", nargs="*", type=int, default=[512, 1024], help="stage B: pairs so long, in tokens")
     parser.add_argument("--workers", type=int, default=1, help="processes of stage D")
     parser.add_argument("--seeds", nargs="*", type=int, help="of stage D; default: 42, 1, 2")
-    parser.add_argument("--seconds", type=float, default=math.inf, help="stage D starts no training after so many")
+    parser.add_argument(
+        "--seconds", type=float, default=math.inf, help="stages B and D begin no training after so many"
+    )
 
 
 STAGES = {"A": gpu_first.stage_a, "B": gpu_speed.stage_b, "C": stage_c, "D": gpu_ultrafeedback.stage_d}

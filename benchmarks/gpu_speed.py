@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import tempfile
 import time
 from collections import Counter
@@ -26,13 +27,16 @@ TRAINERS = {
     "ours, no prefix sharing": {"sharing": False},
     "ours, no checkpointing": {"checkpointing": False},
     "ours, no checkpointing, layers compiled": {"checkpointing": False, "compiled": True},
-    "ours, 16 pairs at a time": {"size": 16},  # a step of 16 pairs: does it fit, and is it faster?
+    "ours, 16 pairs at a time": {"size": 16},  # does it fit? Its speed compares on pairs of one length only
 }
 IN_TURN = ("stock TRL", "ours")  # measured in every round; the others in the first
 
 
 def stage_b(record: Record, options) -> None:
-    """Most wanted first: the large shape, its profile, its trainings in turn. None begins after `options.seconds`."""
+    """Most wanted first: the large shape, its profile, its trainings in turn.
+
+    After `options.seconds` no timed training and no other shape begins.
+    """
     started, ceiling = time.perf_counter(), {}
     for dtype in ("fp32",) if options.tiny else ("bf16", "fp16"):
         found = tasks.matmul_task({"size": 64 if options.tiny else 8192, "dtype": dtype}, Path())
@@ -45,7 +49,11 @@ def stage_b(record: Record, options) -> None:
     for n in [64] if options.tiny else options.lengths:
         sets[f"{n:,} tokens"] = trainings.quarter_prompt(tokenizer, n, options.pairs)
     few = Dataset.from_list(rows[:16])
-    for name in options.shapes or (("tiny",) if options.tiny else ("7B", "0.5B")):
+    shapes = options.shapes or (["tiny"] if options.tiny else ["7B", "0.5B"])
+    for name in shapes:
+        if name != shapes[0] and time.perf_counter() - started > options.seconds:
+            record.write("B", "stopped", before=name, seconds=options.seconds)
+            return
         base = trainings.random_base(name, cfg, tokenizer)
         record.write("B", f"{name}, weights", gib=sum(sizes.weight_bytes(base).values()) / 2**30)
         for who in IN_TURN:  # compile the kernels of both before either is timed
@@ -54,9 +62,11 @@ def stage_b(record: Record, options) -> None:
             try:
                 base, found = profile_step(cfg, base, tokenizer, few, **TRAINERS[who])
             except torch.OutOfMemoryError as error:
-                record.write("B", f"{name}, profile of a step, {who}", failed=str(error)[:300])
-                base = trainings.random_base(name, cfg, tokenizer)  # what was left on the other is unknown
-                continue
+                base, found = None, {"failed": str(error)[:300]}
+            if base is None:  # what was left on the other is unknown; it has to be gone before the next is made
+                gc.collect()
+                torch.cuda.empty_cache()
+                base = trainings.random_base(name, cfg, tokenizer)
             record.write("B", f"{name}, profile of a step, {who}", **found)
         for about, pairs in sets.items():
             for turn, who in turns(options.trainers or TRAINERS, options.rounds):
@@ -182,7 +192,7 @@ def tables(lines: list[dict]) -> dict[str, str]:
 
 
 def profile_table(lines: list[dict]) -> str:
-    """Seconds of one step by kind of kernel, and by phase where ours keeps the time."""
+    """Seconds of one step, and the share of each kind of kernel."""
     seen = {line["name"]: line for line in lines if "profile of a step" in line["name"]}
     if not seen:
         return UNMEASURED

@@ -131,17 +131,21 @@ def machines(lines: list[dict], stage: str) -> str:
 
 
 def commit() -> str:
-    """Of the code that is run, with a "+" where files differ from it; empty outside a clone."""
-    asked = ["git", "describe", "--always", "--dirty=+", "--exclude=*"]
+    """Of the code that is run, with a "+" where files but records differ from it; empty outside a clone."""
+
+    def said(*words: str) -> str:
+        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+
     try:
-        return subprocess.run(asked, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+        changed = said("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/*.jsonl")
+        return said("rev-parse", "--short", "HEAD") + ("+" if changed else "")
     except FileNotFoundError:  # no git
         return ""
 
 
 def numbers(chosen: argparse.Namespace, parser: argparse.ArgumentParser) -> dict:
     """Options that were given and say how much is measured: numbers and switches, never a folder's name."""
-    given = {name: value for name, value in vars(chosen).items() if value != parser.get_default(name)}
+    given = {name: value for name, value in vars(chosen).items() if value not in (parser.get_default(name), [])}
     some = {name: value if isinstance(value, list) else [value] for name, value in given.items()}
     return {name: given[name] for name, value in some.items() if all(isinstance(v, int | float) for v in value)}
 
@@ -241,17 +245,18 @@ def main(
     if "--task" in (argv or sys.argv):
         answer(kinds or {})
         raise SystemExit
-    about = sys.modules["__main__"].__doc__
-    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    said = sys.modules["__main__"].__doc__
+    parser = argparse.ArgumentParser(description=said, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stages", nargs="*", choices=[*stages, "page", []], help="default: all of them")
     parser.add_argument("--out", type=Path, default=HERE, help="folder of record and page")
     options(parser)
     chosen = parser.parse_args(argv)
     name = Path(script).stem
     record, where = Record(chosen.out / f"{name}.jsonl"), chosen.out / (page or f"{name}.md")
+    about = {"commit": commit(), "options": numbers(chosen, parser)}  # of the code before any record is written
     for stage in chosen.stages or stages:
         if stage != "page":
-            record.begin(stage, commit=commit(), options=numbers(chosen, parser))
+            record.begin(stage, **about)
             stages[stage](record, chosen)
     if where.exists():
         where.write_text(with_tables(where.read_text(encoding="utf-8"), tables(record.lines())), encoding="utf-8")

@@ -396,21 +396,22 @@ def test_a_saved_adapter_is_judged_on_everything_and_written(knobs, cfg, tokeniz
     with pytest.raises(SystemExit, match="control"):
         effect.control(record, argparse.Namespace(runs=[str(tmp_path)]))
     tables = effect.tables(record.lines())
-    assert "SFT alone" not in tables["seeds"] and "control" not in tables
+    assert "SFT alone" not in tables["seeds"] and tables["control"] == harness.UNMEASURED
     assert f"seed {cfg.seed}" in tables["changes"] and {"seeds", "against", "instructions"} <= tables.keys()
     (figure,) = effect.drawn(record.lines()).values()
     assert "ends complete" in figures.alt_text(figure) and "word counts on" in figures.alt_text(figure)
-    record.write(
-        "control", "machine", **{k: v for k, v in record.lines()[0].items() if k not in ("stage", "name", "at")}
-    )
-    record.write(
-        "control",
-        f"seed {cfg.seed}",
-        **{k: v for k, v in record.lines()[1].items() if k not in ("stage", "name", "at")},
-    )
+    about, of_dpo = record.lines()
+    other = copy.deepcopy(of_dpo)  # of SFT alone, as if all its answers kept this rule
+    other["rules"]["after"]["ends complete"]["rate"] = 1.0
+    for line in (about, other):
+        record.write("control", line["name"], **{k: v for k, v in line.items() if k not in ("stage", "name", "at")})
     tables = effect.tables(record.lines())
     assert all(f"SFT alone, seed {cfg.seed}" in tables[name] for name in ("seeds", "kinds", "instructions"))
-    assert f"seed {cfg.seed}" in tables["control"] and "1 of SFT alone" in tables["figure"]
+    of_control, before = (
+        next(row for row in made.splitlines() if "ends complete" in row)
+        for made in (tables["control"], tables["changes"])
+    )
+    assert "→ 100%" in of_control and of_control != before and "1 of SFT alone" in tables["figure"]
     with pytest.raises(SystemExit, match="--runs"):
         effect.seeds(record, argparse.Namespace(runs=[]))
 
@@ -469,13 +470,15 @@ def test_the_commands_of_the_harness_are_the_packages(tmp_path):
 
 def test_a_run_notes_its_commit_and_the_numbers_it_was_given_and_no_folder():
     parser = argparse.ArgumentParser()
+    parser.add_argument("stages", nargs="*")
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--lengths", nargs="*", type=int, default=[512])
     parser.add_argument("--runs", nargs="*", default=[])
     chosen = parser.parse_args(["--workers", "4", "--lengths", "64", "--runs", "/home/me/run"])
     assert harness.numbers(chosen, parser) == {"workers": 4, "lengths": [64]}
     assert harness.numbers(parser.parse_args([]), parser) == {}
-    assert re.fullmatch(r"[0-9a-f]{7,40}\+?|", harness.commit())
+    assert bool(harness.commit()) == (harness.ROOT / ".git").exists()
+    assert re.fullmatch(r"([0-9a-f]{7,40}\+?)?", harness.commit())
 
 
 @pytest.fixture
