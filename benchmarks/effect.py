@@ -79,21 +79,27 @@ def train(task: dict, folder: Path) -> dict:
     return found | (answers(cfg, model, tokenizer, judged) if task.get("answers") else {})
 
 
+def by_rule(written: list[dict]) -> dict[str, list[int]]:
+    """For each rule of the style: 1 for an answer that keeps it, else 0."""
+    from dpo_tutorial.pairs import house_style
+
+    return {rule: [int(check(answer)) for answer in written] for rule, check in house_style.RULES.items()}
+
+
 def answers(cfg, model, tokenizer, pairs) -> dict:
     """KL, rules, repetition and instructions: what the policy writes to the first prompts of the pairs."""
     from dpo_tutorial.comparing import answer_form, generation, instructions, stats
-    from dpo_tutorial.pairs import house_style
 
     prompts = pairs["prompt"][: cfg.compare_prompts]
     greedy = generation.generate(cfg, model, tokenizer, prompts)
     requests = instructions.load()
     asked = [[{"role": "user", "content": request["prompt"]}] for request in requests]
     followed = instructions.followed(requests, generation.generate(cfg, model, tokenizer, asked))
-    kept = [[float(check(answer)) for check in house_style.RULES.values()] for answer in greedy]
+    kept = by_rule(greedy)
     return {
         "kl": generation.kl_from_base(cfg, model, tokenizer, prompts),
-        "rules": {name: stats.share([k[i] for k in kept]) for i, name in enumerate(house_style.RULES)},
-        "kept": [sum(k) / len(k) for k in kept],
+        "rules": {rule: stats.share(answered) for rule, answered in kept.items()},
+        "kept": [sum(of_one) / len(of_one) for of_one in zip(*kept.values(), strict=True)],
         "tokens": stats.mean([a["tokens"] for a in greedy]),
         "distinct_2": stats.mean([answer_form.distinct(a["text"]) for a in greedy]),
         "followed": [int(f) for f in followed],
@@ -112,7 +118,7 @@ def judge(task: dict, folder: Path) -> dict:
     from dpo_tutorial.comparing import compare
     from dpo_tutorial.loading import models
     from dpo_tutorial.machine import hardware
-    from dpo_tutorial.pairs import house_style, prepare
+    from dpo_tutorial.pairs import prepare
     from dpo_tutorial.training import save
 
     run = run_folder.Run(config.resolve(profile="cpu", artifacts=task["run"]))
@@ -126,7 +132,7 @@ def judge(task: dict, folder: Path) -> dict:
     records, found = compare.compare(cfg, policy, tokenizer, splits, trained["beta"])
     after, checked = found["held_out"]["after"], found["instructions"]
     written = [answer["after"] for answer in found["answers"]]
-    each = {rule: [int(check(answer)) for answer in written] for rule, check in house_style.RULES.items()}
+    each = by_rule(written)
     each["tokens"] = [answer["tokens"] for answer in written]
     each["followed"] = [int(done) for done in checked["followed"]["after"]]
     each["margin"] = [round(r["margin"], 4) for r in records]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from harness import UNMEASURED, image, interval, machines, newest, table
+from harness import UNMEASURED, image, interval, machines, newest, signed, table
 
 FIGURE = "../docs/effect.png"  # from effect.md; README shows it too
 
@@ -63,10 +63,6 @@ def changes_table(runs: dict[str, dict]) -> str:
             ]
             rows.append([name, *cells, written(target, digits)])
     return table(["", *runs, "chosen answers"], rows)
-
-
-def signed(change: dict) -> str:
-    return f"{change['difference']:+.2f} ({change['low']:+.2f} to {change['high']:+.2f})"
 
 
 def against_table(runs: dict[str, dict]) -> str:

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import trainings
 from datasets import Dataset
-from harness import UNMEASURED, interval, table
+from harness import UNMEASURED, interval, signed, table
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import DPOTrainer
@@ -24,7 +24,7 @@ from dpo_tutorial.comparing import stats
 from dpo_tutorial.comparing.baselines import bag_of_words
 from dpo_tutorial.knobs import Config
 from dpo_tutorial.machine import hardware
-from dpo_tutorial.pairs import prepare
+from dpo_tutorial.pairs import encoding, prepare
 from dpo_tutorial.training import scoring
 
 
@@ -67,11 +67,6 @@ def longer(rows: list[dict]) -> list[int]:
     return [row["chosen_tokens"] - row["rejected_tokens"] for row in rows]
 
 
-def lengths(rows: list[dict]) -> list[int]:
-    """Tokens of each pair as the limit counts them: the prompt and its longer answer."""
-    return [row["prompt_tokens"] + max(row["chosen_tokens"], row["rejected_tokens"]) for row in rows]
-
-
 def scorer_of(cfg: Config, base: PreTrainedModel) -> PeftModel:
     """A base in float32 with an adapter that `one` fills: scores in float32 hide no margin."""
     return get_peft_model(base, lora.lora_config(cfg))
@@ -83,18 +78,18 @@ def one(
     """Train on the rest of a fold in the type of `cfg`, and score what is held out in float32.
 
     Returns:
-        The trainer; and `train_seconds`, `steps`, `first_loss`, `lengths` and `longer` of the held-out rows, and
-        what `held_out` finds.
+        The trainer; and `train_seconds`, `steps`, `first_loss`, what `held_out` finds; and of the held-out
+        rows `longer`, and as `lengths` their tokens as the limit counts them.
     """
     hardware.seed_everything(cfg.seed)
     shuffled = Dataset.from_list(rest).shuffle(seed=cfg.seed)
     trainer = trainings.our_trainer(cfg, base, tokenizer, shuffled, None, folder)
     ran = trainings.run(trainer, cfg.seed)
     set_peft_model_state_dict(scorer, get_peft_model_state_dict(trainer.model))
-    exact = dataclasses.replace(cfg, dtype="fp32")
-    found = held_out(scoring.score_pairs(exact, scorer, tokenizer, Dataset.from_list(held)))
+    exact, pairs = dataclasses.replace(cfg, dtype="fp32"), Dataset.from_list(held)
+    found = held_out(scoring.score_pairs(exact, scorer, tokenizer, pairs))
     about = {"train_seconds": ran["seconds"], "steps": len(ran["losses"]), "first_loss": ran["losses"][0]}
-    return trainer, about | {"lengths": lengths(held), "longer": longer(held)} | found
+    return trainer, about | {"lengths": encoding.token_lengths(pairs), "longer": longer(held)} | found
 
 
 def held_out(records: list[dict]) -> dict:
@@ -130,7 +125,7 @@ def by_length(runs: dict[tuple, list[dict]], head: list[str]) -> str:
                 sides = [stats.right(margins[side]) for side in (more > 0, more < 0)]
                 rows.append([
                     *said, limits, len(margins), interval(stats.accuracy(margins), 3),
-                    f"{gap['difference']:+.3f} ({gap['low']:+.3f} to {gap['high']:+.3f})",
+                    signed(gap, 3),
                     *(f"{side.mean():.2f}" if len(side) else "" for side in sides),
                     f"{np.corrcoef(more, margins)[0, 1]:.2f}",
                 ])  # fmt: skip

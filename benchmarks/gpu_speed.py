@@ -50,9 +50,15 @@ def stage_b(record: Record, options) -> None:
         sets[f"{n:,} tokens"] = trainings.quarter_prompt(tokenizer, n, options.pairs)
     few = Dataset.from_list(rows[:16])
     shapes = options.shapes or (["tiny"] if options.tiny else ["7B", "0.5B"])
+
+    def late(before: str) -> bool:
+        if time.perf_counter() - started <= options.seconds:
+            return False
+        record.write("B", "stopped", before=before, seconds=options.seconds)
+        return True
+
     for name in shapes:
-        if name != shapes[0] and time.perf_counter() - started > options.seconds:
-            record.write("B", "stopped", before=name, seconds=options.seconds)
+        if name != shapes[0] and late(name):
             return
         base = trainings.random_base(name, cfg, tokenizer)
         record.write("B", f"{name}, weights", gib=sum(sizes.weight_bytes(base).values()) / 2**30)
@@ -72,8 +78,7 @@ def stage_b(record: Record, options) -> None:
             for turn, who in turns(options.trainers or TRAINERS, options.rounds):
                 if turn and who not in IN_TURN:
                     continue
-                if time.perf_counter() - started > options.seconds:
-                    record.write("B", "stopped", before=f"{name}, {about}, {who}", seconds=options.seconds)
+                if late(f"{name}, {about}, {who}"):
                     return
                 base, found = one_training(cfg, base, tokenizer, pairs, **TRAINERS[who])
                 if "failed" not in found:

@@ -194,6 +194,12 @@ def interval(rate: dict, digits: int = 2) -> str:
     return f"{rate['rate']:.{digits}f} ({rate['low']:.{digits}f} to {rate['high']:.{digits}f})"
 
 
+def signed(change: dict, digits: int = 2) -> str:
+    """A difference with its 95% interval, as `stats.paired_difference` gives it."""
+    difference, low, high = (f"{change[name]:+.{digits}f}" for name in ("difference", "low", "high"))
+    return f"{difference} ({low} to {high})"
+
+
 def with_tables(text: str, tables: dict[str, str]) -> str:
     """A page with each table between its marks.
 
@@ -253,11 +259,11 @@ def main(
     chosen = parser.parse_args(argv)
     name = Path(script).stem
     record, where = Record(chosen.out / f"{name}.jsonl"), chosen.out / (page or f"{name}.md")
-    about = {"commit": commit(), "options": numbers(chosen, parser)}  # of the code before any record is written
-    for stage in chosen.stages or stages:
-        if stage != "page":
-            record.begin(stage, **about)
-            stages[stage](record, chosen)
+    measured = [stage for stage in chosen.stages or stages if stage != "page"]
+    about = {"commit": commit(), "options": numbers(chosen, parser)} if measured else {}
+    for stage in measured:
+        record.begin(stage, **about)
+        stages[stage](record, chosen)
     if where.exists():
         where.write_text(with_tables(where.read_text(encoding="utf-8"), tables(record.lines())), encoding="utf-8")
         for path, figure in figures(record.lines()).items():

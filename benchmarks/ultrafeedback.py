@@ -20,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from harness import UNMEASURED, Record, image, in_turn, interval, machines, main, newest, table
+from harness import UNMEASURED, Record, image, in_turn, interval, machines, main, newest, signed, table
 
 #: Limit in tokens → how many folds. Five leave 637 or 638 pairs of up to 1,024 tokens to train on, as in `gpu.py`.
 FOLDS = {512: 3, 1024: 5}
@@ -148,7 +148,7 @@ def judges_table(runs: Runs) -> str:
                 gap = stats.paired_difference(verdicts, stats.right(margins(parts)))
                 row += [
                     interval(stats.share(verdicts), 3),
-                    f"{gap['difference']:+.3f} ({gap['low']:+.3f} to {gap['high']:+.3f})",
+                    signed(gap, 3),
                 ]
             rows.append(row)
         head = [cell for seed in mains for cell in (f"seed {seed}", "policy above it")]

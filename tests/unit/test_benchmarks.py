@@ -474,7 +474,7 @@ def test_a_run_notes_its_commit_and_the_numbers_it_was_given_and_no_folder():
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--lengths", nargs="*", type=int, default=[512])
     parser.add_argument("--runs", nargs="*", default=[])
-    chosen = parser.parse_args(["--workers", "4", "--lengths", "64", "--runs", "/home/me/run"])
+    chosen = parser.parse_args(["--workers", "4", "--lengths", "64", "--runs", "runs/mine"])
     assert harness.numbers(chosen, parser) == {"workers": 4, "lengths": [64]}
     assert harness.numbers(parser.parse_args([]), parser) == {}
     assert bool(harness.commit()) == (harness.ROOT / ".git").exists()
