@@ -37,10 +37,11 @@ OTHER := $(filter-out $(call series,$(PYTHON)),$(call series,$(PY)))
 endif
 .PHONY: $(if $(OTHER),$(STAMP))
 
+# Most of what is installed is never imported: --no-compile leaves each module to its first import.
 $(STAMP): requirements.txt pyproject.toml
 	$(if $(OTHER),@echo "$(VENV) is of Python $(OTHER): it is made anew with $(PYTHON)")
 	$(if $(OTHER),,test -x $(PY) || )$(PYTHON) -m venv --clear $(VENV)
-	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-compile -r requirements.txt
 	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --editable .
 	touch $@
 

@@ -191,29 +191,33 @@ def rehearse(colab: Colab, record: Record) -> None:
     def write(name: str, **values) -> None:
         record.write("stand-in", name, **values)
 
-    with colab.session("held") as early:
-        assert early.run("import pandas") is None
-        first, *others = NOTEBOOKS
-        refused = early.run(first_cell(first, (colab.folder / "nowhere").as_uri())) or ""
-        write("where pip fails", said=refused.splitlines()[-1:])
-        with colab.session(first.stem) as session:
-            write(first.stem, **session.run_notebook(first, SMOKE))
-            convert = "from dpo_tutorial.loading import embedded; embedded.ensure_embedded_model()"
-            write("the embedded model", error=session.run(convert))
-        said = subprocess.run([colab.python, "-V"], stdout=subprocess.PIPE, text=True, check=True).stdout
-        write("packages", python=said.split()[1], before=colab.before, changes=colab.changes())
-        write(HELD, **early.run_notebook(others[0]))
+    def ran(session: Session, path: Path, name: str, parameters: str = "") -> None:
+        write(name, **session.run_notebook(path, SMOKE + parameters))
 
     def alone(path: Path, name: str, parameters: str = "") -> None:
         with colab.session(name) as session:
-            write(name, **session.run_notebook(path, SMOKE + parameters))
+            ran(session, path, name, parameters)
 
-    with ThreadPoolExecutor(2) as pool:  # each uses one thread
-        needs = ROOT / "notebooks" / f"{NEEDS_ADAPTER}.ipynb"
-        jobs = [pool.submit(alone, needs, TRAINS, "TRAIN_IF_MISSING = True\n")]
-        jobs += [pool.submit(alone, path, path.stem) for path in reversed(others)]  # the longest are the last two
-        for job in jobs:
-            job.result()
+    first, *others = NOTEBOOKS
+    with colab.session(first.stem) as session:
+        with colab.session("held") as early:
+            assert early.run("import pandas") is None
+            refused = early.run(first_cell(first, (colab.folder / "nowhere").as_uri())) or ""
+            write("where pip fails", said=refused.splitlines()[-1:])
+            error = session.run(first_cell(first, colab.checkout.as_uri()))  # installs; its notebook goes on below
+            assert error is None, error
+            said = subprocess.run([colab.python, "-V"], stdout=subprocess.PIPE, text=True, check=True).stdout
+            write("packages", python=said.split()[1], before=colab.before, changes=colab.changes())
+            write(HELD, **early.run_notebook(others[0]))
+        convert = "from dpo_tutorial.loading import embedded; embedded.ensure_embedded_model()"
+        write("the embedded model", error=session.run(convert))
+        with ThreadPoolExecutor(2) as pool:  # each uses one thread
+            needs = ROOT / "notebooks" / f"{NEEDS_ADAPTER}.ipynb"
+            jobs = [pool.submit(alone, path, path.stem) for path in reversed(others)]  # the longest are the last two
+            jobs += [pool.submit(alone, needs, TRAINS, "TRAIN_IF_MISSING = True\n")]
+            jobs += [pool.submit(ran, session, first, first.stem)]
+            for job in jobs:
+                job.result()
 
 
 def newest(lines: list[dict]) -> dict[str, dict]:

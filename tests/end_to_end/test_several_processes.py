@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -75,11 +74,11 @@ def test_two_processes_train_the_adapter_of_one_and_only_the_first_speaks(given,
     assert save.read_training_record(alone / "cpu" / "adapter")["processes"] == 1
 
 
-@pytest.fixture(scope="module", params=["1", "0"])
-def killed(request, given, tmp_path_factory) -> Path:
-    """A run of two of which one was killed after the third step: the second, then the one that writes."""
+@pytest.fixture
+def killed(request, given, tmp_path) -> Path:
+    """A run of two of which the one of this rank was killed after the third step; rank 0 is the one that writes."""
     victim = request.param
-    artifacts = tmp_path_factory.mktemp("killed")
+    artifacts = tmp_path / "killed"
     folder = run_folder.Run(config.resolve(**{n.lower(): v for n, v in given.items()} | {"artifacts": str(artifacts)}))
     started = start(given, artifacts)
     try:
@@ -103,20 +102,18 @@ def killed(request, given, tmp_path_factory) -> Path:
     return artifacts
 
 
-@pytest.mark.parametrize("processes", [2, 1])
-def test_a_run_with_a_killed_process_goes_on_with_as_many_or_with_one(given, alone, killed, tmp_path, processes):
-    shutil.copytree(killed, tmp_path, dirs_exist_ok=True)
+@pytest.mark.parametrize(("killed", "processes"), [("1", 2), ("0", 1)], indirect=["killed"])
+def test_a_run_with_a_killed_process_goes_on_with_as_many_or_with_one(given, alone, killed, processes):
     if processes == 2:
-        started = start(given, tmp_path)
+        started = start(given, killed)
         said, warned = started.communicate(timeout=300)
         assert started.returncode == 0, warned[-3000:]
         assert said.count("Resuming after step") == 1
     else:
-        assert cli.main(words(given, tmp_path)) == 0
-    assert difference(tmp_path, alone) < 1e-5
-    assert [row["step"] for row in save.read_training_record(tmp_path / "cpu" / "adapter")["history"]["train"]] == list(
-        range(1, 9)
-    )
+        assert cli.main(words(given, killed)) == 0
+    assert difference(killed, alone) < 1e-5
+    history = save.read_training_record(killed / "cpu" / "adapter")["history"]
+    assert [row["step"] for row in history["train"]] == list(range(1, 9))
 
 
 def test_two_go_on_where_one_was_stopped_and_share_the_reference_they_compute(given, alone, tmp_path, monkeypatch):
