@@ -431,7 +431,7 @@ def test_a_rehearsal_of_colab_is_recorded_as_it_goes(tmp_path):
             return {"seconds": 1.0, "error": stops or None, "cell": 5 if stops else None}
 
     class Colab:
-        folder, python, before = tmp_path, sys.executable, {"torch": "2.0", "numpy": "2.0"}
+        folder, checkout, python, before = tmp_path, tmp_path, sys.executable, {"torch": "2.0", "numpy": "2.0"}
         session = staticmethod(Session)
 
         def changes(self):

@@ -3,9 +3,11 @@
 import copy
 import dataclasses
 import io
+import json
 import math
 import re
 from html.parser import HTMLParser
+from importlib import resources
 
 import matplotlib
 import numpy as np
@@ -284,6 +286,9 @@ AUDITED = {
     "train": {"rows": 1200, "kept": 1090, "dropped": {"tied scores": 100, "too long": 10}},
     "test": {"rows": 42, "kept": 40, "dropped": {"empty answer": 2}},
 }
+SIDES = ("chosen", "rejected")
+STORED = json.loads((resources.files("dpo_tutorial.show") / "stored_run.json").read_text(encoding="utf-8"))
+STORED_END = STORED["eval"][-1]
 
 FIGURES = {
     "bars": (
@@ -298,7 +303,10 @@ FIGURES = {
     ),
     "pipeline": (show.pipeline, ["Six notebooks", "01 setup gives config, seeds", "06 compare gives verdict"]),
     "training_curves": (lambda: show.training_curves(HISTORY), ["3 steps", "0.693", "0.412", "0.87"]),
-    "reward_curves": (show.reward_curves, ["50 steps", "chosen 1.76 and rejected 0.65"]),
+    "reward_curves": (
+        show.reward_curves,
+        [f"{STORED['train'][-1]['step']} steps", *(f"{s} {STORED_END[f'eval_rewards/{s}']:.2f}" for s in SIDES)],
+    ),
     "margins": (
         lambda: show.margins([{"margin": m} for m in (1.0, 2.0, -0.5, 0.0)]),
         ["4 held-out", "2 above 0", "0.62"],
