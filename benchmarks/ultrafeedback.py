@@ -165,27 +165,31 @@ def lengths_table(runs: Runs) -> str:
 
 
 def accuracies(runs: Runs):
-    """Accuracy by rate and seed with its interval, beside simple judges on one seed's rows and the makers' figure."""
+    """Accuracy with its interval, a point per seed: each limit and rate, and simple judges on the longest rows."""
+    import numpy as np
+
     from dpo_tutorial.comparing import stats
     from dpo_tutorial.show import figures
+    from dpo_tutorial.show.result_figures import points
 
-    shown = {
-        f"{limit:,} tokens, {rate:g}, seed {seed}": stats.accuracy(margins(parts))
-        for (limit, rate, seed), parts in runs.items()
-    }
-    (limit, _, seed), first = max(runs.items(), key=lambda run: (run[0][0], len(margins(run[1]))))
-    judges = {f"{judge}, {limit:,} tokens, seed {seed}": stats.accuracy(judged(judge, first)) for judge in JUDGES}
-    said = "; ".join(f"{name} {interval(found, 3)}" for name, found in (shown | judges).items())
-    alt = f"Accuracy on held-out rows of UltraFeedback: {said}; the makers' own DPO {MAKERS}"
-    figure, (axis,) = figures.new_figure(width=6, height=1.6 + 0.26 * len(shown | judges), alt=alt)
-    for color, some in ((figures.BLUE, shown), (figures.GREY, judges)):
-        middle = [found["rate"] for found in some.values()]
-        sides = [[abs(f["rate"] - f[side]) for f in some.values()] for side in ("low", "high")]
-        axis.errorbar(middle, list(some), xerr=sides, fmt="o", color=color, capsize=3)
+    longest, trained, judges = max(limit for limit, *_ in runs), {}, {}
+    for (limit, rate, _), parts in runs.items():
+        trained.setdefault(f"up to {limit:,} tokens, {rate:g}", []).append(stats.accuracy(margins(parts)))
+        if (limit, rate) == (longest, MAIN):
+            for judge in JUDGES:
+                judges.setdefault(f"{judge}, {longest:,}", []).append(stats.accuracy(judged(judge, parts)))
+    rows = trained | judges
+    said = "; ".join(f"{name} {' and '.join(interval(found, 3) for found in some)}" for name, some in rows.items())
+    alt = f"Accuracy on held-out rows of UltraFeedback, by seed: {said}; the makers' own DPO {MAKERS}"
+    figure, (axis,) = figures.new_figure(width=6, height=1.6 + 0.5 * len(rows), alt=alt)
+    for row, (name, some) in enumerate(rows.items()):
+        places = row + 0.2 * (np.arange(len(some)) - (len(some) - 1) / 2)
+        points(axis, places, some, figures.BLUE if name in trained else figures.GREY, "", across=True)
     axis.axvline(0.5, color=figures.GREY, linestyle=":", label="chance")
     axis.axvline(MAKERS, color=figures.ORANGE, linestyle="--", label=f"the makers' own DPO, {MAKERS}")
+    axis.set_yticks(range(len(rows)), list(rows))
     axis.invert_yaxis()
-    axis.set(xlabel="accuracy, 95% interval", title="On held-out rows")
+    axis.set(xlabel="accuracy, 95% interval; a point per seed", title="On held-out rows")
     figure.legend(fontsize=9, ncols=2, frameon=False, loc="outside lower center")
     return figure
 
