@@ -7,6 +7,7 @@
         dpo-tutorial train -p PROFILE cpu -p LOSS_TYPE sft -p SFT_WEIGHT 0 -p SEED $s -p ARTIFACTS artifacts/sft$s
     done
     python benchmarks/effect.py control --runs artifacts/sft42 artifacts/sft1 artifacts/sft2     # the same of SFT alone
+    python benchmarks/effect.py fewer                     # the chosen recipe on fewer pairs, on the validation pairs
     python benchmarks/effect.py swapped                   # the same training with every label swapped: it must fail
 
 `page` writes the tables of effect.md again.
@@ -32,6 +33,9 @@ RECIPES = {
     for rate in RATES
 }
 BEFORE = {"learning_rate": 1.5e-4, "loss_type": "sft", "sft_weight": 0.0}  # the SFT of "SFT, then DPO"
+CHOSEN, FEWER = "DPO + SFT, 0.00015", (160, 240)  # what the profile has, and its 400 pairs cut short
+ON_VALIDATION = {"kind": "train", "split": "val", "answers": True}
+SHORT = {"compare_prompts": 48, "max_new_tokens": 128}
 WHOLE = {"compare_prompts": 1000, "max_new_tokens": 256, "instructions": 126}  # every prompt, and a limit that cuts few
 
 
@@ -154,11 +158,16 @@ def judge(task: dict, folder: Path) -> dict:
 
 def recipes(record: Record, options) -> None:
     """Every recipe in a process of its own, two at a time on one core each; the untrained base beside them."""
-    task = {"kind": "train", "split": "val", "answers": True}
-    settings = {"compare_prompts": 48, "max_new_tokens": 128}
     names = options.only or sorted(("base", *RECIPES), key=lambda name: "then" not in name)
-    tasks = {n: task | {"knobs": RECIPES.get(n, {}) | settings, "untrained": n == "base"} for n in names}
+    tasks = {n: ON_VALIDATION | {"knobs": RECIPES.get(n, {}) | SHORT, "untrained": n == "base"} for n in names}
     in_turn(__file__, record, "recipes", tasks)
+
+
+def fewer(record: Record, options) -> None:
+    """The chosen recipe on its first pairs only, judged as the recipes are."""
+    knobs = RECIPES[CHOSEN] | SHORT
+    tasks = {f"{n} pairs": ON_VALIDATION | {"knobs": knobs | {"max_train": n}} for n in reversed(FEWER)}
+    in_turn(__file__, record, "fewer", tasks)
 
 
 def seeds(record: Record, options, stage: str = "seeds") -> None:
@@ -234,7 +243,7 @@ def given(value, name: str):
     return value
 
 
-STAGES = {"recipes": recipes, "seeds": seeds, "control": control, "swapped": swapped}
+STAGES = {"recipes": recipes, "seeds": seeds, "control": control, "fewer": fewer, "swapped": swapped}
 
 if __name__ == "__main__":
     main(__file__, STAGES, tables, {"train": train, "judge": judge}, options=options, figures=drawn)

@@ -165,11 +165,14 @@ def drawn(lines: list[dict]) -> dict:
 
 
 def tables(lines: list[dict]) -> dict[str, str]:
-    tried, runs, alone, opposite = (newest(lines, stage) for stage in ("recipes", "seeds", "control", "swapped"))
-    made = {}
+    stages = ("recipes", "seeds", "control", "fewer", "swapped")
+    tried, runs, alone, fewer, opposite = (newest(lines, stage) for stage in stages)
+    made = {"fewer": UNMEASURED, "fewer on": machines(lines, "fewer")}
     if tried:
         in_order = {name: tried[name] for name in sorted(tried, key=by_rate)}
         made |= {"recipes": columns(in_order, OF_RECIPES), "recipes on": machines(lines, "recipes")}
+    if fewer:
+        made["fewer"] = columns(dict(sorted(fewer.items())), OF_RECIPES)
     if runs:
         every = runs | {f"SFT alone, {name}": run for name, run in alone.items()}
         made |= {

@@ -336,7 +336,7 @@ def test_a_memory_plan_is_measured(tiny_folder, tmp_path):
     assert found["predicted"] == sum(found["phases"][found["peak"]].values()) and found["measured"] > 0
 
 
-def test_an_effect_is_measured_and_written(knobs, tmp_path):
+def test_an_effect_is_measured_and_written(knobs, tmp_path, monkeypatch):
     task = {"knobs": knobs | {"learning_rate": 1e-2}, "split": "val", "answers": True}
     trained = effect.train(task, tmp_path)
     swapped = effect.train(task | {"swapped": True, "answers": False}, tmp_path)
@@ -351,6 +351,14 @@ def test_an_effect_is_measured_and_written(knobs, tmp_path):
     assert [line.split(" | ")[0] for line in recipes.splitlines()[2:]] == [
         f"| {name}" for name in ("base", *effect.RECIPES)
     ]
+    assert effect.tables(record.lines())["fewer"] == harness.UNMEASURED
+    asked = []
+    monkeypatch.setattr(harness, "child", lambda script, task, env=None: asked.append(task) or trained)
+    effect.fewer(begun(tmp_path, "fewer"), argparse.Namespace())
+    assert sorted(task["knobs"]["max_train"] for task in asked) == sorted(effect.FEWER)
+    assert all(task["split"] == "val" and task["knobs"]["sft_weight"] == 1 for task in asked)
+    fewer = effect.tables(record.lines())["fewer"].splitlines()[2:]
+    assert [line.split(" | ")[0] for line in fewer] == [f"| {n} pairs" for n in sorted(effect.FEWER)]
 
 
 def test_sft_comes_first_where_a_recipe_asks_for_it(knobs, tmp_path):
