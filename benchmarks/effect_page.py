@@ -167,12 +167,10 @@ def drawn(lines: list[dict]) -> dict:
 def tables(lines: list[dict]) -> dict[str, str]:
     stages = ("recipes", "seeds", "control", "fewer", "swapped")
     tried, runs, alone, fewer, opposite = (newest(lines, stage) for stage in stages)
-    made = {"fewer": UNMEASURED, "fewer on": machines(lines, "fewer")}
+    made = {}
     if tried:
         in_order = {name: tried[name] for name in sorted(tried, key=by_rate)}
         made |= {"recipes": columns(in_order, OF_RECIPES), "recipes on": machines(lines, "recipes")}
-    if fewer:
-        made["fewer"] = columns(dict(sorted(fewer.items())), OF_RECIPES)
     if runs:
         every = runs | {f"SFT alone, {name}": run for name, run in alone.items()}
         made |= {
@@ -181,7 +179,8 @@ def tables(lines: list[dict]) -> dict[str, str]:
             "instructions": instructions_table(every), "seeds on": machines(lines, "seeds"),
         }  # fmt: skip
     made["control"] = changes_table(alone) if alone else UNMEASURED
-    made["control on"] = machines(lines, "control")
+    made["fewer"] = columns(dict(sorted(fewer.items())), OF_RECIPES) if fewer else UNMEASURED
+    made |= {f"{stage} on": machines(lines, stage) for stage in ("control", "fewer")}
     if opposite:
         made |= {"swapped": columns(opposite, REWARDS), "swapped on": machines(lines, "swapped")}
     return made

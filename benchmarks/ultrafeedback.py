@@ -146,10 +146,7 @@ def judges_table(runs: Runs) -> str:
             for parts in mains.values():
                 verdicts = stats.right(judged(judge, parts))
                 gap = stats.paired_difference(verdicts, stats.right(margins(parts)))
-                row += [
-                    interval(stats.share(verdicts), 3),
-                    signed(gap, 3),
-                ]
+                row += [interval(stats.share(verdicts), 3), signed(gap, 3)]
             rows.append(row)
         head = [cell for seed in mains for cell in (f"seed {seed}", "policy above it")]
         made.append(f"Rows of up to {limit:,} tokens:\n\n" + table(["judge", *head], rows))

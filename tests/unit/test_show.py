@@ -286,9 +286,7 @@ AUDITED = {
     "train": {"rows": 1200, "kept": 1090, "dropped": {"tied scores": 100, "too long": 10}},
     "test": {"rows": 42, "kept": 40, "dropped": {"empty answer": 2}},
 }
-SIDES = ("chosen", "rejected")
 STORED = json.loads((resources.files("dpo_tutorial.show") / "stored_run.json").read_text(encoding="utf-8"))
-STORED_END = STORED["eval"][-1]
 
 FIGURES = {
     "bars": (
@@ -305,7 +303,10 @@ FIGURES = {
     "training_curves": (lambda: show.training_curves(HISTORY), ["3 steps", "0.693", "0.412", "0.87"]),
     "reward_curves": (
         show.reward_curves,
-        [f"{STORED['train'][-1]['step']} steps", *(f"{s} {STORED_END[f'eval_rewards/{s}']:.2f}" for s in SIDES)],
+        [
+            f"{STORED['train'][-1]['step']} steps",
+            " and ".join(f"{side} {STORED['eval'][-1][f'eval_rewards/{side}']:.2f}" for side in ("chosen", "rejected")),
+        ],
     ),
     "margins": (
         lambda: show.margins([{"margin": m} for m in (1.0, 2.0, -0.5, 0.0)]),
