@@ -33,9 +33,9 @@ RECIPES = {
     for rate in RATES
 }
 BEFORE = {"learning_rate": 1.5e-4, "loss_type": "sft", "sft_weight": 0.0}  # the SFT of "SFT, then DPO"
-CHOSEN, FEWER = "DPO + SFT, 0.00015", (160, 240)  # what the profile has, and its 400 pairs cut short
+CHOSEN, FEWER = "DPO + SFT, 0.00015", (160, 240)  # the recipe of the profile, and how many pairs were tried with it
 ON_VALIDATION = {"kind": "train", "split": "val", "answers": True}
-SHORT = {"compare_prompts": 48, "max_new_tokens": 128}
+SHORT = {"max_train": 400, "max_val": 90, "compare_prompts": 48, "max_new_tokens": 128}  # of all recipes
 WHOLE = {"compare_prompts": 1000, "max_new_tokens": 256, "instructions": 126}  # every prompt, and a limit that cuts few
 
 
