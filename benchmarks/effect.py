@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from effect_page import drawn, tables
+from effect_page import ALL, CHOSEN, drawn, tables
 from harness import Record, child, in_turn, main
 
 RATES = (5e-5, 1.5e-4, 3e-4)
@@ -33,9 +33,9 @@ RECIPES = {
     for rate in RATES
 }
 BEFORE = {"learning_rate": 1.5e-4, "loss_type": "sft", "sft_weight": 0.0}  # the SFT of "SFT, then DPO"
-CHOSEN, FEWER = "DPO + SFT, 0.00015", (160, 240)  # the recipe of the profile, and how many pairs were tried with it
+FEWER = (160, 240)  # pairs that the recipe of the profile was tried with
 ON_VALIDATION = {"kind": "train", "split": "val", "answers": True}
-SHORT = {"max_train": 400, "max_val": 90, "compare_prompts": 48, "max_new_tokens": 128}  # of all recipes
+SHORT = {"max_train": ALL, "max_val": 90, "compare_prompts": 48, "max_new_tokens": 128}  # of all recipes
 WHOLE = {"compare_prompts": 1000, "max_new_tokens": 256, "instructions": 126}  # every prompt, and a limit that cuts few
 
 
@@ -189,7 +189,8 @@ def control(record: Record, options) -> None:
 
 
 def swapped(record: Record, options) -> None:
-    found = child(__file__, {"kind": "train", "knobs": {"seed": 42}, "split": "test", "swapped": True})
+    knobs = {"seed": 42, "max_train": ALL}
+    found = child(__file__, {"kind": "train", "knobs": knobs, "split": "test", "swapped": True})
     record.write("swapped", "seed 42", **found)
 
 

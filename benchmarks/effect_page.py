@@ -5,6 +5,8 @@ from __future__ import annotations
 from harness import UNMEASURED, image, interval, machines, newest, signed, table
 
 FIGURE = "../docs/effect.png"  # from effect.md; README shows it too
+CHOSEN, ALL = "DPO + SFT, 0.00015", 400  # the recipe of the profile, and the pairs that all recipes had
+ALONE = "SFT alone, 400 pairs"  # the control, measured when the profile still had 400
 
 
 def plus_minus(mean: dict, digits: int = 2) -> str:
@@ -117,13 +119,13 @@ def figure(runs: dict[str, dict], alone: dict[str, dict]):
     first = next(iter(runs.values()))
     rules, judges = list(first["rules"]["target"]), list(first["against"])
     trained = [(run, figures.BLUE, "DPO + SFT" if not n else "") for n, run in enumerate(runs.values())]
-    trained += [(run, figures.GREEN, "SFT alone" if not n else "") for n, run in enumerate(alone.values())]
+    trained += [(run, figures.GREEN, ALONE if not n else "") for n, run in enumerate(alone.values())]
     said = [
         f"{rule} {written(first['rules']['before'][rule])} to "
         f"{' and '.join(written(run['rules']['after'][rule]) for run, *_ in trained)}"
         for rule in rules
     ]
-    of_both = f"What {len(runs)} seeds gained" + (f", then {len(alone)} of SFT alone" if alone else "")
+    of_both = f"What {len(runs)} seeds gained" + (f", then {len(alone)} of {ALONE}" if alone else "")
     said += [f"right on {' and '.join(written(run['accuracy']) for run, *_ in trained)} of pairs"]
     said += [f"{judge} on {written(first['against'][judge]['share'])}" for judge in judges]
     drawn, (writes, right) = figures.new_figure(
@@ -172,14 +174,15 @@ def tables(lines: list[dict]) -> dict[str, str]:
         in_order = {name: tried[name] for name in sorted(tried, key=by_rate)}
         made |= {"recipes": columns(in_order, OF_RECIPES), "recipes on": machines(lines, "recipes")}
     if runs:
-        every = runs | {f"SFT alone, {name}": run for name, run in alone.items()}
+        every = runs | {f"{ALONE}, {name}": run for name, run in alone.items()}
         made |= {
             "seeds": columns(every, OF_SEEDS), "figure": image(figure(runs, alone), FIGURE),
             "against": against_table(runs), "kinds": kinds_table(every), "changes": changes_table(runs),
             "instructions": instructions_table(every), "seeds on": machines(lines, "seeds"),
         }  # fmt: skip
     made["control"] = changes_table(alone) if alone else UNMEASURED
-    made["fewer"] = columns(dict(sorted(fewer.items())), OF_RECIPES) if fewer else UNMEASURED
+    every = fewer | ({f"{ALL} pairs": tried[CHOSEN]} if CHOSEN in tried else {})
+    made["fewer"] = columns(dict(sorted(every.items())), OF_RECIPES) if fewer else UNMEASURED
     made |= {f"{stage} on": machines(lines, stage) for stage in ("control", "fewer")}
     if opposite:
         made |= {"swapped": columns(opposite, REWARDS), "swapped on": machines(lines, "swapped")}

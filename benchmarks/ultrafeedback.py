@@ -47,7 +47,7 @@ def measure(task: dict, folder: Path) -> dict:
     from dpo_tutorial.comparing import generation
     from dpo_tutorial.loading import models
 
-    cfg = config.resolve(profile="cpu", **{"sft_weight": 0.0} | task["knobs"])
+    cfg = config.resolve(profile="cpu", **{"sft_weight": 0.0, "compare_prompts": 24} | task["knobs"])
     exact = dataclasses.replace(cfg, dtype="fp32")
     tokenizer = models.load_tokenizer(cfg)
     rows = folds.usable_rows(cfg, tokenizer)

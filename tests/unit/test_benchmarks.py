@@ -208,6 +208,15 @@ def test_a_recipe_is_chosen_by_what_it_writes_its_cost_and_its_distance():
     assert effect.choose({"base": base, "only": recipe([1.0] * 20, 0.1, distinct=0.5)}) is None
 
 
+def test_the_cpu_profile_has_the_recipe_and_the_pairs_that_the_rule_chooses():
+    tried, fewer = (harness.newest(lines_of("effect"), stage) for stage in ("recipes", "fewer"))
+    assert effect.choose(tried) == effect.CHOSEN
+    of_profile = {name: PROFILES["cpu"][name] for name in ("learning_rate", "sft_weight")}
+    assert effect.RECIPES[effect.CHOSEN] == of_profile
+    sizes = {f"{effect.ALL} pairs": tried[effect.CHOSEN]} | fewer
+    assert effect.choose(sizes | {"base": tried["base"]}) == f"{PROFILES['cpu']['max_train']} pairs"
+
+
 # --- stages, with children that answer at once ----
 
 
@@ -358,7 +367,7 @@ def test_an_effect_is_measured_and_written(knobs, tmp_path, monkeypatch):
     assert sorted(task["knobs"]["max_train"] for task in asked) == sorted(effect.FEWER)
     assert all(task["split"] == "val" and task["knobs"]["sft_weight"] == 1 for task in asked)
     fewer = effect.tables(record.lines())["fewer"].splitlines()[2:]
-    assert [line.split(" | ")[0] for line in fewer] == [f"| {n} pairs" for n in sorted(effect.FEWER)]
+    assert [line.split(" | ")[0] for line in fewer] == [f"| {n} pairs" for n in (*sorted(effect.FEWER), effect.ALL)]
 
 
 def test_sft_comes_first_where_a_recipe_asks_for_it(knobs, tmp_path):
@@ -414,7 +423,7 @@ def test_a_saved_adapter_is_judged_on_everything_and_written(knobs, cfg, tokeniz
     for line in (about, other):
         record.write("control", line["name"], **{k: v for k, v in line.items() if k not in ("stage", "name", "at")})
     tables = effect.tables(record.lines())
-    assert all(f"SFT alone, seed {cfg.seed}" in tables[name] for name in ("seeds", "kinds", "instructions"))
+    assert all(f"{effect_page.ALONE}, seed {cfg.seed}" in tables[name] for name in ("seeds", "kinds", "instructions"))
     of_control, before = (
         next(row for row in made.splitlines() if "ends complete" in row)
         for made in (tables["control"], tables["changes"])
