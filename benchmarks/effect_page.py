@@ -161,6 +161,15 @@ def by_rate(name: str) -> tuple[str, float]:
     return (recipe, float(rate)) if recipe else ("", 0.0)
 
 
+def earlier(lines: list[dict]) -> dict[str, dict]:
+    """The first measurement of a seed that was measured again: they are of the profile with `ALL` pairs."""
+    runs, found = newest(lines, "seeds"), {}
+    for line in lines:
+        if line["stage"] == "seeds" and line is not runs.get(line["name"], line):
+            found.setdefault(f"{ALL} pairs, {line['name']}", line)
+    return found
+
+
 def drawn(lines: list[dict]) -> dict:
     runs = newest(lines, "seeds")
     return {FIGURE: figure(runs, newest(lines, "control"))} if runs else {}
@@ -174,9 +183,10 @@ def tables(lines: list[dict]) -> dict[str, str]:
         in_order = {name: tried[name] for name in sorted(tried, key=by_rate)}
         made |= {"recipes": columns(in_order, OF_RECIPES), "recipes on": machines(lines, "recipes")}
     if runs:
-        every = runs | {f"{ALONE}, {name}": run for name, run in alone.items()}
+        control = {f"{ALONE}, {name}": run for name, run in alone.items()}
+        every = runs | control
         made |= {
-            "seeds": columns(every, OF_SEEDS), "figure": image(figure(runs, alone), FIGURE),
+            "seeds": columns(runs | earlier(lines) | control, OF_SEEDS), "figure": image(figure(runs, alone), FIGURE),
             "against": against_table(runs), "kinds": kinds_table(every), "changes": changes_table(runs),
             "instructions": instructions_table(every), "seeds on": machines(lines, "seeds"),
         }  # fmt: skip

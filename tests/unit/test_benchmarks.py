@@ -429,6 +429,15 @@ def test_a_saved_adapter_is_judged_on_everything_and_written(knobs, cfg, tokeniz
         for made in (tables["control"], tables["changes"])
     )
     assert "→ 100%" in of_control and of_control != before and "1 of SFT alone" in tables["figure"]
+    assert f"| {effect.ALL} pairs" not in tables["seeds"], "judged once"
+    again = {k: v for k, v in of_dpo.items() if k not in ("stage", "name", "at")} | {"seconds": 360.0}
+    record.write("seeds", of_dpo["name"], **again)
+    rows = [row.split(" | ") for row in effect.tables(record.lines())["seeds"].splitlines()[2:]]
+    minutes = {row[0].removeprefix("| "): row[-2] for row in rows}
+    assert list(minutes) == [
+        f"{kind}seed {cfg.seed}" for kind in ("", f"{effect.ALL} pairs, ", f"{effect_page.ALONE}, ")
+    ]
+    assert minutes.pop(f"seed {cfg.seed}") == "6.0" and "6.0" not in minutes.values()
     with pytest.raises(SystemExit, match="--runs"):
         effect.seeds(record, argparse.Namespace(runs=[]))
 
