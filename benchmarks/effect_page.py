@@ -6,7 +6,7 @@ from harness import UNMEASURED, image, interval, machines, newest, signed, table
 
 FIGURE = "../docs/effect.png"  # from effect.md; README shows it too
 CHOSEN, ALL = "DPO + SFT, 0.00015", 400  # the recipe of the profile, and the pairs that all recipes had
-ALONE = "SFT alone, 400 pairs"  # the control, measured when the profile still had 400
+ALONE = f"SFT alone, {ALL} pairs"  # the control, measured when the profile still had so many
 
 
 def plus_minus(mean: dict, digits: int = 2) -> str:
@@ -191,8 +191,8 @@ def tables(lines: list[dict]) -> dict[str, str]:
             "instructions": instructions_table(every), "seeds on": machines(lines, "seeds"),
         }  # fmt: skip
     made["control"] = changes_table(alone) if alone else UNMEASURED
-    every = fewer | ({f"{ALL} pairs": tried[CHOSEN]} if CHOSEN in tried else {})
-    made["fewer"] = columns(dict(sorted(every.items())), OF_RECIPES) if fewer else UNMEASURED
+    sizes = fewer | ({f"{ALL} pairs": tried[CHOSEN]} if CHOSEN in tried else {})
+    made["fewer"] = columns(dict(sorted(sizes.items())), OF_RECIPES) if fewer else UNMEASURED
     made |= {f"{stage} on": machines(lines, stage) for stage in ("control", "fewer")}
     if opposite:
         made |= {"swapped": columns(opposite, REWARDS), "swapped on": machines(lines, "swapped")}
