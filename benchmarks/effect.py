@@ -135,9 +135,8 @@ def judge(task: dict, folder: Path) -> dict:
     policy = lora.load_policy(cfg, run.adapter)
     records, found = compare.compare(cfg, policy, tokenizer, splits, trained["beta"])
     after, checked = found["held_out"]["after"], found["instructions"]
-    written = [answer["after"] for answer in found["answers"]]
-    each = by_rule(written)
-    each["tokens"] = [answer["tokens"] for answer in written]
+    each = by_rule([answer["after"] for answer in found["answers"]])
+    each["tokens"] = [answer["after"]["tokens"] for answer in found["answers"]]
     each["followed"] = [int(done) for done in checked["followed"]["after"]]
     each["margin"] = [round(r["margin"], 4) for r in records]
     return {
@@ -148,6 +147,7 @@ def judge(task: dict, folder: Path) -> dict:
             for name in ("before", "after", "gained", "lost", "p", "smallest", "against_style", "within_style")
         },
         **{name: about[name] for name in ("seconds", "peak_memory_gib")},
+        "pairs": trained["max_train"],
         "samples": found["answers"][:3],
         "each": each,
     }
