@@ -6,7 +6,7 @@ from harness import UNMEASURED, image, interval, machines, newest, signed, table
 
 FIGURE = "../docs/effect.png"  # from effect.md; README shows it too
 CHOSEN, ALL = "DPO + SFT, 0.00015", 400  # the recipe of the profile, and the pairs that all recipes had
-ALONE = f"SFT alone, {ALL} pairs"  # the control, measured when the profile still had so many
+ALONE = "SFT alone"  # the control
 
 
 def plus_minus(mean: dict, digits: int = 2) -> str:
@@ -76,6 +76,29 @@ def against_table(runs: dict[str, dict]) -> str:
         cells = [signed(f["difference"]) if f else "" for f in found]
         rows.append([name, interval(next(f for f in found if f)["share"]), *cells])
     return table(["judge", "accuracy", *(f"policy, {seed}" for seed in runs)], rows)
+
+
+def apart_table(runs: dict[str, dict], alone: dict[str, dict]) -> str:
+    """What DPO with the SFT term has more than SFT alone with the same seed, on the same prompts, pairs and requests.
+
+    Shares and tokens, each with its 95% interval, paired by item and not corrected.
+    """
+    from dpo_tutorial.comparing import stats
+
+    def items(run: dict, name: str):
+        return stats.right(run["each"]["margin"]) if name == "pairs judged rightly" else run["each"][name]
+
+    seeds = [seed for seed in runs if seed in alone]
+    names = [*runs[seeds[0]]["rules"]["target"], "tokens", "followed", "pairs judged rightly"]
+    differences = {
+        name: [stats.paired_difference(items(alone[seed], name), items(runs[seed], name)) for seed in seeds]
+        for name in names
+    }
+    rows = [
+        [{"followed": "requests followed"}.get(name, name), *(signed(d, 0 if name == "tokens" else 2) for d in found)]
+        for name, found in differences.items()
+    ]
+    return table(["", *seeds], rows)
 
 
 def kinds_table(runs: dict[str, dict]) -> str:
@@ -161,13 +184,14 @@ def by_rate(name: str) -> tuple[str, float]:
     return (recipe, float(rate)) if recipe else ("", 0.0)
 
 
-def earlier(lines: list[dict]) -> dict[str, dict]:
-    """The first measurement of a seed that was measured again: they are of the profile with `ALL` pairs."""
-    runs, found = newest(lines, "seeds"), {}
-    for line in lines:
-        if line["stage"] == "seeds" and line is not runs.get(line["name"], line):
-            found.setdefault(f"{ALL} pairs, {line['name']}", line)
-    return found
+def earlier(lines: list[dict], stage: str) -> dict[str, dict]:
+    """Runs of a stage that newer ones have replaced, named by how many pairs they were trained on."""
+    now = newest(lines, stage)
+    return {
+        f"{line['pairs']} pairs, {line['name']}": line
+        for line in lines
+        if line["stage"] == stage and line is not now.get(line["name"], line)
+    }
 
 
 def drawn(lines: list[dict]) -> dict:
@@ -183,14 +207,18 @@ def tables(lines: list[dict]) -> dict[str, str]:
         in_order = {name: tried[name] for name in sorted(tried, key=by_rate)}
         made |= {"recipes": columns(in_order, OF_RECIPES), "recipes on": machines(lines, "recipes")}
     if runs:
-        control = {f"{ALONE}, {name}": run for name, run in alone.items()}
+        control, before = (
+            {f"{ALONE}, {name}": run for name, run in found.items()} for found in (alone, earlier(lines, "control"))
+        )
         every = runs | control
         made |= {
-            "seeds": columns(runs | earlier(lines) | control, OF_SEEDS), "figure": image(figure(runs, alone), FIGURE),
+            "seeds": columns(every | earlier(lines, "seeds") | before, OF_SEEDS),
+            "figure": image(figure(runs, alone), FIGURE),
             "against": against_table(runs), "kinds": kinds_table(every), "changes": changes_table(runs),
             "instructions": instructions_table(every), "seeds on": machines(lines, "seeds"),
         }  # fmt: skip
     made["control"] = changes_table(alone) if alone else UNMEASURED
+    made["apart"] = apart_table(runs, alone) if runs.keys() & alone.keys() else UNMEASURED
     sizes = fewer | ({f"{ALL} pairs": tried[CHOSEN]} if CHOSEN in tried else {})
     made["fewer"] = columns(dict(sorted(sizes.items())), OF_RECIPES) if fewer else UNMEASURED
     made |= {f"{stage} on": machines(lines, stage) for stage in ("control", "fewer")}

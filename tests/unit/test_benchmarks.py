@@ -413,29 +413,31 @@ def test_a_saved_adapter_is_judged_on_everything_and_written(knobs, cfg, tokeniz
     with pytest.raises(SystemExit, match="control"):
         effect.control(record, argparse.Namespace(runs=[str(tmp_path)]))
     tables = effect.tables(record.lines())
-    assert "SFT alone" not in tables["seeds"] and tables["control"] == harness.UNMEASURED
+    assert "SFT alone" not in tables["seeds"] and tables["control"] == tables["apart"] == harness.UNMEASURED
     assert f"seed {cfg.seed}" in tables["changes"] and {"seeds", "against", "instructions"} <= tables.keys()
     (figure,) = effect.drawn(record.lines()).values()
     assert "ends complete" in figures.alt_text(figure) and "word counts on" in figures.alt_text(figure)
     about, of_dpo = record.lines()
     other = copy.deepcopy(of_dpo)  # of SFT alone, as if all its answers kept this rule
     other["rules"]["after"]["ends complete"]["rate"] = 1.0
+    other["each"]["ends complete"], of_dpo["each"]["ends complete"] = [1, 1], [0, 1]
     for line in (about, other):
         record.write("control", line["name"], **{k: v for k, v in line.items() if k not in ("stage", "name", "at")})
     tables = effect.tables(record.lines())
     assert all(f"{effect_page.ALONE}, seed {cfg.seed}" in tables[name] for name in ("seeds", "kinds", "instructions"))
+    assert "| ends complete | -0.50 (" in effect_page.apart_table(*({"seed": r} for r in (of_dpo, other)))
     of_control, before = (
         next(row for row in made.splitlines() if "ends complete" in row)
         for made in (tables["control"], tables["changes"])
     )
     assert "→ 100%" in of_control and of_control != before and "1 of SFT alone" in tables["figure"]
-    assert f"| {effect.ALL} pairs" not in tables["seeds"], "judged once"
+    assert f"| {cfg.max_train} pairs" not in tables["seeds"], "judged once"
     again = {k: v for k, v in of_dpo.items() if k not in ("stage", "name", "at")} | {"seconds": 360.0}
     record.write("seeds", of_dpo["name"], **again)
     rows = [row.split(" | ") for row in effect.tables(record.lines())["seeds"].splitlines()[2:]]
     minutes = {row[0].removeprefix("| "): row[-2] for row in rows}
     assert list(minutes) == [
-        f"{kind}seed {cfg.seed}" for kind in ("", f"{effect.ALL} pairs, ", f"{effect_page.ALONE}, ")
+        f"{kind}seed {cfg.seed}" for kind in ("", f"{effect_page.ALONE}, ", f"{cfg.max_train} pairs, ")
     ]
     assert minutes.pop(f"seed {cfg.seed}") == "6.0" and "6.0" not in minutes.values()
     with pytest.raises(SystemExit, match="--runs"):

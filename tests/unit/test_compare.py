@@ -46,6 +46,21 @@ def test_scores_do_not_depend_on_the_batch(cfg, policy, tokenizer, pairs):
         assert a["margin"] == pytest.approx(a["reward_chosen"] - a["reward_rejected"])
 
 
+def test_scoring_computes_the_prompt_of_a_pair_once(cfg, policy, tokenizer, pairs):
+    tokens, found = [], {}
+    hook = policy.get_input_embeddings().register_forward_hook(lambda _, given, __: tokens.append(given[0].numel()))
+    for shared in (True, False):
+        changed = dataclasses.replace(cfg, prefix_sharing=shared, batch_size=2)
+        found[shared] = scoring.score_pairs(changed, policy, tokenizer, pairs)
+        tokens.append(None)
+    hook.remove()
+    fewer, more = (sum(part) for split, part in itertools.groupby(tokens, lambda n: n is None) if not split)
+    assert fewer < 0.9 * more, "though some short passes ask first whether the model allows it"
+    for a, b in zip(found[True], found[False], strict=True):
+        for name in ("policy_chosen", "policy_rejected", "reference_chosen", "reference_rejected"):
+            assert a[name] == pytest.approx(b[name], abs=1e-4)
+
+
 def test_collate_pads_right_and_masks_prompt_and_padding():
     batch = scoring.collate([([5, 6], [7]), ([5], [8, 9, 9])], pad_id=0)
     assert batch["input_ids"].tolist() == [[5, 6, 7, 0], [5, 8, 9, 9]]

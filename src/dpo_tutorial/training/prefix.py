@@ -74,7 +74,7 @@ def sharing(decoder: PreTrainedModel) -> Iterator[None]:
             decoder.forward = before
 
 
-def forward(decoder: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, **kwargs):
+def forward(decoder: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, position_ids: None = None, **kwargs):
     """The decoder's own forward pass over a collated batch, packed on the way in and unpacked on the way out."""
     return _forward_packed(decoder, pack(input_ids, attention_mask), **kwargs)
 

@@ -1,6 +1,7 @@
 """Log-probabilities and implicit rewards of pairs, under the policy and under the reference."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ from trl.trainer.utils import use_adapter
 from ..knobs import Config
 from ..machine import hardware
 from ..pairs import encoding
-from . import dpo
+from . import dpo, prefix
 
 
 def score_pairs(
@@ -32,6 +33,9 @@ def score_pairs(
         beta: the beta the policy was trained with; default `config.beta`.
         padding: columns of padding beyond what the batches need, to see what rounding does (`noise_floor`).
 
+    A prompt is computed once for both answers, as in training (`prefix`), where there is more than one batch and no
+    padding is asked for.
+
     Returns:
         One record per pair, in order: `prompt_id`; log-probabilities in nats (`policy_chosen`, `policy_rejected`,
         `reference_chosen`, `reference_rejected`); `reward_chosen`, `reward_rejected`, `margin`;
@@ -42,7 +46,7 @@ def score_pairs(
     encoded = [
         encoding.encode(tokenizer, pair["prompt"], pair[side]) for pair in pairs for side in ("chosen", "rejected")
     ]
-    scored = zip(*answer_log_probs(config, model, tokenizer, encoded, padding), strict=True)
+    scored = zip(*answer_log_probs(config, model, tokenizer, encoded, padding, sides=2), strict=True)
     records = []
     for pair, chosen, rejected in zip(pairs, scored, scored, strict=True):
         record = {"prompt_id": pair["prompt_id"]}
@@ -59,23 +63,38 @@ def score_pairs(
 
 @torch.no_grad()
 def answer_log_probs(
-    config: Config, model: PeftModel, tokenizer: PreTrainedTokenizerBase, encoded, padding: int = 0
+    config: Config, model: PeftModel, tokenizer: PreTrainedTokenizerBase, encoded, padding: int = 0, sides: int = 1
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Log-probabilities of the answer's tokens, `[answer length]` each, of (prompt ids, answer ids) in the given order.
 
     Policy and reference see the same batches, so that their difference is free of padding noise.
+
+    Args:
+        sides: 2 where two in a row always answer one prompt, as of `score_pairs`.
     """
     model.eval()
     policy, reference = ([torch.empty(0)] * len(encoded) for _ in range(2))
-    size = 2 * config.batch_size  # of similar length and without gradients: twice the training batch fits
-    for chosen in batches([sum(map(len, ids)) for ids in encoded], size, "scoring"):
-        batch = collate([encoded[i] for i in chosen], tokenizer.pad_token_id, model.device, padding)
-        found = log_probs_of(logits_of(config, model, batch), batch)
-        with reference_of(model):
-            base = log_probs_of(logits_of(config, model, batch), batch)
-        for i, ours, theirs in zip(chosen, found, base, strict=True):
-            policy[i], reference[i] = ours, theirs
+    lengths = np.array([sum(map(len, ids)) for ids in encoded], dtype=int).reshape(-1, sides).max(1) + padding
+    size = 2 * config.batch_size // sides  # of similar length and without gradients: twice the training batch fits
+    shared = sides == 2 and not padding and len(lengths) > size
+    with _sharing(config, model, lengths.max()) if shared else nullcontext():
+        for rows in batches(lengths, size, "scoring"):
+            chosen = [sides * row + side for side in range(sides) for row in rows]  # first sides, then second ones
+            batch = collate([encoded[i] for i in chosen], tokenizer.pad_token_id, model.device, padding)
+            found = log_probs_of(logits_of(config, model, batch), batch)
+            with reference_of(model):
+                base = log_probs_of(logits_of(config, model, batch), batch)
+            for i, ours, theirs in zip(chosen, found, base, strict=True):
+                policy[i], reference[i] = ours, theirs
     return policy, reference
+
+
+def _sharing(config: Config, model: PeftModel, length: int):
+    """Inside the block, the start of each pair is computed once, where the config and the model allow it."""
+    causal = model.get_base_model()
+    if config.prefix_sharing and length <= prefix.window(causal.config) and not prefix.obstacle(causal):
+        return prefix.sharing(causal.base_model)
+    return nullcontext()
 
 
 @torch.no_grad()
@@ -162,7 +181,7 @@ def noise_floor(
     records: Sequence[dict],
     beta: float | None = None,
 ) -> dict:
-    """How far rounding alone moves a margin: the first pairs scored again, in other batches and with other padding.
+    """How far rounding alone moves a margin: the first pairs again, in other batches, padded, no prompt shared.
 
     In exact arithmetic padding changes nothing. In 16 bits, sums come out differently, and a log-probability of an
     answer moves by tenths of a nat. `records` are what `score_pairs` gave for all of `pairs`, in order.
@@ -171,7 +190,7 @@ def noise_floor(
         `spread`: root mean square of the differences between both margins; `floor`: 1.96 times that; `within`: how
         many of all records have a |margin| below the floor; `pairs`: scored again; `dtype`.
     """
-    again = pairs.select(range(min(config.compare_prompts, len(pairs))))
+    again = pairs.select(range(min(16, config.compare_prompts, len(pairs))))
     second = score_pairs(config, model, tokenizer, again, beta, padding=24)
     changes = np.array([b["margin"] - a["margin"] for a, b in zip(records, second, strict=False)])
     spread = float(np.sqrt(np.mean(changes**2)))
