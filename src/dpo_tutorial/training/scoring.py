@@ -142,10 +142,12 @@ def logits_of(config: Config, model: PreTrainedModel | PeftModel, batch: dict) -
 
 def log_probs_of(logits: Tensor, batch: dict) -> list[Tensor]:
     """Log-probabilities of the answers' tokens, nats, `[answer length]` each."""
-    rows = zip(logits, batch["input_ids"], batch["completion_mask"], strict=True)
-    return [  # row by row: softmax in fp32 is large
-        dpo.token_log_probs(row[None], ids[None])[0][mask[1:].bool()].double().cpu() for row, ids, mask in rows
-    ]
+    found = []
+    for row, ids, mask in zip(logits, batch["input_ids"], batch["completion_mask"], strict=True):
+        start = int(mask.argmax()) - 1  # what predicts the first token of the answer
+        answer = slice(start, start + int(mask.sum()) + 1)
+        found.append(dpo.token_log_probs(row[None, answer], ids[None, answer])[0].double().cpu())
+    return found  # row by row, and without the prompt: softmax in fp32 is large
 
 
 def autocast(config: Config):
