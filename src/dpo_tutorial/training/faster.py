@@ -87,10 +87,8 @@ class FastDPOTrainer(timing.Timed, DPOTrainer):
         return disable_input_dtype_casting(self.model, active=mixed)
 
     def _sharing(self, inputs: dict):
-        causal, length = _causal(self.model), inputs["input_ids"].shape[1]
-        if self.shares_prefixes and length <= prefix.window(causal.config):
-            return prefix.sharing(causal.base_model)
-        return nullcontext()
+        length = inputs["input_ids"].shape[1]
+        return prefix.sharing(_causal(self.model), length) if self.shares_prefixes else nullcontext()
 
     def _prepare_dataset(self, dataset, *args, **kwargs):
         prepared = super()._prepare_dataset(dataset, *args, **kwargs)

@@ -58,12 +58,17 @@ def pack(input_ids: Tensor, attention_mask: Tensor) -> Packed:
 
 
 @contextmanager
-def sharing(decoder: PreTrainedModel) -> Iterator[None]:
+def sharing(causal: PreTrainedModel, length: int) -> Iterator[None]:
     """Inside the block, the decoder computes the common start of each pair of a collated batch once.
 
+    Nothing changes where sequences are of more tokens (`length`) than each of its layers sees (`window`).
     TRL hands the decoder a batch and reads hidden states where it put the tokens. In between the batch is packed and
     the states are put back, so loss and gradient are those of the plain pass up to rounding (`test_prefix.py`).
     """
+    if length > window(causal.config):
+        yield
+        return
+    decoder = causal.base_model
     before = vars(decoder).get("forward")
     decoder.forward = functools.partial(forward, decoder)
     try:
@@ -75,7 +80,10 @@ def sharing(decoder: PreTrainedModel) -> Iterator[None]:
 
 
 def forward(decoder: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, position_ids: None = None, **kwargs):
-    """The decoder's own forward pass over a collated batch, packed on the way in and unpacked on the way out."""
+    """The decoder's own forward pass over a collated batch, packed on the way in and unpacked on the way out.
+
+    Positions are made here; a causal model hands its decoder `position_ids=None`.
+    """
     return _forward_packed(decoder, pack(input_ids, attention_mask), **kwargs)
 
 

@@ -76,8 +76,9 @@ def answer_log_probs(
     policy, reference = ([torch.empty(0)] * len(encoded) for _ in range(2))
     lengths = np.array([sum(map(len, ids)) for ids in encoded], dtype=int).reshape(-1, sides).max(1) + padding
     size = 2 * config.batch_size // sides  # of similar length and without gradients: twice the training batch fits
-    shared = sides == 2 and not padding and len(lengths) > size
-    with _sharing(config, model, lengths.max()) if shared else nullcontext():
+    shared = config.prefix_sharing and sides == 2 and not padding and len(lengths) > size
+    shared = shared and not prefix.obstacle(model.get_base_model())
+    with prefix.sharing(model.get_base_model(), lengths.max()) if shared else nullcontext():
         for rows in batches(lengths, size, "scoring"):
             chosen = [sides * row + side for side in range(sides) for row in rows]  # first sides, then second ones
             batch = collate([encoded[i] for i in chosen], tokenizer.pad_token_id, model.device, padding)
@@ -87,14 +88,6 @@ def answer_log_probs(
             for i, ours, theirs in zip(chosen, found, base, strict=True):
                 policy[i], reference[i] = ours, theirs
     return policy, reference
-
-
-def _sharing(config: Config, model: PeftModel, length: int):
-    """Inside the block, the start of each pair is computed once, where the config and the model allow it."""
-    causal = model.get_base_model()
-    if config.prefix_sharing and length <= prefix.window(causal.config) and not prefix.obstacle(causal):
-        return prefix.sharing(causal.base_model)
-    return nullcontext()
 
 
 @torch.no_grad()
