@@ -37,7 +37,9 @@ OTHER := $(filter-out $(call series,$(PYTHON)),$(call series,$(PY)))
 endif
 .PHONY: $(if $(OTHER),$(STAMP))
 
-# Most of what is installed is never imported: --no-compile leaves each module to its first import.
+# Most of what is installed is never imported: --no-compile leaves each module to its first import, which must then be
+# allowed to keep what it compiled. Images of containers often forbid it; each kernel would compile torch anew.
+export PYTHONDONTWRITEBYTECODE :=
 $(STAMP): requirements.txt pyproject.toml
 	$(if $(OTHER),@echo "$(VENV) is of Python $(OTHER): it is made anew with $(PYTHON)")
 	$(if $(OTHER),,test -x $(PY) || )$(PYTHON) -m venv --clear $(VENV)

@@ -41,7 +41,7 @@ def compare(
     words = baselines.bag_of_words(splits["train"], test) if "train" in splits else None
     measured = dict(
         noise=scoring.noise_floor(config, policy, tokenizer, test, records, beta),
-        kl=generation.kl_from_base(config, policy, tokenizer, prompts),
+        kl=generation.kl_from_base(config, policy, tokenizer, prompts[::2]),
         instructions=generation.instruction_check(config, policy, tokenizer),
         verdicts=baselines.judges(records, words),
         kinds=kinds_of(config, test),

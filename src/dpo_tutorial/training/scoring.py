@@ -75,7 +75,7 @@ def answer_log_probs(
     model.eval()
     policy, reference = ([torch.empty(0)] * len(encoded) for _ in range(2))
     lengths = np.array([sum(map(len, ids)) for ids in encoded], dtype=int).reshape(-1, sides).max(1) + padding
-    size = 2 * config.batch_size // sides  # of similar length and without gradients: twice the training batch fits
+    size = 2 * config.batch_size  # of similar length and without gradients: twice the training batch fits
     shared = config.prefix_sharing and sides == 2 and not padding and len(lengths) > size
     shared = shared and not prefix.obstacle(model.get_base_model())
     with prefix.sharing(model.get_base_model(), lengths.max()) if shared else nullcontext():
