@@ -64,7 +64,8 @@ def _answer_ids(
     with torch.random.fork_rng([device] if device.type == "cuda" else [], enabled=seed is not None):
         if seed is not None:
             torch.manual_seed(seed)
-        for chosen in scoring.batches([*map(len, texts)], 24, "generating"):
+        rows = 48 if device.type == "cpu" else 24  # a CPU reads the weights for each token, however many answers
+        for chosen in scoring.batches([*map(len, texts)], rows, "generating"):
             batch = tokenizer([texts[i] for i in chosen], **padded)
             with precision:
                 out = model.generate(**batch.to(model.device), **always | how, max_new_tokens=limit)
