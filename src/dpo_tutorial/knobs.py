@@ -197,7 +197,7 @@ class Config:
 _CPU = dict(
     keep_16bit=("k_proj", "v_proj", r"model\.layers\.(0|29)\."),  # of the embedded model; benchmarks/four_bit.md
     max_tokens=256, max_train=240, max_val=32, max_test=200, learning_rate=1.5e-4, sft_weight=1.0,
-    batch_size=4, grad_accum=2, compare_prompts=36, instructions=12, max_new_tokens=96, watch_prompts=1,
+    batch_size=4, grad_accum=2, compare_prompts=36, instructions=24, max_new_tokens=96, watch_prompts=1,
 )  # fmt: skip
 _HUB = dict(data=ULTRAFEEDBACK[0], data_revision=ULTRAFEEDBACK[1])
 
