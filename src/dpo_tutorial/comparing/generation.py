@@ -152,7 +152,7 @@ def instruction_check(config: Config, policy: PeftModel, tokenizer: PreTrainedTo
 
     Returns:
         As `instructions.summary`; with `requests`, `answers` (`before`, `after`), `followed` (likewise), and `kl` from
-        the reference on every second of these requests, as `kl_from_base`.
+        the reference on every second of these requests (on each, of up to three), as `kl_from_base`.
     """
     requests = instructions.load()
     n = min(config.instructions, len(requests))
@@ -164,5 +164,5 @@ def instruction_check(config: Config, policy: PeftModel, tokenizer: PreTrainedTo
         "requests": requests,
         "answers": answers,
         "followed": followed,
-        "kl": kl_from_base(config, policy, tokenizer, prompts[::2]),
+        "kl": kl_from_base(config, policy, tokenizer, prompts[:: 2 if n > 3 else 1]),
     }
