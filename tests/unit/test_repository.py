@@ -152,6 +152,16 @@ def test_make_test_checks_style_then_runs_the_tests_and_the_notebooks():
     assert -1 not in places and places == sorted(places)
 
 
+def test_python_keeps_what_it_compiles_where_the_environment_forbids_it(tmp_path):
+    """Installed uncompiled: each of the six kernels would compile torch and all else anew."""
+    file = tmp_path / "Makefile"
+    file.write_text(f'include {ROOT / "Makefile"}\nshown:\n\t@echo "[$$PYTHONDONTWRITEBYTECODE]"\n')
+    environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}
+    command = ["make", "--silent", "-f", str(file), "shown"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
 @pytest.mark.parametrize(("python", "anew"), [("", False), ("PYTHON=./now", False), ("PYTHON=./other", True)])
 def test_an_environment_of_another_python_than_asked_for_is_made_anew(tmp_path, python, anew):
     for name in ("Makefile", "requirements.txt", "pyproject.toml"):
