@@ -50,7 +50,7 @@ def test_scoring_computes_the_prompt_of_a_pair_once(cfg, policy, tokenizer, pair
     tokens, found = [], {}
     hook = policy.get_input_embeddings().register_forward_hook(lambda _, given, __: tokens.append(given[0].numel()))
     for shared in (True, False):
-        changed = dataclasses.replace(cfg, prefix_sharing=shared, batch_size=2)
+        changed = dataclasses.replace(cfg, prefix_sharing=shared, batch_size=1)
         found[shared] = scoring.score_pairs(changed, policy, tokenizer, pairs)
         tokens.append(None)
     hook.remove()
