@@ -1,5 +1,6 @@
 """Every figure that a notebook's prose states is shown by an output, a source line or a page of benchmarks/."""
 
+import html
 import re
 from pathlib import Path
 
@@ -74,3 +75,14 @@ def test_no_sentence_waits_for_its_number():
     for path in (ROOT / "notebooks").glob("*.ipynb"):
         waiting = [c.source for c in cells(path, "markdown") if re.search(r"\b(?:DIFF|TODO|FIXME|TBD|XXX)\b", c.source)]
         assert not waiting, path.name
+
+
+@pytest.mark.parametrize("page", ["README.md", "notebooks/01_setup.ipynb"])
+def test_the_example_that_opens_a_page_is_an_answer_of_the_stored_run(page):
+    (path,) = (p for p in PATHS if p.stem == "06_compare")
+    said = (ROOT / page).read_text(encoding="utf-8")
+    quoted = re.findall(r"\| (before|after) \| ([^|\n]+?) (?:\[…\]|… \([^|\n]*\))? ?\|", said)
+    assert {when for when, _ in quoted} == {"before", "after"}
+    answers = html.unescape(shown(path))
+    missing = [(when, text) for when, text in quoted if text not in answers]
+    assert not missing, missing
