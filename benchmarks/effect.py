@@ -102,7 +102,7 @@ def answers(cfg, model, tokenizer, pairs) -> dict:
     followed = instructions.followed(requests, generation.generate(cfg, model, tokenizer, asked))
     kept = by_rule(greedy)
     return {
-        "kl": generation.kl_from_base(cfg, model, tokenizer, prompts),
+        "kl": generation.kl_from_base(cfg, model, tokenizer, prompts)[0],
         "rules": {rule: stats.share(answered) for rule, answered in kept.items()},
         "kept": [sum(of_one) / len(of_one) for of_one in zip(*kept.values(), strict=True)],
         "tokens": stats.mean([a["tokens"] for a in greedy]),

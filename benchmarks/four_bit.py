@@ -61,8 +61,7 @@ def measure(task: dict, folder: Path) -> dict:
     with torch.no_grad():
         for start in range(0, len(encoded), 8):
             batch = scoring.collate(encoded[start : start + 8], tokenizer.pad_token_id, model.device)
-            logits = scoring.logits_of(cfg, model, batch)
-            nlls += [-log_probs.sum().item() for log_probs in scoring.log_probs_of(logits, batch)]
+            nlls += [-log_probs.sum().item() for log_probs in scoring.log_probs_of(cfg, model, batch)]
     tokens = [len(answer) for _, answer in encoded]
     found = {
         "mb": sum(sizes.weight_bytes(model).values()) / 1e6,

@@ -111,7 +111,7 @@ def what_it_writes(options, cfg, model, tokenizer, prompts) -> dict:
     """KL from the base, and how the answers of both differ in length and text."""
     prompts, limit = (prompts[:2], 8) if options.tiny else (prompts[:24], 128)
     limited = dataclasses.replace(cfg, max_new_tokens=limit)
-    kl = generation.kl_from_base(limited, model, tokenizer, prompts)
+    (kl,) = generation.kl_from_base(limited, model, tokenizer, prompts)
     before, after = generation.answers_of_both(limited, model, tokenizer, prompts)
     both = (("before", before), ("after", after))
     return {

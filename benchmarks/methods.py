@@ -101,7 +101,7 @@ def judged(cfg, model, tokenizer, pairs) -> dict:
         "accuracy": stats.accuracy([r["margin"] for r in records]),
         "nats": stats.mean([r["margin"] for r in records]),
         "per_token": stats.mean(per_token),
-        "kl": generation.kl_from_base(cfg, model, tokenizer, prompts)["per_token"],
+        "kl": generation.kl_from_base(cfg, model, tokenizer, prompts)[0]["per_token"],
         "kept": [statistics.mean(float(keeps(a)) for keeps in house_style.RULES.values()) for a in answers],
         "tokens": stats.mean([a["tokens"] for a in answers]),
         "distinct_2": stats.mean([answer_form.distinct(a["text"]) for a in answers]),

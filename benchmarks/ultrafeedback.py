@@ -56,7 +56,7 @@ def measure(task: dict, folder: Path) -> dict:
     trainer, found = folds.one(cfg, models.load_base(cfg), scorer, tokenizer, held, rest, folder)
     if task["fold"] == 0:
         prompts = [row["prompt"] for row in held[: cfg.compare_prompts]]
-        kl = generation.kl_from_base(cfg, trainer.model, tokenizer, prompts)
+        (kl,) = generation.kl_from_base(cfg, trainer.model, tokenizer, prompts)
         found["kl"] = {name: kl[name] for name in ("per_answer", "per_token")}
     about = {"rate": cfg.learning_rate, "seed": cfg.seed, "max_tokens": cfg.max_tokens, "fold": task["fold"]}
     return about | found | {"words": folds.words(held, rest)}

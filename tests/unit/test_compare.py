@@ -23,7 +23,7 @@ from dpo_tutorial.comparing import compare, generation, instructions, report, st
 from dpo_tutorial.loading import models
 from dpo_tutorial.machine import hardware
 from dpo_tutorial.pairs import encoding, house_style, sources, store
-from dpo_tutorial.training import save, scoring, train
+from dpo_tutorial.training import dpo, save, scoring, train
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +59,25 @@ def test_scoring_computes_the_prompt_of_a_pair_once(cfg, policy, tokenizer, pair
     for a, b in zip(found[True], found[False], strict=True):
         for name in ("policy_chosen", "policy_rejected", "reference_chosen", "reference_rejected"):
             assert a[name] == pytest.approx(b[name], abs=1e-4)
+
+
+def test_the_lm_head_sees_answers_alone_and_the_log_probabilities_are_those_of_all_logits(
+    cfg, policy, tokenizer, pairs
+):
+    batch = scoring.collate(encoded(tokenizer, pairs), tokenizer.pad_token_id)
+    rows = []
+    head = policy.get_output_embeddings()
+    hook = head.register_forward_hook(lambda _, given, out: rows.append(out.shape[:2].numel()))
+    with torch.no_grad():
+        found = scoring.log_probs_of(cfg, policy, batch)
+        with scoring.autocast(cfg):
+            logits = policy(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    hook.remove()
+    answers = int(batch["completion_mask"].sum())
+    assert rows == [answers + len(found), batch["input_ids"].numel()] and rows[0] < 0.8 * rows[1]
+    assert [len(f) for f in found] == batch["completion_mask"].sum(1).tolist()
+    whole = dpo.sequence_log_prob(logits, batch["input_ids"], batch["completion_mask"])
+    assert torch.stack([f.sum() for f in found]) == pytest.approx(whole.double(), abs=1e-4)
 
 
 def test_collate_pads_right_and_masks_prompt_and_padding():
@@ -163,7 +182,7 @@ def test_the_exact_kl_is_what_the_log_ratio_of_drawn_tokens_estimates(cfg, sharp
     monkeypatch.setattr(generation, "_answer_ids", lambda *a, **k: drawn.extend(draw(*a, **k)) or drawn)
     prompt = pairs["prompt"][0]
     one = dataclasses.replace(cfg, max_new_tokens=1)
-    exact = generation.kl_from_base(one, sharp, tokenizer, [prompt] * 200)["per_answer"]
+    exact = generation.kl_from_base(one, sharp, tokenizer, [prompt] * 200)[0]["per_answer"]
     assert exact["n"] == 200 and exact["mean"] > 0.05 and exact["standard_error"] < 1e-6
     ids = tokenizer.apply_chat_template(prompt, tokenize=True, return_dict=False, add_generation_prompt=True)
     ours, theirs = scoring.answer_log_probs(cfg, sharp, tokenizer, [(ids, answer) for answer in drawn])
@@ -174,11 +193,32 @@ def test_the_exact_kl_is_what_the_log_ratio_of_drawn_tokens_estimates(cfg, sharp
 def test_kl_per_answer_and_per_token_are_the_means_worked_by_hand(cfg, policy, tokenizer, pairs, monkeypatch):
     monkeypatch.setattr(generation, "_answer_ids", lambda *a, **k: [[5] * 10, [5] * 30])
     monkeypatch.setattr(scoring, "answer_kl", lambda *a: [torch.full((10,), 0.2), torch.full((30,), 8 / 30)])
-    kl = generation.kl_from_base(cfg, policy, tokenizer, pairs["prompt"][:2])
+    (kl,) = generation.kl_from_base(cfg, policy, tokenizer, pairs["prompt"][:2])
     # sums 2 and 8: mean 5, standard error 3; 10 nats over 40 tokens; residuals (2 - 2.5)/20 and (8 - 7.5)/20
     assert (kl["per_answer"]["mean"], kl["per_answer"]["standard_error"]) == pytest.approx((5.0, 3.0), abs=1e-5)
     assert (kl["per_token"]["mean"], kl["per_token"]["standard_error"]) == pytest.approx((0.25, 0.025), abs=1e-5)
     assert kl["tokens"] == 40 and kl["per_token"]["n"] == 2
+
+
+def test_groups_of_prompts_are_drawn_together_and_reported_apart(cfg, policy, tokenizer, pairs, monkeypatch):
+    calls = []
+
+    def drawn(config, model, tokenizer, prompts, *_):
+        calls.append(prompts)
+        return [[5] * 10 * n for n in (1, 3, 2)]
+
+    monkeypatch.setattr(generation, "_answer_ids", drawn)
+    monkeypatch.setattr(scoring, "answer_kl", lambda *a: [torch.full((10 * n,), 0.1 * n) for n in (1, 3, 2)])
+    prompts = pairs["prompt"][:3]
+    first, second = generation.kl_from_base(cfg, policy, tokenizer, prompts[:2], prompts[2:])
+    assert calls == [prompts]
+    assert first["per_answer"]["mean"] == pytest.approx((1 + 9) / 2) and first["tokens"] == 40
+    assert second["per_answer"]["mean"] == pytest.approx(4) and second["tokens"] == 20
+
+
+def test_kl_is_drawn_on_every_second_prompt_and_on_all_of_up_to_three():
+    found = {n: list(generation.every_second([*range(n)])) for n in range(6)}
+    assert found == {0: [], 1: [0], 2: [0, 1], 3: [0, 1, 2], 4: [0, 2], 5: [0, 2, 4]}
 
 
 def test_the_draw_for_the_kl_follows_the_seed_and_leaves_the_generator_alone(cfg, policy, tokenizer, pairs):
@@ -252,32 +292,34 @@ def test_a_policy_equal_to_its_reference_has_zero_everywhere(cfg, tokenizer, pai
     assert comparison["rules"]["target"]["no opener"]["n"] == len(pairs)
 
 
-def test_few_requests_are_taken_evenly_from_all_kinds(cfg, policy, tokenizer):
-    few = generation.instruction_check(dataclasses.replace(cfg, instructions=6), policy, tokenizer)["requests"]
-    every = instructions.load()
+def test_few_requests_are_taken_evenly_from_all_kinds():
+    few, every = instructions.some(6), instructions.load()
     at = [every.index(request) for request in few]
     assert len({request["kind"] for request in few}) == 6 and at[0] == 0
     assert {b - a for a, b in itertools.pairwise([*at, len(every)])} == {len(every) // 6}
 
 
-def test_requests_are_answered_by_the_base_before_and_by_the_policy_after(cfg, policy, tokenizer, monkeypatch):
+def test_requests_are_answered_by_the_base_before_and_by_the_policy_after(cfg, policy, tokenizer, pairs, monkeypatch):
+    """They are answered in one batch with the prompts, and each goes back to its own."""
+    cfg = dataclasses.replace(cfg, data="rows.jsonl", instructions=4)
+    prompts = [*pairs["prompt"][: cfg.compare_prompts], *instructions.conversations(instructions.some(4))]
+    n = len(prompts) - 4
     with policy.disable_adapter():
-        base = generation.instruction_check(cfg, policy, tokenizer)["answers"]["after"]
-    monkeypatch.setattr(instructions, "followed", lambda requests, answers: [answers == base] * len(answers))
-    found = generation.instruction_check(cfg, policy, tokenizer)
-    prompts = [[{"role": "user", "content": request["prompt"]}] for request in found["requests"]]
-    assert found["answers"] == {"before": base, "after": generation.generate(cfg, policy, tokenizer, prompts)}
+        base = generation.generate(cfg, policy, tokenizer, prompts)
+    ours = generation.generate(cfg, policy, tokenizer, prompts)
+    monkeypatch.setattr(instructions, "followed", lambda requests, answers: [answers == base[n:]] * len(answers))
+    _, comparison = compare.compare(cfg, policy, tokenizer, {"test": pairs}, 0.1)
+    found = comparison["instructions"]
+    assert found["answers"] == {"before": base[n:], "after": ours[n:]} and found["requests"] == instructions.some(4)
     assert (found["before"]["rate"], found["after"]["rate"]) == (1, 0), "the two differ"
+    assert [a["before"] for a in comparison["answers"]] == base[:n]
+    assert [a["after"] for a in comparison["answers"]] == ours[:n]
 
 
-def test_of_many_requests_no_kind_is_left_out(cfg, policy, tokenizer, monkeypatch):
-    monkeypatch.setattr(
-        generation, "answers_of_both", lambda *a: ([{"text": "", "tokens": 0, "finished": True}] * len(a[3]),) * 2
-    )
-    monkeypatch.setattr(generation, "kl_from_base", lambda *_: {})
+def test_of_many_requests_no_kind_is_left_out():
     kinds = {request["kind"] for request in instructions.load()}
     for n in (50, 84, 100, 126, 1000):
-        asked = generation.instruction_check(dataclasses.replace(cfg, instructions=n), policy, tokenizer)["requests"]
+        asked = instructions.some(n)
         assert {request["kind"] for request in asked} == kinds and len(asked) == min(n, 126), n
 
 

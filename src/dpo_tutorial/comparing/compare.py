@@ -18,7 +18,7 @@ from ..loading import models
 from ..machine import hardware
 from ..pairs import house_style, prepare, sources
 from ..training import save, scoring
-from . import baselines, generation, stats, verdict
+from . import baselines, generation, instructions, stats, verdict
 
 EVERY_PAIR = 2**31 - 1  # the MAX_TEST of data given to judge an adapter on, where nobody sets one
 
@@ -35,21 +35,22 @@ def compare(
     Returns:
         (the row-level records, the comparison as `derive` makes it).
     """
-    test = splits["test"]
-    prompts = test[: config.compare_prompts]["prompt"]
+    test, requests = splits["test"], instructions.some(config.instructions)
+    prompts, asked = test[: config.compare_prompts]["prompt"], instructions.conversations(requests)
     records = scoring.score_pairs(config, policy, tokenizer, test, beta)
     words = baselines.bag_of_words(splits["train"], test) if "train" in splits else None
+    kl, kl_asked = generation.kl_from_base(config, policy, tokenizer, *map(generation.every_second, (prompts, asked)))
+    before, after = generation.answers_of_both(config, policy, tokenizer, prompts + asked)
     measured = dict(
         noise=scoring.noise_floor(config, policy, tokenizer, test, records, beta),
-        kl=generation.kl_from_base(config, policy, tokenizer, prompts[::2]),
-        instructions=generation.instruction_check(config, policy, tokenizer),
+        kl=kl,
+        instructions=instructions.check(requests, before[len(prompts) :], after[len(prompts) :], kl_asked),
         verdicts=baselines.judges(records, words),
         kinds=kinds_of(config, test),
         shown=[scoring.token_rewards(tokenizer, *both) for both in zip(test, records[:3], strict=False)],
         target=generation.chosen_answers(tokenizer, test, len(prompts)),
     )
-    answers = generation.answers_of_both(config, policy, tokenizer, prompts)
-    return records, derive(records, prompts, *answers, **measured)
+    return records, derive(records, prompts, before[: len(prompts)], after[: len(prompts)], **measured)
 
 
 def kinds_of(config: Config, pairs: Dataset) -> list[str] | None:

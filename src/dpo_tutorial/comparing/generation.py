@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Sequence
 from contextlib import nullcontext
+from itertools import islice
 
 import bitsandbytes as bnb
 import torch
@@ -16,7 +17,7 @@ from ..knobs import Config
 from ..loading import models
 from ..machine import memory
 from ..training import scoring
-from . import instructions, stats
+from . import stats
 
 
 def generate(
@@ -64,7 +65,7 @@ def _answer_ids(
     with torch.random.fork_rng([device] if device.type == "cuda" else [], enabled=seed is not None):
         if seed is not None:
             torch.manual_seed(seed)
-        rows = 48 if device.type == "cpu" else 24  # a CPU reads the weights for each token, however many answers
+        rows = 64 if device.type == "cpu" else 24  # a CPU reads the weights for each token, however many answers
         for chosen in scoring.batches([*map(len, texts)], rows, "generating"):
             batch = tokenizer([texts[i] for i in chosen], **padded)
             with precision:
@@ -105,8 +106,8 @@ def written_out(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
 
 
 def kl_from_base(
-    config: Config, model: PeftModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[list[dict]]
-) -> dict:
+    config: Config, model: PeftModel, tokenizer: PreTrainedTokenizerBase, *groups: Sequence[list[dict]]
+) -> list[dict]:
     """Estimate KL(policy ‖ base): how far training has moved the model, on answers that it would now give.
 
     One answer per prompt is drawn from the policy (temperature 1, whole vocabulary, `config.seed`). Along it, the KL of
@@ -114,17 +115,28 @@ def kl_from_base(
     negative, and of less variance (Amini, Vieira, Cotterell 2025). It is the term that the RLHF objective holds down
     (Rafailov et al. 2023, eq. 3), for answers up to the token limit.
 
+    Args:
+        groups: prompts, in groups that are reported apart; all are answered together.
+
     Returns:
-        `per_answer` and `per_token`, in nats, each `{"mean", "standard_error", "low", "high", "n"}`; `tokens` drawn.
+        For each group `per_answer` and `per_token`, in nats, each `{"mean", "standard_error", "low", "high", "n"}`;
+        `tokens` drawn.
     """
+    prompts = [prompt for group in groups for prompt in group]
     answers = _answer_ids(config, model, tokenizer, prompts, config.max_new_tokens, config.seed)
     encoded = []
     for prompt, answer in zip(prompts, answers, strict=True):
         ids = tokenizer.apply_chat_template(prompt, tokenize=True, return_dict=False, add_generation_prompt=True)
         encoded.append((ids, answer))
-    nats = [along.sum().item() for along in scoring.answer_kl(config, model, tokenizer, encoded)]
-    lengths = [len(answer) for answer in answers]
-    return {"per_answer": stats.mean(nats), "per_token": stats.ratio(nats, lengths), "tokens": sum(lengths)}
+    nats = iter([along.sum().item() for along in scoring.answer_kl(config, model, tokenizer, encoded)])
+    lengths = iter([len(answer) for answer in answers])
+    found = [(list(islice(nats, len(group))), list(islice(lengths, len(group)))) for group in groups]
+    return [{"per_answer": stats.mean(n), "per_token": stats.ratio(n, long), "tokens": sum(long)} for n, long in found]
+
+
+def every_second(prompts: Sequence[list[dict]]) -> Sequence[list[dict]]:
+    """Those that 06 draws an answer to, for KL: every second one, since drawing takes long; all, of up to three."""
+    return prompts[:: 2 if len(prompts) > 3 else 1]
 
 
 def answers_of_both(
@@ -143,26 +155,3 @@ def chosen_answers(tokenizer: PreTrainedTokenizerBase, pairs: Dataset, n: int) -
         {"text": text, "tokens": len(tokenizer(text, add_special_tokens=False)["input_ids"]), "finished": True}
         for text in texts
     ]
-
-
-def instruction_check(config: Config, policy: PeftModel, tokenizer: PreTrainedTokenizerBase) -> dict:
-    """Requests whose answers a program can check (`instructions`): how many base and policy follow.
-
-    Where `config.instructions` is below the number of requests, they are taken evenly from all kinds.
-
-    Returns:
-        As `instructions.summary`; with `requests`, `answers` (`before`, `after`), `followed` (likewise), and `kl` from
-        the reference on every second of these requests (on each, of up to three), as `kl_from_base`.
-    """
-    requests = instructions.load()
-    n = min(config.instructions, len(requests))
-    requests = [requests[i * len(requests) // n] for i in range(n)]
-    prompts = [[{"role": "user", "content": request["prompt"]}] for request in requests]
-    answers = dict(zip(("before", "after"), answers_of_both(config, policy, tokenizer, prompts), strict=True))
-    followed = {when: instructions.followed(requests, given) for when, given in answers.items()}
-    return instructions.summary(followed["before"], followed["after"], requests) | {
-        "requests": requests,
-        "answers": answers,
-        "followed": followed,
-        "kl": kl_from_base(config, policy, tokenizer, prompts[:: 2 if n > 3 else 1]),
-    }

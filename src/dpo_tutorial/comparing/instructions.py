@@ -121,6 +121,18 @@ def load() -> list[dict]:
     return sources.embedded_rows("instructions")
 
 
+def some(n: int) -> list[dict]:
+    """`n` of the requests, evenly from all kinds; all of them where there are fewer."""
+    requests = load()
+    n = min(n, len(requests))
+    return [requests[i * len(requests) // n] for i in range(n)]
+
+
+def conversations(requests: Sequence[dict]) -> list[list[dict]]:
+    """The requests as prompts, each a conversation of one message."""
+    return [[{"role": "user", "content": request["prompt"]}] for request in requests]
+
+
 def followed(requests: Sequence[dict], answers: Sequence[dict]) -> list[bool]:
     """Whether each answer, as `generation.generate` gives it, does what was asked.
 
@@ -134,6 +146,21 @@ def _follows(request: dict, answer: dict) -> bool:
     if not text or request["prompt"] in text or (kind in WHOLE and not answer["finished"]):
         return False
     return CHECKS[kind](text, **request["args"])
+
+
+def check(requests: Sequence[dict], before: Sequence[dict], after: Sequence[dict], kl: dict) -> dict:
+    """How many requests base and policy follow, by their answers as `generation.generate` gives them.
+
+    Args:
+        kl: the policy's from its reference on these requests, as `generation.kl_from_base` gives it.
+
+    Returns:
+        As `summary`; with `requests`, `answers` (`before`, `after`), `followed` (likewise) and `kl`.
+    """
+    answers = {"before": list(before), "after": list(after)}
+    good = {when: followed(requests, given) for when, given in answers.items()}
+    found = summary(good["before"], good["after"], requests)
+    return found | {"requests": list(requests), "answers": answers, "followed": good, "kl": kl}
 
 
 def summary(before: Sequence[bool], after: Sequence[bool], requests: Sequence[dict]) -> dict:

@@ -5,8 +5,10 @@ from contextlib import nullcontext
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from datasets import Dataset
 from peft import PeftModel
+from peft.helpers import disable_input_dtype_casting
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -82,9 +84,9 @@ def answer_log_probs(
         for rows in batches(lengths, size, "scoring"):
             chosen = [sides * row + side for side in range(sides) for row in rows]  # first sides, then second ones
             batch = collate([encoded[i] for i in chosen], tokenizer.pad_token_id, model.device, padding)
-            found = log_probs_of(logits_of(config, model, batch), batch)
+            found = log_probs_of(config, model, batch)
             with reference_of(model):
-                base = log_probs_of(logits_of(config, model, batch), batch)
+                base = log_probs_of(config, model, batch)
             for i, ours, theirs in zip(chosen, found, base, strict=True):
                 policy[i], reference[i] = ours, theirs
     return policy, reference
@@ -102,12 +104,11 @@ def answer_kl(config: Config, model: PeftModel, tokenizer: PreTrainedTokenizerBa
     size = config.batch_size  # logits of two models at once
     for chosen in batches([sum(map(len, ids)) for ids in encoded], size, "measuring KL"):
         batch = collate([encoded[i] for i in chosen], tokenizer.pad_token_id, model.device)
-        ours = logits_of(config, model, batch)
+        ours = answer_logits(config, model, batch)
         with model.disable_adapter():
-            theirs = logits_of(config, model, batch)
-        for i, row, other, mask in zip(chosen, ours, theirs, batch["completion_mask"], strict=True):
-            before = mask[1:].bool()  # position t predicts token t + 1
-            p, q = (logits[:-1][before].float().log_softmax(-1) for logits in (row, other))
+            theirs = answer_logits(config, model, batch)
+        for i, row, other in zip(chosen, ours, theirs, strict=True):
+            p, q = (logits[:-1].float().log_softmax(-1) for logits in (row, other))  # the last predicts what follows it
             found[i] = (p.exp() * (p - q)).sum(-1).double().cpu()
     return found
 
@@ -127,20 +128,33 @@ def reference_of(model: PeftModel):
     return use_adapter(model, "ref" if "ref" in model.peft_config else None)
 
 
-def logits_of(config: Config, model: PreTrainedModel | PeftModel, batch: dict) -> Tensor:
-    """`[n, length, vocabulary]` of a batch as `collate` makes it, in the precision of training."""
-    with autocast(config):
-        return model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
+def log_probs_of(config: Config, model: PreTrainedModel | PeftModel, batch: dict) -> list[Tensor]:
+    """Log-probabilities of the answers' tokens, nats, `[answer length]` each, of a batch as `collate` makes it."""
+    ids = [row[kept][None] for row, kept in zip(batch["input_ids"], _from_the_prompt(batch), strict=True)]
+    found = zip(answer_logits(config, model, batch), ids, strict=True)  # one by one: softmax in fp32 is large
+    return [dpo.token_log_probs(logits[None], row)[0].double().cpu() for logits, row in found]
 
 
-def log_probs_of(logits: Tensor, batch: dict) -> list[Tensor]:
-    """Log-probabilities of the answers' tokens, nats, `[answer length]` each."""
-    found = []
-    for row, ids, mask in zip(logits, batch["input_ids"], batch["completion_mask"], strict=True):
-        start = int(mask.argmax()) - 1  # what predicts the first token of the answer
-        answer = slice(start, start + int(mask.sum()) + 1)
-        found.append(dpo.token_log_probs(row[None, answer], ids[None, answer])[0].double().cpu())
-    return found  # row by row, and without the prompt: softmax in fp32 is large
+def answer_logits(config: Config, model: PreTrainedModel | PeftModel, batch: dict) -> tuple[Tensor, ...]:
+    """Logits from the last token before each answer to its end, `[answer length + 1, vocabulary]` each.
+
+    In the precision of training. The LM head, a fifth of a small model's work, leaves prompt and padding out.
+    """
+    kept = _from_the_prompt(batch)
+    hook = model.get_output_embeddings().register_forward_pre_hook(lambda _, states: (states[0][kept][None],))
+    mixed = hardware.device() == "cpu" and config.dtype != "fp32"  # adapters read their input as it is: no bit changes
+    try:
+        with autocast(config), disable_input_dtype_casting(model, active=mixed):
+            out = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+    finally:
+        hook.remove()
+    return out.logits[0].split(kept.sum(1).tolist())
+
+
+def _from_the_prompt(batch: dict) -> Tensor:
+    """True on each answer and on the token before it, which predicts its first; `[n, length]`."""
+    answer = batch["completion_mask"].bool()
+    return answer | F.pad(answer[:, 1:], (0, 1))
 
 
 def autocast(config: Config):
