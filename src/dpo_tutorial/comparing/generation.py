@@ -60,7 +60,7 @@ def _answer_ids(
     # On the left, so that every answer starts at the same column.
     padded = dict(return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False)
     answers: list[list[int]] = [[]] * len(texts)
-    model, precision = _fast(model, config)
+    model, precision, cache = _fast(model, config)
     device = torch.device(model.device)
     with torch.random.fork_rng([device] if device.type == "cuda" else [], enabled=seed is not None):
         if seed is not None:
@@ -69,7 +69,7 @@ def _answer_ids(
         for chosen in scoring.batches([*map(len, texts)], rows, "generating"):
             batch = tokenizer([texts[i] for i in chosen], **padded)
             with precision:
-                out = model.generate(**batch.to(model.device), **always | how, max_new_tokens=limit)
+                out = model.generate(**batch.to(model.device), **always | how, **cache, max_new_tokens=limit)
             for i, ids in zip(chosen, out[:, batch["input_ids"].shape[1] :].tolist(), strict=True):
                 end = next((n for n, token in enumerate(ids, 1) if token in always["eos_token_id"]), len(ids))
                 answers[i] = ids[:end]
@@ -77,11 +77,14 @@ def _answer_ids(
 
 
 def _fast(model, config: Config):
-    """The model that writes, and its precision: on a CPU with room for it a copy in float32, without 4-bit layers."""
+    """The model that writes, its precision and kind of cache: on a CPU with room a float32 copy without 4-bit layers.
+
+    A static cache is filled in place. The default one is copied at each token, which with many answers takes long.
+    """
     fits = isinstance(model, PreTrainedModel | PeftModel) and model.device.type == "cpu"
     if fits and model.num_parameters() * 4 / 2**30 < memory.free_memory_gib() / 2:
-        return written_out(model), nullcontext()
-    return model, scoring.autocast(config)
+        return written_out(model), nullcontext(), dict(cache_implementation="static", disable_compile=True)
+    return model, scoring.autocast(config), {}
 
 
 def written_out(model: PreTrainedModel | PeftModel) -> PreTrainedModel:

@@ -101,7 +101,7 @@ def answer_kl(config: Config, model: PeftModel, tokenizer: PreTrainedTokenizerBa
     """
     model.eval()
     found = [torch.empty(0)] * len(encoded)
-    size = config.batch_size  # logits of two models at once
+    size = 2 * config.batch_size  # a training step has twice as many sequences; here are logits of two models
     for chosen in batches([sum(map(len, ids)) for ids in encoded], size, "measuring KL"):
         batch = collate([encoded[i] for i in chosen], tokenizer.pad_token_id, model.device)
         ours = answer_logits(config, model, batch)
