@@ -98,7 +98,7 @@ def answers(cfg, model, tokenizer, pairs) -> dict:
     prompts = pairs["prompt"][: cfg.compare_prompts]
     greedy = generation.generate(cfg, model, tokenizer, prompts)
     requests = instructions.load()
-    asked = [[{"role": "user", "content": request["prompt"]}] for request in requests]
+    asked = instructions.conversations(requests)
     followed = instructions.followed(requests, generation.generate(cfg, model, tokenizer, asked))
     kept = by_rule(greedy)
     return {
